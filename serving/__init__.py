@@ -1,0 +1,1 @@
+"""The server: it knows chat, tokens and HTTP; it knows no model."""

@@ -1,0 +1,156 @@
+"""What goes into the engine, what comes out, and the socket a network fits. No torch at import, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Values are trusted: `serving.api.protocol` checked them."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 means greedy
+    top_p: float = 1.0  # 0 keeps only the most likely token
+    top_k: int = 0  # 0 means all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    num_top_logprobs: int | None = None  # None: no log-probabilities at all
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The natural log-probability of a sampled token, and the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampled token of one request. The last one carries the finish reason.
+
+    A stop token is reported too (as the last step): the caller counts it and keeps it out of the text.
+    """
+
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    num_cached_tokens: int = 0  # prompt tokens whose keys and values were reused; the same in every step
+
+
+class EngineError(Exception):
+    """Root of what the engine raises to a caller."""
+
+
+class RequestFailed(EngineError):
+    """This one request cannot be answered (non-finite logits, a fault in its own step)."""
+
+
+class RequestTooLarge(EngineError):
+    """The request can never fit into the cache, whatever else finishes."""
+
+
+class EngineStopped(EngineError):
+    """The engine is shutting down or dead; the request was not (or not completely) answered."""
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """How the tokens of one prompt see each other. The default is a plain causal model."""
+
+    num_two_way: int = 0  # the first tokens that all see each other; they must go through in one forward
+    mask_index: int = 0  # ChatGLM-6B: where the mask token stands, at which later block positions freeze
+
+
+CAUSAL = PromptLayout()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of neighbouring rows of a ragged batch that belong to one sequence."""
+
+    start: int  # first row
+    stop: int  # one past the last row
+    layout: PromptLayout
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """One step's rows: decode rows and prefill chunks of many sequences, end to end, without padding."""
+
+    token_ids: Tensor  # [rows] int64
+    indices: Tensor  # [rows] int64: each token's index in its own sequence, from 0
+    spans: tuple[Span, ...]
+
+
+class Attend(Protocol):
+    """The engine's attention, handed to the network for one forward. It owns the KV cache.
+
+    query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim], already rotated.
+    Stores key and value, lets every row see its own sequence (causally, but for PromptLayout.num_two_way),
+    and returns [rows, heads, head_dim].
+    """
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """What the engine has to know about a network to make room for it."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int  # width of the logits; may be more than the tokenizer knows
+    num_tokens: int  # ids at or past this are never sampled (they have no text)
+    max_positions: int  # trained length, prompt and answer together
+
+
+class CausalLM(Protocol):
+    """The socket for networks: a ragged batch of ids in, one vector a row out. Stateless but for its weights."""
+
+    shape: NetworkShape
+    device: torch.device
+    dtype: torch.dtype
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        """How this prompt's tokens see each other; CAUSAL for every decoder but ChatGLM-6B."""
+        ...
+
+    def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
+        """Hidden state of every row after the final norm, [rows, hidden_size]. Calls `attend` once a layer, in order."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] -> [rows, vocab_size], unnormalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much the engine may take on at once."""
+
+    max_sequences: int = 64  # running at once
+    max_batch_tokens: int = 512  # rows of one step, decode and prefill together
+    max_waiting: int = 256
+    kv_tokens: int = field(default=16_384)  # capacity of the cache
