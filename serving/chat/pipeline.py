@@ -1,0 +1,131 @@
+"""From a job to events: render, refuse, generate, read. Knows words and tokens, not HTTP and not the model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+
+from serving.chat.answer import Answer, PlainReader
+from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError, Tool
+from serving.engine.engine import Engine
+from serving.engine.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """A conversation to be continued by `n` answers."""
+
+    conversation: Conversation
+    sampling: SamplingParams  # stop_token_ids are added in `prepare`
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    max_tokens_is_default: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """A raw prompt to be continued by `n` answers; token ids are taken as they are."""
+
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    best_of: int = 1
+    max_tokens_is_default: bool = False
+    ignore_eos: bool = False
+    echo: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A job that was accepted: nothing in it can be the client's fault any more."""
+
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    n: int
+    tools: tuple[Tool, ...]
+    is_chat: bool
+
+
+class ContextOverflow(PromptError):
+    """Prompt and answer do not fit into the context."""
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_positions: int, param: str) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.max_positions = max_positions
+        total = num_prompt_tokens + max_tokens
+        super().__init__(
+            f"This model's maximum context length is {max_positions} tokens. However, you requested {total} tokens "
+            f"({num_prompt_tokens} in the {param}, {max_tokens} in the completion). "
+            f"Please reduce the length of the {param} or completion.",
+            param,
+        )
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and the engine that runs it."""
+
+    engine: Engine
+    chat_format: ChatFormat
+    context_length: int  # tokens of prompt and answer together
+
+    def prepare(self, job: ChatJob | TextJob) -> Prompt:
+        """Everything that may be refused, before anything is sent. Raises PromptError. Pure; any thread."""
+        match job:
+            case ChatJob(conversation=conversation):
+                token_ids, tools, param = self.chat_format.render(conversation), conversation.tools, "messages"
+            case TextJob(prompt=str(text)):
+                token_ids, tools, param = self.chat_format.encode(text), (), "prompt"
+            case TextJob(prompt=tuple(ids)):
+                token_ids, tools, param = self._checked(ids), (), "prompt"
+        self._check_bias(job.sampling)
+        room = self.context_length - len(token_ids)
+        max_tokens = job.sampling.max_tokens
+        if job.max_tokens_is_default:
+            max_tokens = max(1, min(max_tokens, room))
+        if max_tokens > room:
+            raise ContextOverflow(len(token_ids), max_tokens, self.context_length, param)
+        ends = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
+        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=ends)
+        n = max(job.n, job.best_of) if isinstance(job, TextJob) else job.n
+        return Prompt(tuple(token_ids), sampling, job.stop, n, tools, is_chat=isinstance(job, ChatJob))
+
+    async def complete(self, prompt: Prompt) -> AsyncGenerator[tuple[int, ChatEvent], None]:
+        """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only."""
+        answers = [self._answer(prompt) for _ in range(prompt.n)]
+        samplings = [_nth(prompt.sampling, choice) for choice in range(prompt.n)]
+        async with self.engine.generate(prompt.token_ids, samplings) as steps:
+            async for choice, step in steps:
+                answer = answers[choice]
+                for event in answer.push(step):
+                    yield choice, event
+                if answer.is_over and step.finish_reason is None:
+                    steps.cancel(choice)
+
+    def _answer(self, prompt: Prompt) -> Answer:
+        reader = self.chat_format.reader(prompt.tools) if prompt.is_chat else PlainReader()
+        return Answer(
+            self.chat_format, reader, prompt.stop, len(prompt.token_ids), ends=prompt.sampling.stop_token_ids
+        )
+
+    def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
+        unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
+        if unknown is not None:
+            raise PromptError(f"This model has no token {unknown}.", "prompt")
+        if not token_ids:
+            raise PromptError("The prompt must hold at least one token.", "prompt")
+        return list(token_ids)
+
+    def _check_bias(self, sampling: SamplingParams) -> None:
+        unknown = next((i for i, _ in sampling.logit_bias if not 0 <= i < self.chat_format.num_tokens), None)
+        if unknown is not None:
+            raise PromptError(f"Invalid key in 'logit_bias': {unknown}. This model has no such token.", "logit_bias")
+
+
+def _nth(sampling: SamplingParams, choice: int) -> SamplingParams:
+    """The same settings with a seed of its own for each choice; choice 0 is what n=1 would give."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)

@@ -1,0 +1,37 @@
+"""Stop strings, found across token borders and never shown."""
+
+from __future__ import annotations
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; holds back what could be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown. After a hit, nothing more comes."""
+        if self.hit or not self._stop:
+            return "" if self.hit else text
+        self._held += text
+        found = [place for word in self._stop if (place := self._held.find(word)) >= 0]
+        if found:
+            self.hit = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max(_overlap(self._held, word) for word in self._stop)
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown
+
+    def flush(self) -> str:
+        """The answer ended without a stop string: what was held back belongs to it."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of `text` that begins `word`."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

@@ -1,0 +1,183 @@
+"""From logits to tokens, vectorised over the batch. Every row keeps its own settings and its own random numbers.
+
+A row's random number is a function of its seed and of the position it is drawn for, so the same request gives the same
+text whatever else is in the batch, and again after a preemption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.engine.sequence import Sequence
+from serving.engine.types import TokenLogprob
+
+NUM_CANDIDATES = 256  # most likely tokens looked at first; rows whose top_p or top_k needs more take the full sort
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What came out for one row. `token_id` is None if the logits were not finite."""
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+
+
+class TokenCounts:
+    """How often each token occurs in a sequence, for penalties: [vocabulary] int32, prompt and answer apart."""
+
+    def __init__(self, sequence: Sequence, num_tokens: int, device: torch.device) -> None:
+        self._num_prompt_tokens = sequence.num_prompt_tokens
+        self._num_counted = 0
+        self.prompt = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        self.answer = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+
+    def update(self, token_ids: list[int]) -> None:
+        fresh = torch.tensor(token_ids[self._num_counted :], dtype=torch.int64, device=self.prompt.device)
+        split = max(0, self._num_prompt_tokens - self._num_counted)
+        for counts, ids in ((self.prompt, fresh[:split]), (self.answer, fresh[split:])):
+            ids = ids[ids < counts.shape[0]]
+            counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        self._num_counted = len(token_ids)
+
+
+class Sampler:
+    """Chooses the next token of each sequence. Holds penalty counts of the sequences that need them."""
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        self.num_tokens = num_tokens
+        self._device = device
+        self._counts: dict[Sequence, TokenCounts] = {}
+
+    def forget(self, sequence: Sequence) -> None:
+        self._counts.pop(sequence, None)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+        """logits: [rows, at least num_tokens], any float type; row i belongs to sequences[i]."""
+        raw = logits[:, : self.num_tokens].float()  # ids behind num_tokens are padding of the embedding: no text
+        finite = torch.isfinite(raw.sum(dim=-1)).tolist()
+        adjusted = self._adjust(raw, sequences)
+        chosen = torch.argmax(adjusted, dim=-1)
+        drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0 and finite[i]]
+        if drawn:
+            rows = adjusted[drawn] if len(drawn) < len(sequences) else adjusted
+            chosen[drawn] = draw(rows, [sequences[i] for i in drawn])
+        token_ids: list[int] = chosen.tolist()
+        logprobs = _logprobs(raw, sequences, chosen)
+        return [
+            Sampled(token_ids[i], logprobs.get(i)) if finite[i] else Sampled(None) for i in range(len(sequences))
+        ]
+
+    def _adjust(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Penalties, bias and the ban on early stop tokens, for the rows that have any."""
+        adjusted = raw
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.sampling
+            has_penalty = (
+                sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+            )
+            bans_stop = sequence.num_generated < sampling.min_tokens and sampling.stop_token_ids
+            if not (has_penalty or bans_stop or sampling.logit_bias):
+                continue
+            if adjusted is raw:
+                adjusted = raw.clone()
+            if has_penalty:
+                self._penalise(adjusted[row], sequence)
+            for token_id, bias in sampling.logit_bias:
+                adjusted[row, token_id] += bias
+            if bans_stop:
+                adjusted[row, [t for t in sampling.stop_token_ids if t < self.num_tokens]] = -torch.inf
+        return adjusted
+
+    def _penalise(self, row: Tensor, sequence: Sequence) -> None:
+        counts = self._counts.get(sequence)
+        if counts is None:
+            counts = self._counts[sequence] = TokenCounts(sequence, self.num_tokens, self._device)
+        counts.update(sequence.token_ids)
+        sampling = sequence.sampling
+        if sampling.repetition_penalty != 1.0:
+            factor = sampling.repetition_penalty
+            seen = (counts.prompt > 0) | (counts.answer > 0)
+            row.copy_(torch.where(seen, torch.where(row > 0, row / factor, row * factor), row))
+        row -= sampling.frequency_penalty * counts.answer + sampling.presence_penalty * (counts.answer > 0)
+
+
+def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """One token a row by its temperature, top_k, top_p and min_p. logits: [rows, vocabulary] float32 -> [rows] int64."""
+    vocabulary = logits.shape[-1]
+    settings = torch.tensor([_settings(s, vocabulary) for s in sequences], dtype=torch.float64, device=logits.device)
+    temperature, top_p, min_p, top_k, uniform = settings.unbind(dim=1)
+    # relative to the maximum, so that a tiny temperature cannot overflow
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None].to(logits.dtype)
+    weights = scaled.exp_()
+    candidates, token_ids = weights.topk(min(NUM_CANDIDATES, vocabulary), dim=-1)
+    total = weights.sum(dim=-1, dtype=torch.float64)
+    places, enough = _choose(candidates, total, top_k, top_p, min_p, uniform, vocabulary)
+    chosen = token_ids.gather(1, places[:, None])[:, 0]
+    if not bool(enough.all()):
+        rest = (~enough).nonzero()[:, 0]
+        candidates, token_ids = weights[rest].sort(dim=-1, descending=True, stable=True)
+        some = (column[rest] for column in (total, top_k, top_p, min_p, uniform))
+        places, _ = _choose(candidates, *some, vocabulary)
+        chosen[rest] = token_ids.gather(1, places[:, None])[:, 0]
+    return chosen
+
+
+def _settings(sequence: Sequence, vocabulary: int) -> tuple[float, float, float, float, float]:
+    sampling = sequence.sampling
+    top_k = sampling.top_k if 0 < sampling.top_k < vocabulary else vocabulary
+    return max(sampling.temperature, 1e-6), sampling.top_p, sampling.min_p, top_k, _uniform(sequence)
+
+
+def _choose(
+    weights: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Inverse transform sampling over the most likely tokens.
+
+    weights: [rows, candidates], descending, 1 for the most likely token; total: [rows], the sum over the whole row.
+    top_k comes first, top_p is a share of what top_k left, min_p is relative to the most likely token.
+    Returns [rows] places among the candidates, and whether the candidates held all that may be chosen.
+    """
+    weights = weights.double()
+    number = torch.arange(weights.shape[-1], device=weights.device)
+    in_top_k = number < top_k[:, None]
+    has_top_k = top_k <= weights.shape[-1]
+    mass = torch.where(has_top_k, (weights * in_top_k).sum(dim=-1), total)
+    before = weights.cumsum(dim=-1) - weights
+    kept = in_top_k & (before < (top_p * mass)[:, None]) & (weights >= min_p[:, None])
+    kept[:, 0] = True
+    # between the candidates and the vocabulary, top_k changes what top_p is a share of: only the full row can tell
+    enough = has_top_k | (~kept[:, -1] & (top_k >= vocabulary))
+    cumulative = (weights * kept).cumsum(dim=-1)
+    places = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
+    return torch.minimum(places, kept.sum(dim=-1) - 1), enough
+
+
+def _uniform(sequence: Sequence) -> float:
+    """A number in [0, 1) from the request's seed and the position to be filled (splitmix64)."""
+    mask = (1 << 64) - 1
+    state = (sequence.seed * 0x9E3779B97F4A7C15 + (sequence.num_generated + 1) * 0xD1B54A32D192ED03) & mask
+    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        state = ((state ^ (state >> 30)) * multiplier) & mask
+    return ((state ^ (state >> 31)) >> 11) / (1 << 53)
+
+
+def _logprobs(raw: Tensor, sequences: list[Sequence], chosen: Tensor) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the model's own distribution, before temperature, penalties and bias, by row."""
+    wanted = [i for i, s in enumerate(sequences) if s.sampling.num_top_logprobs is not None]
+    if not wanted:
+        return {}
+    logprobs = raw[wanted].log_softmax(dim=-1)
+    own: list[float] = logprobs.gather(1, chosen[wanted][:, None])[:, 0].tolist()
+    num_top = max(sequences[i].sampling.num_top_logprobs or 0 for i in wanted)
+    values, token_ids = logprobs.topk(num_top, dim=-1)
+    result: dict[int, TokenLogprob] = {}
+    for place, row in enumerate(wanted):
+        count = sequences[row].sampling.num_top_logprobs or 0
+        pairs: list[tuple[int, float]] = list(
+            zip(token_ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
+        )
+        result[row] = TokenLogprob(int(chosen[row]), own[place], tuple(pairs))
+    return result
