@@ -1,0 +1,12 @@
+"""The shelf: every model family that can be imported and served, by name. One file per family."""
+
+from __future__ import annotations
+
+from models import chatglm2, chatglm3, codegeex2
+from models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "chatglm2": chatglm2.FAMILY,
+    "chatglm3": chatglm3.FAMILY,
+    "codegeex2": codegeex2.FAMILY,
+}

@@ -1,0 +1,34 @@
+"""CodeGeeX2-6B: ChatGLM2's network and prompt with a tokenizer that adds no space in front. For writing code.
+
+CodeGeeX2 is a base model: it is at its best continuing raw code, `# language: Python\\n# write a bubble sort function\\n`,
+through `/v1/completions`. The language tag is the caller's business. For chat its authors' demonstration server calls
+the checkpoint's `chat`, which writes ChatGLM2's `[Round n]` prompt; so does this family, which keeps the history of a
+conversation where gluing messages together would lose who said what.
+The tokenizer's own flag (add_dummy_prefix) is read by sentencepiece from the model file.
+Sources: README and demo/fastapicpu.py of CodeGeeX2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.chatglm2 import ROPE, TOKENIZER_FILE, ChatGLM2Format, import_network, load_network
+from models.family import Family, LoadedModel, Progress
+from models.sentencepiece import SentencePieceTokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _load(
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+) -> LoadedModel:
+    chat_format = ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
+    return load_network(folder, metadata, device, dtype, progress, chat_format)
+
+
+FAMILY = Family(
+    name="codegeex2", title="CodeGeeX2-6B, also -int4", import_checkpoint=import_network, load=_load, options=(ROPE,)
+)

@@ -1,0 +1,353 @@
+"""Puts a model, with its family, into the Bento model store, and finds it again. Knows no architecture.
+
+    python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]]
+    python -m models.store list
+
+bentoml is imported inside the functions: it is slow, and `--help` should not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from models import FAMILIES
+from models.family import Family, ImportRefused, Progress
+from models.progress import ProgressPrinter, no_progress, readable_bytes
+
+if TYPE_CHECKING:
+    from bentoml import Model, Tag
+
+DEMO_NAME = "chatglm2-demo"
+CONVERSION = "1"  # raise it when what an import writes changes, so that the demo is imported anew
+STAGING = "imports"  # beside the store's `models`, so that a finished import moves in by one rename
+LOCK = "lock"
+
+
+class StoreError(Exception):
+    """The store cannot do this; the message is one clear line for a person."""
+
+
+class AlreadyStored(StoreError):
+    """There is a model with this tag."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in the store that was put there by this program."""
+
+    tag: str
+    path: Path
+    family: str
+    metadata: Mapping[str, Any]
+
+
+def import_model(
+    family: str, source: Path, name: str | None, options: Mapping[str, str], progress: Progress
+) -> str:
+    """Convert the checkpoint folder `source` into the store; return its tag. Raises ImportRefused, StoreError.
+
+    name: `NAME` (the version is made up) or `NAME:VERSION`; None takes the folder's name. Nothing stays behind if it
+    fails or is interrupted, and what a killed import left is removed by the next one.
+    """
+    plug = _family(family, options)
+    if not source.is_dir():
+        raise ImportRefused(f"{source} is not a folder")
+    source = source.resolve()
+    tag = _new_tag(name or source.name)
+    with _staging(_store_dir().parent / STAGING) as staging:
+        converted = staging / "converted"
+        converted.mkdir()
+        metadata = plug.import_checkpoint(source, converted, options, progress)
+        metadata |= {"family": family, "source": source.name, "options": dict(options)}
+        folder = _register(tag, metadata, converted, staging / "store")
+        _move_in(folder, tag)
+    return str(tag)
+
+
+def ensure_demo() -> str:
+    """The tag of the embedded demonstration model, imported now if the store does not have it yet.
+
+    The version follows from the checkpoint, so a changed one is imported anew. Two processes may do this at once.
+    """
+    from models.demo import CHECKPOINT
+
+    tag = f"{DEMO_NAME}:{_fingerprint(CHECKPOINT)}"
+    if not _exists(tag):
+        try:
+            import_model("chatglm2", CHECKPOINT, tag, {}, no_progress)
+        except AlreadyStored:
+            # another process was faster with the same content
+            pass
+    return tag
+
+
+def resolve(tag: str) -> StoredModel:
+    """The stored model of a tag, `NAME` meaning its latest version. Raises StoreError."""
+    import bentoml
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        model = bentoml.models.get(tag)
+    except (BentoMLException, ValueError):
+        present = ", ".join(stored.tag for stored in stored_models()) or "nothing yet"
+        raise StoreError(
+            f"the model store has no {tag!r} (it has: {present}); "
+            f"import it: python -m models.store import FAMILY --from DIR --name {tag}"
+        ) from None
+    stored = _stored(model)
+    if stored is None:
+        raise StoreError(
+            f"the stored model {model.tag} does not say its family: it was not put there by `python -m models.store`"
+        )
+    if stored.family not in FAMILIES:
+        raise StoreError(f"{model.tag} is of the family {stored.family!r}, but there are only: {', '.join(FAMILIES)}")
+    return stored
+
+
+def stored_models() -> list[StoredModel]:
+    """Every model in the store that this program put there."""
+    import bentoml
+
+    found = (_stored(model) for model in bentoml.models.list()) if _store_dir().is_dir() else ()
+    return [stored for stored in found if stored is not None]
+
+
+def _stored(model: Model) -> StoredModel | None:
+    metadata: Mapping[str, Any] = model.info.metadata
+    family = metadata.get("family")
+    if not isinstance(family, str):
+        return None
+    when = model.creation_time.astimezone().isoformat(sep=" ", timespec="minutes")
+    return StoredModel(str(model.tag), Path(model.path), family, {**metadata, "imported": when[:16]})
+
+
+def _family(name: str, options: Mapping[str, str]) -> Family:
+    if name not in FAMILIES:
+        raise ImportRefused(f"there is no family {name!r}; choose one of {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    known = {option.name: option for option in family.options}
+    for option, value in options.items():
+        if option not in known:
+            raise ImportRefused(f"the family {name} has no option --{option}")
+        choices = known[option].choices
+        if choices and value not in choices:
+            raise ImportRefused(f"--{option} must be {' or '.join(choices)}, not {value!r}")
+    return family
+
+
+def _store_dir() -> Path:
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    return Path(BentoMLContainer.model_store_dir.get())
+
+
+def _new_tag(name: str) -> Tag:
+    """A complete tag that the store does not have. Raises StoreError."""
+    from bentoml import Tag
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        tag = Tag.from_taglike(name.lower())
+    except (BentoMLException, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{name!r} cannot name a model ({reason}); choose one with --name NAME[:VERSION]") from None
+    if tag.version == "latest":
+        raise StoreError(f"{name!r} cannot name a model: the store itself keeps track of what is latest")
+    if tag.version is None:
+        return tag.make_new_version()
+    if _exists(str(tag)):
+        raise _already_stored(tag)
+    return tag
+
+
+def _already_stored(tag: Tag) -> AlreadyStored:
+    return AlreadyStored(
+        f"the model store has {tag} already: choose another version, or first `bentoml models delete {tag}`"
+    )
+
+
+def _exists(tag: str) -> bool:
+    return (_store_dir() / tag.replace(":", "/")).is_dir()
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """A working folder on the store's file system, removed at the end whatever happens.
+
+    A lock that dies with the process tells the next import which folders nobody works in any more.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(root)
+        folder = root / secrets.token_hex(8)
+        folder.mkdir()
+    except OSError as error:
+        raise StoreError(f"the model store in {root.parent} cannot be written ({error.strerror})") from None
+    try:
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.iterdir():
+        try:
+            with (folder / LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue  # somebody is importing right now
+        except FileNotFoundError:
+            continue  # just begun, or just removed
+
+
+def _register(tag: Tag, metadata: Mapping[str, Any], converted: Path, store: Path) -> Path:
+    """Let BentoML describe the model in a store of its own, then move the weights in: nothing is copied.
+
+    Returns the complete model folder, readable by every user.
+    """
+    import bentoml
+    from bentoml._internal.models import ModelStore
+
+    store.mkdir()
+    labels = {"family": str(metadata["family"])}
+    staged = ModelStore(store)
+    with bentoml.models.create(tag, labels=labels, metadata=dict(metadata), _model_store=staged):
+        pass  # model.yaml is all that BentoML has to write
+    folder = Path(staged.get(tag).path)
+    for path in converted.iterdir():
+        path.rename(folder / path.name)
+    folder.chmod(0o755)  # BentoML makes it 0700, which another user's server cannot enter
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+        elif path.stat().st_nlink == 1:  # a linked file is still the source's: its mode is not ours
+            path.chmod(0o644)
+    return folder
+
+
+def _move_in(folder: Path, tag: Tag) -> None:
+    """One rename, so that the store has the whole model or none of it."""
+    assert tag.version is not None
+    home = _store_dir() / tag.name
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(home / tag.version)
+    except FileExistsError:
+        raise _already_stored(tag) from None
+    except OSError as error:
+        if (home / tag.version).is_dir():  # a directory that is not empty: its error number differs by system
+            raise _already_stored(tag) from None
+        raise StoreError(f"the model could not be moved into {home} ({error.strerror})") from None
+    latest = folder.parent / "latest.new"
+    latest.write_text(tag.version)
+    latest.rename(home / "latest")
+
+
+def _fingerprint(folder: Path) -> str:
+    """A version made of what a folder holds."""
+    digest = hashlib.sha256(CONVERSION.encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _size_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def print_list(stream: TextIO) -> None:
+    """The table of `list`: tag, family, precision, size, context, imported when."""
+    rows = [("TAG", "FAMILY", "PRECISION", "SIZE", "CONTEXT", "IMPORTED")]
+    for stored in sorted(stored_models(), key=lambda stored: (stored.metadata["imported"], stored.tag)):
+        metadata = stored.metadata
+        precision, came_from = str(metadata.get("dtype", "?")), metadata.get("source_precision")
+        rows.append(
+            (
+                stored.tag,
+                stored.family,
+                precision if came_from in (None, precision) else f"{precision} (from {came_from})",
+                readable_bytes(_size_on_disk(stored.path)),
+                str(metadata.get("context_length", "?")),
+                str(metadata["imported"]),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=stream)
+    if len(rows) == 1:
+        print("nothing yet; import a model: python -m models.store import FAMILY --from DIR", file=stream)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.store", description="Models in the Bento model store.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    families = "; ".join(f"{family.name}: {family.title}" for family in FAMILIES.values())
+    importing = commands.add_parser("import", help="convert a checkpoint folder into the store")
+    importing.add_argument("family", metavar="FAMILY", help=families)
+    importing.add_argument("--from", dest="source", metavar="DIR", type=Path, required=True, help="the checkpoint folder")
+    importing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the folder's name and a new version")
+    options = {option.name: option for family in FAMILIES.values() for option in family.options}
+    for option in options.values():
+        importing.add_argument(f"--{option.name}", metavar="|".join(option.choices) or "VALUE", help=option.help)
+    commands.add_parser("list", help="show what is in the store")
+    return parser
+
+
+def _import_command(arguments: argparse.Namespace) -> None:
+    names = {option.name for family in FAMILIES.values() for option in family.options}
+    chosen = {name: getattr(arguments, name.replace("-", "_")) for name in names}
+    options = {name: str(value) for name, value in chosen.items() if value is not None}
+    printer = ProgressPrinter(sys.stderr)
+    try:
+        tag = import_model(arguments.family, arguments.source, arguments.name, options, printer)
+    finally:
+        printer.close()
+    stored = resolve(tag)
+    print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(stored.path))}, {stored.path})")
+
+
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signal_number)  # unwinds, so that the working folder is removed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 1 refused (one line says why), 2 wrong usage, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # an import tells nobody
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if parsed.command == "import":
+            _import_command(parsed)
+        else:
+            print_list(sys.stdout)
+    except (ImportRefused, StoreError) as refusal:
+        print(f"Error: {refusal}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # a full disk, a folder that may not be read: the reason and the file are all that helps
+        print(f"Error: {error.strerror or error}: {error.filename or arguments}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was imported.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
