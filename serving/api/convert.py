@@ -1,0 +1,142 @@
+"""Typed request bodies -> jobs for the chat layer. Pure; knows neither HTTP nor tokens' text."""
+
+from __future__ import annotations
+
+from serving.api.errors import invalid
+from serving.api.messages import ChatMessage, ToolDefinition
+from serving.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest, requested_length
+from serving.chat.pipeline import ChatJob, TextJob
+from serving.chat.types import Conversation, Message, Role, Tool, ToolCall
+from serving.engine.types import SamplingParams
+
+DEFAULT_CHAT_TOKENS = 2048  # the documented default of ChatGLM2's API; fewer where the context has no room
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /completions
+PART_SEPARATOR = "\n"  # between the text parts of one message
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+
+
+def to_chat_job(body: ChatRequest) -> ChatJob:
+    """What the chat layer needs of a chat request."""
+    tools = () if body.tool_choice == "none" else to_tools(body.tools)
+    return ChatJob(
+        conversation=to_conversation(body.messages, tools, body.continue_final_message),
+        sampling=_sampling(body, DEFAULT_CHAT_TOKENS, _num_top_logprobs(body)),
+        stop=_stop(body),
+        n=body.n,
+        max_tokens_is_default=requested_length(body) is None,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def to_text_jobs(body: CompletionRequest, max_answers: int) -> list[TextJob]:
+    """One job for each prompt. Raises APIError 400 when all prompts together ask for more than `max_answers`."""
+    prompts = _prompts(body)
+    best_of = body.best_of or body.n
+    if len(prompts) * best_of > max_answers:
+        raise invalid(
+            f"You requested {len(prompts) * best_of} completions in total (prompts times the larger of 'n' and "
+            f"'best_of'); at most {max_answers} are allowed in one request.",
+            "prompt" if best_of == 1 else "n",
+        )
+    num_top_logprobs = body.logprobs
+    if num_top_logprobs is None and (best_of > body.n or _counts_running(body)):
+        num_top_logprobs = 0  # to rank the candidates, or to count their tokens as they come
+    return [
+        TextJob(
+            prompt=prompt,
+            sampling=_sampling(body, DEFAULT_COMPLETION_TOKENS, num_top_logprobs),
+            stop=_stop(body),
+            n=body.n,
+            best_of=best_of,
+            max_tokens_is_default=requested_length(body) is None,
+            echo=body.echo,
+            ignore_eos=body.ignore_eos,
+        )
+        for prompt in prompts
+    ]
+
+
+def to_conversation(messages: list[ChatMessage], tools: tuple[Tool, ...], continue_final: bool) -> Conversation:
+    """The messages with their roles reduced to the four that formats know."""
+    return Conversation(tuple(_message(message) for message in messages), tools, continue_final)
+
+
+def to_tools(tools: list[ToolDefinition]) -> tuple[Tool, ...]:
+    """Tool definitions without their JSON wrapping."""
+    return tuple(
+        Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {}) for tool in tools
+    )
+
+
+def to_tokenize_conversation(body: TokenizeRequest) -> Conversation | None:
+    """The conversation of a /tokenize request, None if it has a raw prompt."""
+    if body.messages is None:
+        return None
+    return to_conversation(body.messages, to_tools(body.tools), body.continue_final_message)
+
+
+def _message(message: ChatMessage) -> Message:
+    content = message.content
+    text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content or [])
+    calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or []]
+    if message.function_call is not None:
+        # legacy calls have no id: the function's name ties the call to its result
+        calls.append(ToolCall(message.function_call.name, message.function_call.name, message.function_call.arguments))
+    call_id = message.name if message.role == "function" else message.tool_call_id
+    if not text and not calls and message.refusal is not None:
+        text = message.refusal
+    return Message(ROLES[message.role], text, message.name, tuple(calls), call_id)
+
+
+def _prompts(body: CompletionRequest) -> list[str | tuple[int, ...]]:
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    texts = [item for item in body.prompt if isinstance(item, str)]
+    if texts:
+        return list(texts)
+    lists = [tuple(item) for item in body.prompt if isinstance(item, list)]
+    if lists:
+        return list(lists)
+    return [tuple(item for item in body.prompt if isinstance(item, int))]
+
+
+def _num_top_logprobs(body: ChatRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    return 0 if _counts_running(body) else None
+
+
+def _counts_running(body: GenerationRequest) -> bool:
+    """Running token counts are read off the log-probabilities, the one place where events tell tokens apart."""
+    return body.stream_options is not None and body.stream_options.continuous_usage_stats
+
+
+def _stop(body: GenerationRequest) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+
+
+def _sampling(body: GenerationRequest, default_tokens: int, num_top_logprobs: int | None) -> SamplingParams:
+    length = requested_length(body)
+    return SamplingParams(
+        max_tokens=default_tokens if length is None else length,
+        temperature=float(body.temperature),
+        top_p=float(body.top_p),
+        top_k=max(body.top_k, 0),
+        min_p=float(body.min_p),
+        repetition_penalty=float(body.repetition_penalty),
+        presence_penalty=float(body.presence_penalty),
+        frequency_penalty=float(body.frequency_penalty),
+        logit_bias=tuple((int(token_id), float(bias)) for token_id, bias in body.logit_bias.items()),
+        # generators want seeds that are not negative; below 2**62 there is room to count up for further choices
+        seed=None if body.seed is None else body.seed % 2**62,
+        min_tokens=body.min_tokens,
+        num_top_logprobs=num_top_logprobs,
+    )

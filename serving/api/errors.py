@@ -1,0 +1,120 @@
+"""Failures as OpenAI tells them: the only code that makes error responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+
+from serving.chat.pipeline import ContextOverflow
+from serving.chat.types import PromptError
+from serving.engine.types import EngineStopped, RequestTooLarge
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+RETRY_SECONDS = 5  # while a model loads or an engine restarts
+
+
+@dataclass(eq=False)
+class APIError(Exception):
+    """One failure, on its way to the client: a status and the four keys of OpenAI's envelope."""
+
+    status: int
+    message: str
+    type: str = INVALID_REQUEST
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.code}: {self.message}"
+
+
+def envelope(error: APIError) -> str:
+    """The JSON text of an error, for a response body or for an event of a stream that has already begun."""
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return json.dumps({"error": body})
+
+
+def error_response(error: APIError) -> Response:
+    """The same, as an HTTP response."""
+    return Response(envelope(error), error.status, dict(error.headers), "application/json")
+
+
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> APIError:
+    """400: the client's fault."""
+    return APIError(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> APIError:
+    """404: no model of this name is served."""
+    shown = name if len(name) <= 100 else name[:100] + "..."
+    message = f"The model `{shown}` does not exist or you do not have access to it."
+    return APIError(404, message, param="model", code="model_not_found")
+
+
+def unknown_url(method: str, path: str) -> APIError:
+    """404: no such endpoint."""
+    message = f"Unknown request URL: {method} {path[:200]}. Please check the URL for typos, or see the served /docs."
+    return APIError(404, message, code="unknown_url")
+
+
+def method_not_allowed(method: str, path: str, allowed: str) -> APIError:
+    """405: the endpoint exists, but not for this method. `allowed` is the Allow header's value."""
+    message = f"Not allowed to {method} on {path[:200]}. (HINT: allowed methods are {allowed}.)"
+    return APIError(405, message, code="method_not_supported", headers={"allow": allowed})
+
+
+def model_loading() -> APIError:
+    """503: the model is not in memory yet."""
+    return APIError(
+        503, "The model is still loading. Please retry shortly.", SERVER_ERROR, None, "model_loading",
+        {"retry-after": str(RETRY_SECONDS)},
+    )  # fmt: skip
+
+
+def model_load_failed() -> APIError:
+    """503: the model will not come; a person has to look."""
+    message = "The model could not be loaded. See the server's log."
+    return APIError(503, message, SERVER_ERROR, None, "model_load_failed", {"x-should-retry": "false"})
+
+
+def internal_error() -> APIError:
+    """500: a fault of ours; the details are in the log only."""
+    return APIError(500, "The server had an error while processing your request.", SERVER_ERROR, None, "server_error")
+
+
+def context_overflow(error: ContextOverflow, is_default: bool) -> APIError:
+    """400: prompt and answer do not fit. `is_default`: the client named no length, so the prompt alone is at fault."""
+    where = error.param
+    limit, prompt, answer = error.max_positions, error.num_prompt_tokens, error.max_tokens
+    start = f"This model's maximum context length is {limit} tokens. However, "
+    if is_default:
+        rest = f"your {where} resulted in {prompt} tokens. Please reduce the length of the {where}."
+    else:
+        rest = (
+            f"you requested {prompt + answer} tokens ({prompt} in the {where}, {answer} in the completion). "
+            f"Please reduce the length of the {where} or completion."
+        )
+    return APIError(400, start + rest, param=where, code="context_length_exceeded")
+
+
+def from_exception(error: Exception) -> APIError:
+    """What a client is told of any exception. Whatever is not known to be meant for clients stays inside."""
+    match error:
+        case APIError():
+            return error
+        case PromptError():
+            return invalid(error.message, error.param)
+        case RequestTooLarge():
+            message = "The request can never fit into this server's cache. Please reduce the length of the prompt."
+            return APIError(400, message, code="context_length_exceeded")
+        case EngineStopped():
+            return APIError(
+                503, "The server is shutting down or restarting. Please retry shortly.", SERVER_ERROR, None,
+                "server_unavailable", {"retry-after": str(RETRY_SECONDS)},
+            )  # fmt: skip
+        case _:
+            return internal_error()

@@ -1,0 +1,78 @@
+"""Reads event generators in tasks of their own: their reader can wait with a limit and take all that is ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from serving.chat.types import ChatEvent
+
+Source = AsyncGenerator[tuple[int, ChatEvent], None]
+
+
+class Feed:
+    """Events of several generators in the order of arrival, source s's choice i as (s * stride + i).
+
+    Holds at most `max_ready` events: past that the sources wait for the reader. Must be closed; closing closes the
+    sources, which is how a generation is cancelled. For one event loop, one reader.
+    """
+
+    def __init__(self, sources: Sequence[Source], stride: int, max_ready: int) -> None:
+        self._ready: list[tuple[int, ChatEvent]] = []
+        self._max_ready = max_ready
+        self._something = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._failure: Exception | None = None
+        self._running = len(sources)
+        self._tasks = [asyncio.create_task(self._read(source, s * stride)) for s, source in enumerate(sources)]
+
+    async def take(self, timeout_seconds: float | None = None) -> list[tuple[int, ChatEvent]] | None:
+        """Everything ready, waiting for the first. None at the end, [] when nothing came in time.
+
+        Raises what a source raised, once the events before it were taken.
+        """
+        if not self._ready and self._failure is None and self._running:
+            self._something.clear()
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await self._something.wait()
+            except TimeoutError:
+                return []
+        if self._ready:
+            events, self._ready = self._ready, []
+            self._room.set()
+            return events
+        if self._failure is not None:
+            raise self._failure
+        return None
+
+    async def take_all(self) -> list[tuple[int, ChatEvent]]:
+        """Every event up to the end."""
+        events: list[tuple[int, ChatEvent]] = []
+        while (some := await self.take()) is not None:
+            events.extend(some)
+        return events
+
+    async def close(self) -> None:
+        """Stop every source and wait until it is closed. May be called twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read(self, source: Source, first_index: int) -> None:
+        try:
+            async with aclosing(source):
+                async for index, event in source:
+                    while len(self._ready) >= self._max_ready:
+                        self._room.clear()
+                        await self._room.wait()
+                    self._ready.append((first_index + index, event))
+                    self._something.set()
+        except Exception as error:
+            # the reader raises it in its own task, where the request's answer is made
+            self._failure = self._failure or error
+        finally:
+            self._running -= 1
+            self._something.set()

@@ -1,0 +1,29 @@
+"""Text of events -> bytes of a server-sent event stream, and JSON text that survives every client's line splitter."""
+
+from __future__ import annotations
+
+import json
+
+HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def to_json(value: object) -> str:
+    """Compact JSON, with the three characters escaped at which httpx and requests would split an event."""
+    text = _encode(value)
+    if "\u2028" in text or "\u2029" in text or "\x85" in text:
+        text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+    return text
+
+
+def event(data: str) -> bytes:
+    """One event. Never with `id:` or `retry:` lines: the openai SDK takes those for events without data."""
+    return f"data: {data}\n\n".encode()
+
+
+def events(data: list[str]) -> bytes:
+    """Several events as one piece, so that they cost one send."""
+    return "".join([f"data: {item}\n\n" for item in data]).encode()

@@ -1,0 +1,91 @@
+"""One answer as a server-sent event stream, sent as it comes. Knows neither chat nor tokens: chunks are text here."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.api import sse
+from serving.api.chunks import IndexedEvent
+from serving.api.disconnect import ClientLeft, unless_disconnected
+from serving.api.errors import envelope, from_exception
+from serving.api.feed import Feed
+from serving.chat.types import ChatEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Chunks(Protocol):
+    """Folds events into the JSON text of chunks."""
+
+    def push(self, index: int, event: ChatEvent) -> list[str]: ...
+
+    def end(self) -> list[str]: ...
+
+
+async def collect(feed: Feed, request: Request) -> list[IndexedEvent]:
+    """Every event of the answer. Closes the feed; raises ClientLeft as soon as nobody waits for the answer."""
+    try:
+        return await unless_disconnected(request.receive, feed.take_all())
+    finally:
+        await feed.close()
+
+
+async def begin_stream(feed: Feed, chunks: Chunks, request: Request, ping_seconds: float) -> Response:
+    """The response, once its first event is there: what fails before is an HTTP error and not an event."""
+    try:
+        first = await unless_disconnected(request.receive, feed.take())
+    except BaseException:
+        await feed.close()
+        raise
+    return EventStream(feed, first, chunks, ping_seconds)
+
+
+class EventStream(Response):
+    """Sends the events of a feed until it ends, fails, or the client leaves; then closes the feed."""
+
+    def __init__(self, feed: Feed, first: list[IndexedEvent] | None, chunks: Chunks, ping_seconds: float) -> None:
+        super().__init__(headers=sse.HEADERS)
+        del self.headers["content-length"]
+        self._feed = feed
+        self._first = first
+        self._chunks = chunks
+        self._ping_seconds = ping_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope.get("state", {}).get("request_id", "")
+        try:
+            await unless_disconnected(receive, self._send(send, request_id))
+        except (ClientLeft, OSError):
+            logger.info("request %s: the client left in the middle of the answer", request_id)
+        finally:
+            await self._feed.close()
+
+    async def _send(self, send: Send, request_id: str) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        events = self._first
+        try:
+            while events is not None:
+                data = [chunk for index, event in events for chunk in self._chunks.push(index, event)]
+                if data:
+                    await _send_part(send, sse.events(data))
+                elif not events:
+                    await _send_part(send, sse.PING)
+                events = await self._feed.take(self._ping_seconds)
+            last = sse.events(self._chunks.end()) + sse.DONE
+        except OSError:
+            raise
+        except Exception as error:
+            # the status line is gone: the failure has to travel in the stream, which then ends without [DONE]
+            failure = from_exception(error)
+            logger.error("request %s failed in its stream with %s", request_id, failure, exc_info=error)
+            last = sse.event(envelope(failure))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
