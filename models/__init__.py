@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from models import chatglm2, chatglm3, codegeex2
+from models import chatglm, chatglm2, chatglm3, codegeex2
 from models.family import Family
 
 FAMILIES: dict[str, Family] = {
+    "chatglm": chatglm.FAMILY,
     "chatglm2": chatglm2.FAMILY,
     "chatglm3": chatglm3.FAMILY,
     "codegeex2": codegeex2.FAMILY,
