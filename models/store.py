@@ -9,15 +9,11 @@ bentoml is imported inside the functions: it is slow, and `--help` should not wa
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import os
-import secrets
-import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -25,14 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from models import FAMILIES
 from models.family import Family, ImportRefused, Progress
 from models.progress import ProgressPrinter, no_progress, readable_bytes
+from models.staging import move_folder, staging_folder
 
 if TYPE_CHECKING:
     from bentoml import Model, Tag
 
 DEMO_NAME = "chatglm2-demo"
 CONVERSION = "1"  # raise it when what an import writes changes, so that the demo is imported anew
-STAGING = "imports"  # beside the store's `models`, so that a finished import moves in by one rename
-LOCK = "lock"
 
 
 class StoreError(Exception):
@@ -66,7 +61,8 @@ def import_model(
         raise ImportRefused(f"{source} is not a folder")
     source = source.resolve()
     tag = _new_tag(name or source.name)
-    with _staging(_store_dir().parent / STAGING) as staging:
+    # beside the store's own folder: what is finished moves in by one rename
+    with staging_folder(_store_dir().parent) as staging:
         converted = staging / "converted"
         converted.mkdir()
         metadata = plug.import_checkpoint(source, converted, options, progress)
@@ -182,39 +178,6 @@ def _exists(tag: str) -> bool:
     return (_store_dir() / tag.replace(":", "/")).is_dir()
 
 
-@contextmanager
-def _staging(root: Path) -> Iterator[Path]:
-    """A working folder on the store's file system, removed at the end whatever happens.
-
-    A lock that dies with the process tells the next import which folders nobody works in any more.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
-        folder = root / secrets.token_hex(8)
-        folder.mkdir()
-    except OSError as error:
-        raise StoreError(f"the model store in {root.parent} cannot be written ({error.strerror})") from None
-    try:
-        with (folder / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(root: Path) -> None:
-    for folder in root.iterdir():
-        try:
-            with (folder / LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue  # somebody is importing right now
-        except FileNotFoundError:
-            continue  # just begun, or just removed
-
-
 def _register(tag: Tag, metadata: Mapping[str, Any], converted: Path, store: Path) -> Path:
     """Let BentoML describe the model in a store of its own, then move the weights in: nothing is copied.
 
@@ -241,19 +204,15 @@ def _register(tag: Tag, metadata: Mapping[str, Any], converted: Path, store: Pat
 
 
 def _move_in(folder: Path, tag: Tag) -> None:
-    """One rename, so that the store has the whole model or none of it."""
+    """Into the store at once, so that it has the whole model or none of it; the newest import is the latest."""
     assert tag.version is not None
     home = _store_dir() / tag.name
     home.mkdir(parents=True, exist_ok=True)
     try:
-        folder.rename(home / tag.version)
+        move_folder(folder, home / tag.version)
     except FileExistsError:
         raise _already_stored(tag) from None
-    except OSError as error:
-        if (home / tag.version).is_dir():  # a directory that is not empty: its error number differs by system
-            raise _already_stored(tag) from None
-        raise StoreError(f"the model could not be moved into {home} ({error.strerror})") from None
-    latest = folder.parent / "latest.new"
+    latest = home / f"latest.{tag.version}"
     latest.write_text(tag.version)
     latest.rename(home / "latest")
 
