@@ -1,0 +1,101 @@
+"""Which device, which precision, how many threads, how much cache. Knows hardware, not models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from serving.engine.attention import KVMemory
+from serving.engine.types import NetworkShape
+
+GIB = 2**30
+SMALL_MODEL_BYTES = GIB // 4  # below this, full precision costs nothing
+CPU_CACHE_SHARE = 0.25  # of the memory that is free after loading; the rest stays for activations and others
+CPU_CACHE_LIMIT = 8 * GIB
+GPU_CACHE_SHARE = 0.85
+
+
+def choose_device(setting: str) -> torch.device:
+    """`auto` takes the fastest there is. Raises ValueError with one clear line if the wanted device is missing."""
+    if setting == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise ValueError(f"{setting!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no CUDA device {device.index or 0} here ({torch.cuda.device_count()} found)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("there is no MPS device here")
+    return device
+
+
+def choose_dtype(setting: str, device: torch.device, num_parameters: int) -> torch.dtype:
+    """`auto`: half precision on accelerators; on a CPU full precision unless the machine computes in bfloat16 or full
+    precision would not fit."""
+    if setting != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    if num_parameters * 4 <= SMALL_MODEL_BYTES:
+        return torch.float32
+    if has_fast_bfloat16() or num_parameters * 4 > 0.6 * free_memory(device):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def num_usable_cores() -> int:
+    """Cores this process may use: its CPU affinity, cut by the container's CPU limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.is_file():
+        quota, _, period = limit.read_text().strip().partition(" ")
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period or 100_000)))
+    return cores
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _meminfo_available()
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return 8 * GIB
+
+
+def cache_tokens(shape: NetworkShape, device: torch.device, dtype: torch.dtype, gib: float, max_sequences: int) -> int:
+    """Tokens the KV cache will hold. `gib` 0 takes a share of what is free now, after the weights were loaded; never
+    more than max_sequences full contexts, and room for one full context only if the budget has it."""
+    per_token = KVMemory.bytes_per_token(shape, dtype)
+    budget = int(gib * GIB)
+    if not budget:
+        share = GPU_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
+        budget = int(free_memory(device) * share)
+        if device.type != "cuda":
+            budget = min(budget, CPU_CACHE_LIMIT)
+    return min(budget // per_token, max_sequences * shape.max_positions)

@@ -1,0 +1,90 @@
+"""Brings a stored model up: device, precision, weights, cache, engine. Knows no family; it is handed the loader."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from serving.chat.pipeline import ServedModel
+from serving.chat.types import ChatFormat
+from serving.engine.attention import KVMemory
+from serving.engine.device import GIB, cache_tokens, choose_device, choose_dtype, num_usable_cores
+from serving.engine.engine import Engine
+from serving.engine.types import CausalLM, EngineLimits
+from serving.settings import Settings
+
+PROGRESS_SECONDS = 5.0
+
+
+class Loaded(Protocol):
+    """What a family's loader returns."""
+
+    @property
+    def network(self) -> CausalLM: ...
+    @property
+    def chat_format(self) -> ChatFormat: ...
+
+
+Loader = Callable[
+    [Path, Mapping[str, Any], torch.device, torch.dtype, Callable[[int, int, str], None]],
+    Loaded,
+]
+
+
+def start_model(
+    load: Loader, folder: Path, metadata: Mapping[str, Any], settings: Settings, logger: logging.Logger
+) -> ServedModel:
+    """Load the weights and start the engine; logs the facts of the running model in one line."""
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or num_usable_cores())
+    dtype = choose_dtype(settings.dtype, device, int(metadata["parameters"]))
+    loaded = load(folder, metadata, device, dtype, _Progress(logger))
+    shape = loaded.network.shape
+    kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
+    context_length = min(shape.max_positions, kv_tokens)
+    engine = Engine(
+        loaded.network,
+        EngineLimits(
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences + 1),
+            kv_tokens=kv_tokens,
+        ),
+    )
+    engine.start()
+    logger.info(
+        "%s: %s parameters in %s on %s (%d threads); %d layers, vocabulary %d, context %d tokens, "
+        "cache %d tokens (%.2f GiB); loaded in %.1f s",
+        metadata["family"],
+        f"{int(metadata['parameters']):,}",
+        str(dtype).removeprefix("torch."),
+        device if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
+        torch.get_num_threads(),
+        shape.num_layers,
+        shape.num_tokens,
+        context_length,
+        kv_tokens,
+        kv_tokens * KVMemory.bytes_per_token(shape, dtype) / GIB,
+        time.monotonic() - started,
+    )
+    return ServedModel(engine, loaded.chat_format, context_length)
+
+
+class _Progress:
+    """Says in the log how far loading is, every few seconds."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._last = time.monotonic()
+
+    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            self._logger.info("%s: %.1f of %.1f GiB", what, done_bytes / GIB, total_bytes / GIB)

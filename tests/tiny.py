@@ -1,0 +1,98 @@
+"""Tiny random networks in ChatGLM2's shape, and what transformers' own `generate` says about them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from transformers import GlmConfig, GlmForCausalLM
+
+from models.native import NativeDecoder
+from serving.engine.engine import Engine
+from serving.engine.types import EngineLimits, SamplingParams, Step
+
+VOCABULARY = 300
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """The same weights twice: behind the engine's socket, and as transformers made them."""
+
+    network: NativeDecoder
+    oracle: GlmForCausalLM
+
+    def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """What `model.generate` says, end tokens ignored."""
+        with torch.inference_mode():
+            out = self.oracle.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        answer: list[int] = out[0, len(prompt) :].tolist()
+        return answer
+
+
+def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layers: int = 2) -> TinyModel:
+    torch.manual_seed(seed)
+    config = GlmConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    models = []
+    for _ in range(2):
+        torch.manual_seed(seed)
+        model = GlmForCausalLM(deepcopy(config)).eval()  # each changes its own attention
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.mul_(8)  # far apart logits: greedy choices that rounding cannot turn
+        models.append(model)
+    models[1].set_attn_implementation("sdpa")
+    return TinyModel(NativeDecoder(models[0], VOCABULARY, 2048), models[1])
+
+
+@contextmanager
+def running(network: NativeDecoder, limits: EngineLimits) -> Iterator[Engine]:
+    engine = Engine(network, limits)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+async def generate(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> list[Step]:
+    async with engine.generate(prompt, [sampling]) as steps:
+        return [step async for _, step in steps]
+
+
+async def tokens(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+    return [step.token_id for step in await generate(engine, prompt, sampling)]
+
+
+async def settled(engine: Engine, seconds: float = 10.0) -> None:
+    """Wait until nothing runs and nothing waits; fail if that does not happen."""
+    async with asyncio.timeout(seconds):
+        while engine.stats().num_running or engine.stats().num_waiting:
+            await asyncio.sleep(0.005)
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)

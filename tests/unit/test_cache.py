@@ -1,0 +1,107 @@
+"""The token space never loses, doubles or overlaps a place; the prefix index never lies."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.engine.cache import BLOCK, GRANULE, PrefixIndex, TokenSpace, round_up
+from serving.engine.sequence import Extent, Sequence
+from serving.engine.types import PromptLayout, SamplingParams
+
+SIZE = 20 * GRANULE
+
+
+def sequence(token_ids: list[int], num_computed: int | None = None, layout: PromptLayout | None = None) -> Sequence:
+    made = Sequence(token_ids, SamplingParams(max_tokens=8), layout=layout or PromptLayout())
+    made.num_computed = len(token_ids) if num_computed is None else num_computed
+    return made
+
+
+def check_disjoint(extents: list[Extent]) -> None:
+    ordered = sorted(extents, key=lambda extent: extent.start)
+    ends = [0, *(extent.start + extent.capacity for extent in ordered)]
+    assert all(extent.start >= end for extent, end in zip(ordered, ends, strict=False))
+    assert ends[-1] <= SIZE
+
+
+@given(st.lists(st.tuples(st.sampled_from(["allocate", "grow", "shrink", "free", "rearrange"]), st.integers(1, 300))))
+def test_extents_stay_disjoint_and_their_content_survives_every_move(steps: list[tuple[str, int]]) -> None:
+    space = TokenSpace(SIZE)
+    places: list[int | None] = [None] * SIZE  # whose token lies where: what the device memory would hold
+    live: list[tuple[int, Extent]] = []
+    for number, (action, amount) in enumerate(steps):
+        chosen = live[amount % len(live)] if live else None
+        if action == "allocate":
+            extent = space.allocate(amount)
+            assert (extent is not None) or all(gap[2] < round_up(amount) for gap in space._gaps())
+            if extent is not None:
+                live.append((number, extent))
+        elif chosen is None:
+            continue
+        elif action == "grow":
+            if space.grow(chosen[1], amount):
+                assert chosen[1].capacity >= amount
+        elif action == "shrink":
+            space.shrink(chosen[1], amount)
+        elif action == "free":
+            space.free(chosen[1])
+            live.remove(chosen)
+        else:
+            wanted = min(round_up(amount), space.num_free)
+            for move in space.rearrange([extent for _, extent in live[::2]], chosen[1], wanted):
+                places[move.target : move.target + move.length] = places[move.source : move.source + move.length]
+            assert space.grow(chosen[1], chosen[1].capacity + wanted // GRANULE * GRANULE)
+        check_disjoint([extent for _, extent in live])
+        assert space.num_used + space.num_free == space.size == SIZE
+        if action == "rearrange":
+            for owner, extent in live:
+                held = places[extent.start : extent.start + extent.capacity]
+                assert {place for place in held if place is not None} <= {owner} or extent is chosen[1]
+        for owner, extent in live:
+            places[extent.start : extent.start + extent.capacity] = [owner] * extent.capacity
+
+
+def test_the_longest_computed_beginning_is_found_and_compared_token_by_token() -> None:
+    index = PrefixIndex()
+    shared = list(range(100))
+    index.add(sequence([*shared[:50], 7, 7, 7]))
+    longest = sequence([*shared[:90], 9, 9])
+    index.add(longest)
+    match = index.find(sequence([*shared, 5, 5]))
+    assert match is not None
+    assert (match.owner, match.length) == (longest, 90)
+
+
+def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
+    index = PrefixIndex()
+    index.add(sequence(list(range(64))))
+    match = index.find(sequence(list(range(64))))
+    assert match is not None
+    assert match.length == 63
+
+
+def test_what_is_not_computed_yet_is_not_ready() -> None:
+    index = PrefixIndex()
+    index.add(sequence(list(range(80)), num_computed=20))
+    match = index.find(sequence([*range(80), 1]))
+    assert match is not None
+    assert (match.length, match.num_ready) == (80, 20)
+
+
+def test_a_two_way_prompt_matches_only_the_same_prompt() -> None:
+    index = PrefixIndex()
+    index.add(sequence(list(range(64)), layout=PromptLayout(num_two_way=40)))
+    same = index.find(sequence([*range(64), 1], layout=PromptLayout(num_two_way=40)))
+    assert same is not None
+    assert same.length == 64
+    assert index.find(sequence([*range(64), 1], layout=PromptLayout(num_two_way=50))) is None
+    assert index.find(sequence([*range(30), *range(90, 120)], layout=PromptLayout(num_two_way=40))) is None
+
+
+def test_a_removed_sequence_is_not_found() -> None:
+    index = PrefixIndex()
+    owner = sequence(list(range(3 * BLOCK)))
+    index.add(owner)
+    index.remove(owner)
+    assert index.find(sequence(list(range(4 * BLOCK)))) is None
