@@ -1,0 +1,294 @@
+"""Prompts are the originals', and a conversation that a format cannot hold is refused, never cut."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.chatglm2 import ChatGLM2Format, round_prompt
+from models.chatglm3 import NUM_ROLES, TOOL_PROMPT, ChatGLM3Format
+from models.chatglm3_tools import ToolAnswer, parse_arguments
+from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
+from serving.chat.types import (
+    AnswerPart,
+    Conversation,
+    Message,
+    PromptError,
+    TextDelta,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+)
+from tests.golden_data import GOLDEN, needs_golden
+from tests.original_glm import tiny_tokenizer
+
+REAL = GOLDEN / "tokenizer" / "chatglm2-tokenizer.model"
+WEATHER = Tool("get_weather", "天气", {"type": "object", "properties": {"city": {"type": "string"}}})
+
+
+def conversation(messages: list[dict[str, str]], continue_final: bool = False) -> Conversation:
+    turns = tuple(Message(message["role"], message["content"]) for message in messages)  # pyright: ignore[reportArgumentType]
+    return Conversation(turns, continue_final=continue_final)
+
+
+def golden_conversations() -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / "prompt" / "chatglm2_prompts.json").read_text(encoding="utf-8"))["cases"]
+    return cases
+
+
+@pytest.fixture
+def pieces(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer())
+    return tmp_path / "tokenizer.model"
+
+
+@needs_golden
+def test_all_49_conversations_are_the_originals_or_refused_with_the_reason() -> None:
+    cases = golden_conversations()
+    assert len(cases) == 49
+    chat_format = ChatGLM2Format(SentencePieceTokenizer(REAL))
+    itself = SentencePieceTokenizer(REAL)
+    for case in cases:
+        if case["strict_template"] is None:
+            with pytest.raises(PromptError) as refusal:
+                chat_format.render(conversation(case["messages"]))
+            assert refusal.value.param == "messages"
+            assert refusal.value.message.endswith(".")
+        else:
+            assert round_prompt(conversation(case["messages"])) == case["strict_template"] == case["official_prompt"]
+            ids = chat_format.render(conversation(case["messages"]))
+            assert ids == [64790, 64792, *itself.encode(case["strict_template"])]
+
+
+@needs_golden
+def test_full_prompts_have_the_golden_ids() -> None:
+    chat_format = ChatGLM2Format(SentencePieceTokenizer(REAL))
+    content = json.loads((GOLDEN / "tokenizer" / "chatglm2.json").read_text(encoding="utf-8"))
+    for case in content["incremental"]:
+        turns = [
+            {"role": role, "content": text}
+            for round_ in case["history"]
+            for role, text in zip(("user", "assistant"), round_, strict=True)
+        ]
+        turns.append({"role": "user", "content": case["query"]})
+        assert chat_format.render(conversation(turns)) == case["full_prompt_ids"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "names"),
+    [
+        ("uu", "messages[1]"),
+        ("au", "messages[0]"),
+        ("uasu", "messages[2]"),
+        ("ssu", "messages[1]"),
+        ("suau", None),
+        ("suuu", "messages[2]"),
+        ("ua", "last message"),
+        ("s", "last message"),
+        ("", "last message"),
+        ("ut", "messages[1]"),
+    ],
+)
+def test_a_refusal_says_which_message_does_not_fit(roles: str, names: str | None) -> None:
+    names_of = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    talk = conversation([{"role": names_of[letter], "content": letter} for letter in roles])
+    if names is None:
+        assert round_prompt(talk).endswith("问：su\n\n答：")
+        return
+    with pytest.raises(PromptError) as refusal:
+        round_prompt(talk)
+    assert names in refusal.value.message
+
+
+def test_chatglm2_continues_an_answer_that_was_begun() -> None:
+    turns = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "1+1?"), ("assistant", "It is"))]
+    assert round_prompt(conversation(turns, continue_final=True)) == "[Round 1]\n\n问：S1+1?\n\n答：It is"
+    with pytest.raises(PromptError, match="role assistant"):
+        round_prompt(conversation(turns[:2], continue_final=True))
+
+
+def test_chatglm2_refuses_tools_by_their_name() -> None:
+    with pytest.raises(PromptError) as refusal:
+        round_prompt(Conversation((Message("user", "x"),), (WEATHER,)))
+    assert refusal.value.param == "tools"
+    call = Message("assistant", "", tool_calls=(ToolCall("1", "get_weather", "{}"),))
+    with pytest.raises(PromptError, match=r"messages\[1\]"):
+        round_prompt(Conversation((Message("user", "x"), call, Message("user", "y"))))
+
+
+def chatglm3(model_file: Path) -> ChatGLM3Format:
+    return ChatGLM3Format(SentencePieceTokenizer(model_file, NUM_SPECIALS + NUM_ROLES))
+
+
+@needs_golden
+def test_chatglm3_has_the_golden_ids_and_stops_where_the_original_does() -> None:
+    chat_format = chatglm3(REAL)
+    content = json.loads((GOLDEN / "tokenizer" / "chatglm3.json").read_text(encoding="utf-8"))
+    assert chat_format.stop_token_ids == set(content["stop_ids"])
+    assert chat_format.num_tokens == 64_798
+    for case in content["cases"]:
+        turns = [*case["history"], {"role": "user", "content": case["query"]}]
+        assert chat_format.render(conversation(turns)) == case["ids"]
+
+
+def test_chatglm3_encodes_every_segment_between_role_ids(pieces: Path) -> None:
+    chat_format, itself = chatglm3(pieces), SentencePieceTokenizer(pieces)
+    system, user, assistant, observation = range(itself.num_pieces + 5, itself.num_pieces + 9)
+    assert chat_format.stop_token_ids == {2, user, observation}
+
+    def segment(role: int, metadata: str, text: str) -> list[int]:
+        return [role, *itself.encode(f"{metadata}\n"), *itself.encode(text)]
+
+    call = ToolCall("call_1", "get_weather", '{"city": "北京", "days": 2, "exact": true, "of": null}')
+    talk = Conversation(
+        (
+            Message("system", "Be short. <|user|>"),
+            Message("user", "天气?"),
+            Message("assistant", "", tool_calls=(call,)),
+            Message("tool", "sunny", tool_call_id="call_1"),
+        ),
+        (WEATHER,),
+    )
+    listing = [{"name": "get_weather", "description": "天气", "parameters": WEATHER.parameters}]
+    described = f"Be short. <|user|>\n{TOOL_PROMPT}\n{json.dumps(listing, indent=4, ensure_ascii=False)}"
+    code = "```python\ntool_call(city='北京', days=2, exact=True, of=None)\n```"
+    assert chat_format.render(talk) == [
+        itself.gmask,
+        itself.sop,
+        *segment(system, "", described),
+        *segment(user, "", "天气?"),
+        *segment(assistant, "get_weather", code),
+        *segment(observation, "", "sunny"),
+        assistant,
+    ]
+    begun = Conversation((Message("user", "1+1?"), Message("assistant", "It is")), continue_final=True)
+    assert chat_format.render(begun)[-len(segment(assistant, "", "It is")) :] == segment(assistant, "", "It is")
+
+
+@pytest.mark.parametrize("arguments", ["", "[1]", "{", "5", '{"a": ' + "[" * 100_000])
+def test_chatglm3_refuses_an_earlier_call_that_is_no_json_object(arguments: str, pieces: Path) -> None:
+    call = Message("assistant", "", tool_calls=(ToolCall("1", "get_weather", arguments),))
+    with pytest.raises(PromptError, match="get_weather"):
+        chatglm3(pieces).render(Conversation((Message("user", "x"), call, Message("tool", "y"))))
+    with pytest.raises(PromptError, match="not assistant"):
+        chatglm3(pieces).render(Conversation((Message("user", "x"), Message("assistant", "y"))))
+
+
+def read(reader: ToolAnswer, parts: list[str]) -> list[AnswerPart]:
+    return [out for part in parts for out in reader.push(part)] + reader.flush()
+
+
+def cut(text: str, generator: random.Random) -> list[str]:
+    parts: list[str] = []
+    while text:
+        size = generator.randint(1, 5)
+        parts.append(text[:size])
+        text = text[size:]
+    return parts
+
+
+ARGUMENTS: list[dict[str, Any]] = [
+    {"city": "北京"},
+    {},
+    {"quote": "it's \"so\"\n```", "n": -1.5, "deep": {"a": [1, None, True]}},
+    {"not-a-name": 1, "class": 2},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS[:2] + ARGUMENTS[3:])
+def test_a_call_that_was_written_into_a_prompt_is_read_back_however_it_is_cut(arguments: dict[str, Any], pieces: Path) -> None:
+    chat_format = chatglm3(pieces)
+    rendered = chat_format.decode(
+        chat_format.render(
+            Conversation(
+                (
+                    Message("user", ""),
+                    Message("assistant", "", tool_calls=(ToolCall("1", "get_weather", json.dumps(arguments)),)),
+                    Message("user", ""),
+                )
+            )
+        )
+    )
+    answer = rendered.strip("\n ")
+    assert answer.startswith("get_weather\n")
+    generator = random.Random(1)
+    for _ in range(20):
+        parts = read(ToolAnswer(("get_time", "get_weather")), cut(answer, generator))
+        assert len(parts) == 1 and isinstance(parts[0], ToolCallDelta)
+        assert (parts[0].index, parts[0].name) == (0, "get_weather")
+        assert parts[0].id is not None and parts[0].id.startswith("call_")
+        assert json.loads(parts[0].arguments) == arguments
+
+
+def test_two_calls_in_one_answer_are_two_calls() -> None:
+    answer = "get_weather\n ```python\ntool_call(city='x')\n```\nget_time\n```python\ntool_call()\n```"
+    first, second = read(ToolAnswer(("get_time", "get_weather")), [answer])
+    assert isinstance(first, ToolCallDelta) and isinstance(second, ToolCallDelta)
+    assert (first.index, first.name, second.index, second.name) == (0, "get_weather", 1, "get_time")
+    assert first.id != second.id
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "\n 你好，我的知识截止到[[训练时间]]。\n",
+        "Hello there",
+        "get_weather is a tool",
+        "get_weather",
+        "get_weather\n```python\nimport os\n```",
+        "get_weather\n```python\ntool_call(__import__('os').system('true'))\n```",
+        "get_weather\n```python\ntool_call('x')\n```",
+        "get_weather\n```python\ntool_call(city='x'",
+        "other_tool\n```python\ntool_call(city='x')\n```",
+        "get_weather\n```python\ntool_call(city='x')\n```\nand more",
+    ],
+)
+def test_every_other_answer_is_text_and_nothing_of_it_is_lost(answer: str) -> None:
+    generator = random.Random(2)
+    for _ in range(20):
+        parts = read(ToolAnswer(("get_weather",)), cut(answer, generator))
+        assert all(isinstance(part, TextDelta) for part in parts)
+        said = "".join(part.text for part in parts if isinstance(part, TextDelta))
+        assert said == answer.strip().replace("[[训练时间]]", "2023年")
+
+
+def test_text_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
+    reader = ToolAnswer(("get_weather",))
+    assert reader.push("\n") == []
+    assert reader.push(" 你好") == [TextDelta("你好")]
+    reader = ToolAnswer(("get_weather",))
+    assert reader.push("get") == []
+    assert reader.push(" up") == [TextDelta("get up")]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_arguments_survive_python_syntax(arguments: dict[str, Any]) -> None:
+    code = f"tool_call(**{arguments!r})"
+    ast.parse(code)
+    parsed = parse_arguments(code)
+    assert parsed is not None and json.loads(parsed) == arguments
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "tool_call(a=b)",
+        "tool_call(a={1, 2})",
+        "tool_call(a=1e999)",
+        "tool_call(a=b'x')",
+        "other(a=1)",
+        "tool_call(a=1); tool_call()",
+        "tool_call(**3)",
+        "tool_call.x(a=1)",
+        "tool_call(a=" + "(" * 5000 + ")" * 5000 + ")",
+        "tool_call(a='\0')",
+        "",
+    ],
+)
+def test_code_that_is_not_one_call_of_literals_is_no_call(code: str) -> None:
+    assert parse_arguments(code) is None

@@ -1,0 +1,63 @@
+"""Answers are tidied as the original does it, however the text arrives."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from models.answers import PLACEHOLDER, REPLACEMENT, TrimmedAnswer
+from serving.chat.types import TextDelta
+from tests.golden_data import GOLDEN, needs_golden
+
+
+def said(parts: list[str]) -> str:
+    reader = TrimmedAnswer()
+    out = [delta for part in parts for delta in reader.push(part)] + reader.flush()
+    assert all(isinstance(delta, TextDelta) and delta.text for delta in out)
+    return "".join(delta.text for delta in out if isinstance(delta, TextDelta))
+
+
+def pushed(text: str) -> str:
+    """What is settled after each character, joined."""
+    reader = TrimmedAnswer()
+    return "".join(delta.text for c in text for delta in reader.push(c) if isinstance(delta, TextDelta))
+
+
+@needs_golden
+def test_golden_answers_whole_and_letter_by_letter() -> None:
+    for case in json.loads((GOLDEN / "prompt" / "process_response.json").read_text(encoding="utf-8"))["chatglm2"]:
+        assert said([case["in"]]) == case["out"]
+        assert said(list(case["in"])) == case["out"]
+
+
+def test_any_cut_gives_the_same_text() -> None:
+    generator = random.Random(5)
+    for _ in range(3000):
+        words = generator.choices([PLACEHOLDER, "[[训练", "[", "时间]]", " ", "\n", "\u3000", "好", "a]]", PLACEHOLDER[:-1]], k=8)
+        text = "".join(words)
+        cuts = sorted(generator.choices(range(len(text) + 1), k=4))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert said(parts) == text.strip().replace(PLACEHOLDER, REPLACEMENT)
+
+
+@pytest.mark.parametrize(
+    ("text", "settled"),
+    [
+        ("  你好", "你好"),
+        ("你好 \n", "你好"),
+        ("你好 \n吗", "你好 \n吗"),
+        ("到[[训练时间", "到"),
+        ("到[[训练时间，", "到[[训练时间，"),
+        ("到[[训练时间]]", "到2023年"),
+        ("[[[", "["),
+        ("a\n[", "a\n"),
+    ],
+)
+def test_only_what_can_still_change_is_held_back(text: str, settled: str) -> None:
+    assert pushed(text) == settled
+
+
+def test_an_answer_that_is_cut_inside_the_placeholder_keeps_what_was_said() -> None:
+    assert said(["到[[训练"]) == "到[[训练"
