@@ -159,5 +159,5 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield below, key
             yield from _strings(item, below)
     elif isinstance(value, list):
-        for index, item in enumerate(cast(list[Any], value)):
+        for index, item in enumerate(value):
             yield from _strings(item, f"{path}[{index}]")

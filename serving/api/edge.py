@@ -66,7 +66,7 @@ def _request_id(scope: Scope) -> str:
     """The client's own id if it is harmless in logs and headers, else a fresh one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            given = value.decode("latin-1")
+            given: str = value.decode("latin-1")
             if SANE_REQUEST_ID.fullmatch(given):
                 return given
     return f"req_{uuid.uuid4().hex}"

@@ -70,7 +70,7 @@ class Feed:
                         await self._room.wait()
                     self._ready.append((first_index + index, event))
                     self._something.set()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # the reader raises it in its own task, where the request's answer is made
             self._failure = self._failure or error
         finally:

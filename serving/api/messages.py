@@ -25,7 +25,12 @@ MESSAGE_FIELDS_WITHOUT_EFFECT = {
 }
 
 MEDIA_PARTS = frozenset(
-    "image image_url input_image audio audio_url input_audio video video_url input_video file input_file".split()
+    (
+        *("image", "image_url", "input_image"),
+        *("audio", "audio_url", "input_audio"),
+        *("video", "video_url", "input_video"),
+        *("file", "input_file"),
+    )
 )
 
 

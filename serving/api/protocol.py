@@ -73,9 +73,6 @@ def _without_nulls(cls: type[BaseModel], data: Any) -> Any:
     return {key: value for key, value in body.items() if value is not None or key not in optional}
 
 
-_drop_nulls = model_validator(mode="before")(classmethod(_without_nulls))
-
-
 class StreamOptions(BaseModel):
     """What a stream tells beside the text. `continuous_usage_stats` (vLLM's) puts running counts in every chunk."""
 
@@ -83,7 +80,11 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # accepted without effect: chunks are never padded
-    _nulls = _drop_nulls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _without_nulls(cls, data)
 
 
 class ResponseFormat(BaseModel):
@@ -143,7 +144,10 @@ class ChatRequest(BaseModel):
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
 
-    _nulls = _drop_nulls
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -175,7 +179,7 @@ def _prompt_kind(value: Any) -> str | None:
         return "<string>"
     if not isinstance(value, list):
         return None
-    items = cast(list[Any], value)
+    items: list[Any] = value
     if items and isinstance(items[0], list):
         return "<id lists>"
     if items and isinstance(items[0], int) and not isinstance(items[0], bool):
@@ -229,7 +233,10 @@ class CompletionRequest(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    _nulls = _drop_nulls
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionRequest:
@@ -254,7 +261,11 @@ class TokenizeRequest(BaseModel):
     tools: Annotated[list[ToolDefinition], Field(max_length=128)] = []
     continue_final_message: bool = False
     return_token_strs: bool = False
-    _nulls = _drop_nulls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return _without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:

@@ -17,15 +17,13 @@ from serving.engine.types import TokenLogprob
 class TextAnswer:
     """One choice of a completion, while its events are folded. Raw prompts have no tools, so no calls come."""
 
-    text: list[str] = field(default_factory=list[str])
-    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    deltas: list[TextDelta] = field(default_factory=list[TextDelta])
     finished: Finished | None = None
 
     def push(self, event: ChatEvent) -> None:
         match event:
-            case TextDelta(text, logprobs):
-                self.text.append(text)
-                self.logprobs.extend(logprobs)
+            case TextDelta():
+                self.deltas.append(event)
             case Finished():
                 self.finished = event
             case ToolCallDelta():
@@ -34,33 +32,35 @@ class TextAnswer:
     @property
     def mean_logprob(self) -> float:
         """How likely the model found its own answer, per token; the measure of `best_of`."""
-        if not self.logprobs:
-            return float("-inf")
-        return sum(entry.logprob for entry in self.logprobs) / len(self.logprobs)
+        logprobs = [entry.logprob for delta in self.deltas for entry in delta.logprobs]
+        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
 class LegacyLogprobs:
     """Folds one choice's log-probabilities into the four parallel lists of the legacy shape.
 
-    `text_offset` counts characters of the answer; a token that completes no character stands at the one it begins.
+    `text_offset` counts characters of the answer. Tokens that were read together share out the text that they gave,
+    so a character spelled in several tokens is where the first of them is, and no error outlives one delta.
     """
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset = 0  # where the next delta begins
 
-    def push(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offsets: list[int] = []
-        for entry in logprobs:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._token_bytes(entry.token_id)))
-        return {
-            "tokens": [self._name(entry.token_id) for entry in logprobs],
-            "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
-            "top_logprobs": [self._top(entry) for entry in logprobs],
-            "text_offset": offsets,
-        }
+    def push(self, deltas: Iterable[TextDelta]) -> dict[str, Any]:
+        """The lists for more of the answer."""
+        lists: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for delta in deltas:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            passed = 0
+            for entry in delta.logprobs:
+                lists["tokens"].append(self._name(entry.token_id))
+                lists["token_logprobs"].append(max(entry.logprob, LOWEST_LOGPROB))
+                lists["top_logprobs"].append(self._top(entry))
+                lists["text_offset"].append(self._offset + min(passed, len(delta.text)))
+                passed += len(decoder.decode(self._token_bytes(entry.token_id)))
+            self._offset += len(delta.text)
+        return lists
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         pairs = (*entry.top, (entry.token_id, entry.logprob))
@@ -102,7 +102,11 @@ def to_text_completion(
         if len(ranked) > plan.n:
             ranked = sorted(ranked, key=lambda answer: -answer.mean_logprob)[: plan.n]
         for answer in ranked:
-            choices.append(_choice(len(choices), echo + "".join(answer.text), answer, options, token_bytes))
+            choices.append(
+                _choice(
+                    len(choices), echo + "".join(delta.text for delta in answer.deltas), answer, options, token_bytes
+                )
+            )
     return {
         "id": envelope.id,
         "object": "text_completion",
@@ -117,7 +121,7 @@ def to_text_completion(
 def _choice(
     index: int, text: str, answer: TextAnswer, options: ChunkOptions, token_bytes: TokenBytes
 ) -> dict[str, Any]:
-    logprobs = LegacyLogprobs(token_bytes).push(answer.logprobs) if options.logprobs else None
+    logprobs = LegacyLogprobs(token_bytes).push(answer.deltas) if options.logprobs else None
     reason = None if answer.finished is None else answer.finished.reason
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
@@ -166,9 +170,8 @@ class TextChunks:
         match event:
             case TextDelta(text, logprobs):
                 self._counts[index] = self._counts.get(index, 0) + len(logprobs)
-                shown = logprobs if self._options.logprobs else ()
-                if text or shown:
-                    lists = to_json(self._logprobs[index].push(shown)) if shown else "null"
+                lists = to_json(self._logprobs[index].push([event])) if self._options.logprobs else "null"
+                if text or (logprobs and self._options.logprobs):
                     chunks.append(self._chunk(index, text, lists))
             case Finished(reason, usage):
                 self._counts[index] = usage.completion_tokens

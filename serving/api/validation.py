@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -62,7 +62,7 @@ def path_of(location: tuple[int | str, ...]) -> str:
 
 def _translate(error: ErrorDetails) -> APIError:
     kind, value = error["type"], error["input"]
-    context = cast(dict[str, Any], error.get("ctx", {}))
+    context: dict[str, Any] = error.get("ctx", {})
     param = _shorten(path_of(error["loc"]), 200)
     if kind in OUR_OWN:
         below = context.get("param")

@@ -1,0 +1,175 @@
+"""A tiny random ChatGLM2 on a real engine, and the ways to talk to the application in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import sentencepiece
+import torch
+from openai import AsyncOpenAI
+from starlette.applications import Starlette
+from torch import Tensor
+from transformers import GlmConfig, GlmForCausalLM
+
+from models.chatglm2 import ChatGLM2Format
+from models.chatglm3 import NUM_ROLES, ChatGLM3Format
+from models.native import NativeDecoder
+from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
+from serving.api.app import create_app
+from serving.api.served import ApiLimits, Served
+from serving.chat.pipeline import ServedModel
+from serving.chat.types import ChatFormat
+from serving.engine.engine import Engine
+from serving.engine.types import Attend, CausalLM, EngineLimits, PromptLayout, RaggedBatch
+
+T = TypeVar("T")
+CONTEXT = 256
+USER = [{"role": "user", "content": "你好 hello"}]
+NAME = "chatglm2-6b"
+
+
+@dataclass
+class Meddled:
+    """A network that is really another one, with something done before every forward: waiting, or failing."""
+
+    network: CausalLM
+    before: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.shape, self.device, self.dtype = self.network.shape, self.network.device, self.network.dtype
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        return self.network.layout(prompt_ids)
+
+    def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
+        self.before()
+        return self.network.forward(batch, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.network.logits(hidden)
+
+
+def train_tokenizer(path: Path) -> None:
+    """A SentencePiece model of 400 pieces with ChatGLM2's settings, in a few milliseconds."""
+    texts = ["你好，世界。我是人工智能助理。", "Hello world, how are you today?", "The quick brown fox 0123456789"]
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 30),
+        model_writer=written,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path.write_bytes(written.getvalue())
+
+
+def chat_format(folder: Path, family: str) -> ChatFormat:
+    file = folder / "tokenizer.model"
+    if not file.exists():
+        train_tokenizer(file)
+    if family == "chatglm3":
+        return ChatGLM3Format(SentencePieceTokenizer(file, NUM_SPECIALS + NUM_ROLES))
+    return ChatGLM2Format(SentencePieceTokenizer(file))
+
+
+def random_network(num_tokens: int) -> CausalLM:
+    torch.set_num_threads(1)
+    torch.manual_seed(11)
+    config = GlmConfig(
+        vocab_size=num_tokens,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.4,
+        pad_token_id=0,
+    )
+    return NativeDecoder(GlmForCausalLM(config), num_tokens=num_tokens, max_positions=CONTEXT)
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    family: str = "chatglm2",
+    before: Callable[[], None] | None = None,
+    limits: ApiLimits | None = None,
+) -> Iterator[Starlette]:
+    """The application with a model behind it, for as long as the block lasts."""
+    form = chat_format(folder, family)
+    network = random_network(form.num_tokens)
+    engine = Engine(network if before is None else Meddled(network, before), EngineLimits(kv_tokens=4096))
+    engine.start()
+    served = Served(NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test")
+    served.model = ServedModel(engine, form, CONTEXT)
+    try:
+        yield create_app(served, limits)
+    finally:
+        engine.stop()
+
+
+def sdk(app: Starlette, work: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
+    """Let the openai SDK work against the application, without a socket."""
+
+    async def run() -> T:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport) as http:
+            return await work(AsyncOpenAI(base_url="http://test", api_key="none", http_client=http, max_retries=0))
+
+    return asyncio.run(run())
+
+
+def send(app: Starlette, method: str, path: str, **request: Any) -> httpx2.Response:
+    """One plain HTTP request."""
+
+    async def run() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(run())
+
+
+def post(app: Starlette, path: str, body: dict[str, Any]) -> httpx2.Response:
+    return send(app, "POST", path, json=body)
+
+
+def chunks(response: httpx2.Response) -> list[dict[str, Any]]:
+    """The events of a stream that ended well."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def assert_openai_error(response: httpx2.Response, status: int | None = None) -> dict[str, Any]:
+    """The one envelope with its four keys; returns what is in it."""
+    if status is not None:
+        assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    return error
