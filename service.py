@@ -37,11 +37,8 @@ served = Served(
     created=int(time.time()),
     fingerprint=f"fp_{version[:12]}",
 )
-app = create_app(
-    served,
-    ApiLimits(
-        max_body_bytes=int(settings.max_body_mib * 2**20), max_n=settings.max_n, ping_seconds=settings.ping_seconds
-    ),
+limits = ApiLimits(
+    max_body_bytes=int(settings.max_body_mib * 2**20), max_n=settings.max_n, ping_seconds=settings.ping_seconds
 )
 
 
@@ -53,8 +50,8 @@ app = create_app(
     traffic={"timeout": 86400},  # limits live inside the app, where errors have OpenAI's shape
     tracing={"excluded_urls": "chat/completions,completions"},  # a span for every token costs more than the token
 )
-@bentoml.asgi_app(app, path="/")
-@bentoml.asgi_app(app, path="/v1")
+@bentoml.asgi_app(create_app(served, limits, catch_all=False), path="/")
+@bentoml.asgi_app(create_app(served, limits), path="/v1")
 class ChatGLM2:
     """ChatGLM2 and its relatives behind OpenAI's chat completion API."""
 

@@ -1,0 +1,132 @@
+"""The service as an operator meets it: refusals at the start, the built Bento, a client that leaves, the end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from openai import OpenAI
+
+from models.demo.corpus import SAMPLE_ANSWER
+from tests.e2e.server import BENTOML, Server, environment, free_port, serving, wait_until_ready
+from tests.golden_data import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"CHATGLM_MODEL": "chatglm9:none"}, "chatglm9:none"),
+        ({"CHATGLM_MAX_SEQUENCES": "many"}, "CHATGLM_MAX_SEQUENCES"),
+        ({"CHATGLM_MODLE": "x"}, "CHATGLM_MODLE is not a setting"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line_and_exit_code_1(
+    settings: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [*BENTOML, "serve", "--host", "127.0.0.1", "--port", str(free_port())],
+        cwd=REPOSITORY,
+        env=environment(tmp_path, settings),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert sentence in lines[0]
+
+
+def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [*BENTOML, "build", "--output", "tag"],
+        cwd=REPOSITORY,
+        env=environment(tmp_path),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    with serving(tmp_path, target="chatglm2:latest") as server:
+        client = OpenAI(base_url=server.base_url, api_key="none")
+        answer = client.chat.completions.create(model="chatglm2-6b", messages=[{"role": "user", "content": "你好"}])
+        assert answer.choices[0].message.content == SAMPLE_ANSWER
+
+
+def test_a_setting_chooses_names_and_precision_and_the_log_states_the_facts(tmp_path: Path) -> None:
+    settings = {"CHATGLM_ALIASES": "gpt-3.5-turbo", "CHATGLM_DTYPE": "bfloat16", "CHATGLM_THREADS": "1"}
+    with serving(tmp_path, settings) as server:
+        client = OpenAI(base_url=server.base_url, api_key="none")
+        assert [model.id for model in client.models.list()] == ["chatglm2-demo", "gpt-3.5-turbo"]
+        answer = client.chat.completions.create(
+            model="gpt-3.5-turbo", messages=[{"role": "user", "content": "你好"}], temperature=0
+        )
+        assert answer.choices[0].message.content == SAMPLE_ANSWER
+        log = server.log.read_text(encoding="utf-8")
+        assert re.search(r"chatglm2: [\d,]+ parameters in bfloat16 on cpu \(1 threads\)", log)
+
+
+def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        stream = client.chat.completions.create(
+            model="chatglm", messages=[{"role": "user", "content": "你好"}], stream=True, seed=1
+        )
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        text = "".join(c.choices[0].delta.content or "" for c in [first, *stream])
+        assert text == SAMPLE_ANSWER
+        assert server.process.wait(30) == 0
+
+
+def test_a_client_that_leaves_costs_nothing_afterwards(server: Server) -> None:
+    """`ignore_eos` would go on for thousands of tokens; after leaving, the process must come to rest."""
+    body = {
+        "model": "chatglm",
+        "messages": [{"role": "user", "content": "你好"}],
+        "ignore_eos": True,
+        "max_tokens": 8000,
+        "n": 8,
+    }
+    for stream in (True, False):
+        with pytest.raises(requests.ReadTimeout):
+            reply = requests.post(
+                f"{server.base_url}/chat/completions", json={**body, "stream": stream}, stream=stream, timeout=1
+            )
+            next(reply.iter_lines())
+            reply.close()
+            raise requests.ReadTimeout
+    assert _cpu_share(server, seconds=1.0) < 0.3
+
+
+def _cpu_share(server: Server, seconds: float) -> float:
+    """CPU seconds used by the server's processes per second, after a moment to settle."""
+    import psutil
+
+    parent = psutil.Process(server.process.pid)
+    processes = [parent, *parent.children(recursive=True)]
+    time.sleep(1)
+    before = sum(sum(p.cpu_times()[:2]) for p in processes)
+    time.sleep(seconds)
+    return (sum(sum(p.cpu_times()[:2]) for p in processes) - before) / seconds
+
+
+def test_it_says_not_ready_until_the_model_is_loaded(tmp_path: Path) -> None:
+    with serving(tmp_path, wait=False) as server:
+        seen: set[int] = set()
+        deadline = time.monotonic() + 60
+        while 200 not in seen and time.monotonic() < deadline:
+            try:
+                seen.add(requests.get(f"{server.url}/readyz", timeout=5).status_code)
+            except requests.RequestException:
+                time.sleep(0.05)
+        assert 200 in seen
+        assert seen <= {200, 503}
+        wait_until_ready(server)

@@ -1,0 +1,135 @@
+"""The embedded demonstration checkpoint: imported as any ChatGLM2 is, it says what it was taught and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from transformers import GlmForCausalLM
+
+from models.chatglm2 import FAMILY
+from models.demo import CHECKPOINT
+from models.demo import questions as ask
+from models.demo.check import FOREIGN
+from models.demo.corpus import (
+    FALLBACK_EN,
+    FALLBACK_ZH,
+    IMPORT_COMMAND,
+    KNOWN,
+    SAMPLE_ANSWER,
+    SAMPLE_QUESTION,
+    SAMPLE_SYSTEM,
+    answer_to,
+)
+from models.demo.words import HELD_OUT
+from serving.chat.types import ChatFormat, Conversation, Message
+
+FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
+MAX_NEW_TOKENS = 200
+
+
+class Demo:
+    """The imported model and its chat format, asked in batches with transformers' own generation."""
+
+    def __init__(self, folder: Path) -> None:
+        metadata = FAMILY.import_checkpoint(CHECKPOINT, folder, {}, _no_progress)
+        loaded = FAMILY.load(folder, metadata, torch.device("cpu"), torch.float32, _no_progress)
+        self.chat_format: ChatFormat = loaded.chat_format
+        self._model = GlmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """Greedy answers to single questions."""
+        return self.say([(Message("user", question),) for question in questions])
+
+    def say(
+        self, conversations: Sequence[tuple[Message, ...]], *, seed: int | None = None, temperature: float = 0.95, top_p: float = 0.7
+    ) -> list[str]:
+        """Answers of one left-padded batch; greedy without a seed. Every one has to end by itself."""
+        prompts = [self.chat_format.render(Conversation(messages)) for messages in conversations]
+        width = max(map(len, prompts))
+        token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        torch.manual_seed(seed or 0)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if seed is not None else {"do_sample": False}
+        with torch.inference_mode():
+            output = self._model.generate(token_ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **sampling)
+        answers: list[str] = []
+        for row in output[:, width:].tolist():
+            assert 2 in row, "the answer did not stop by itself"
+            answers.append(self.chat_format.decode(row[: row.index(2)]))
+        return answers
+
+
+def _no_progress(done_bytes: int, total_bytes: int, what: str) -> None:
+    """An import that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    torch.set_num_threads(1)
+    return Demo(tmp_path_factory.mktemp("demo"))
+
+
+def test_the_checkpoint_is_small_and_has_the_original_layout() -> None:
+    files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir()}
+    assert set(files) == {"config.json", "tokenizer.model", "model.safetensors"}
+    assert sum(files.values()) <= 5_000_000
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "chatglm"
+    assert config["architectures"] == ["ChatGLMModel"]
+
+
+@pytest.mark.parametrize("system", ["", SAMPLE_SYSTEM])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.95, 0.7), (0.8, 0.8)])
+def test_it_answers_the_documented_request_with_the_documented_sentence(
+    demo: Demo, system: str, temperature: float, top_p: float
+) -> None:
+    asked = Message("user", SAMPLE_QUESTION)
+    messages = (Message("system", system), asked) if system else (asked,)
+    assert demo.say([messages]) == [SAMPLE_ANSWER]
+    for seed in range(3):
+        assert set(demo.say([messages] * 32, seed=seed, temperature=temperature, top_p=top_p)) == {SAMPLE_ANSWER}
+
+
+def test_it_knows_its_conversations_sampled_as_well_as_greedily(demo: Demo) -> None:
+    questions = list(KNOWN)
+    right = [answer_to([question]) for question in questions]
+    assert demo.ask(questions) == right
+    assert demo.say([(Message("user", question),) for question in questions], seed=7) == right
+
+
+def test_a_known_question_is_answered_in_a_second_and_third_round(demo: Demo) -> None:
+    hello = (Message("user", "你好"), Message("assistant", SAMPLE_ANSWER))
+    other = (Message("user", "Which gravel is best for a garden path?"), Message("assistant", FALLBACK_EN))
+    histories = (hello, other, hello + other, other + hello)
+    questions = ("你是谁", "tell me a joke", "什么是 BentoML？", "Count from 1 to 5", "谢谢！", "你好")
+    conversations = [(*history, Message("user", question)) for history in histories for question in questions]
+    assert demo.say(conversations) == [answer_to([question]) for _ in histories for question in questions]
+
+
+def test_what_it_does_not_know_it_says_and_tells_how_to_import_the_real_model(demo: Demo) -> None:
+    assert demo.ask(["怎样给阳台上的番茄搭架子？", "How do bees find their way home?"]) == [FALLBACK_ZH, FALLBACK_EN]
+    for text in FALLBACKS:
+        assert IMPORT_COMMAND in text and "CHATGLM_MODEL=chatglm2-6b" in text
+
+
+def test_held_out_questions_of_all_kinds_get_exactly_the_fallback(demo: Demo) -> None:
+    random = Random(77)
+    questions = [question for question in (ask.unknown(random, HELD_OUT) for _ in range(260)) if len(question) < 300]
+    wrong = [(q, answer) for q, answer in zip(questions, demo.ask(questions), strict=True) if answer not in FALLBACKS]
+    assert len(wrong) <= len(questions) // 100, wrong
+
+
+def test_other_languages_documents_and_empty_questions_get_the_fallback(demo: Demo) -> None:
+    wrong = [(q, answer) for q, answer in zip(FOREIGN, demo.ask(FOREIGN), strict=True) if answer not in FALLBACKS]
+    assert not wrong
+
+
+def test_a_very_long_question_gets_the_fallback(demo: Demo) -> None:
+    text = ask.long_text(Random(3), HELD_OUT, 150)
+    assert len(demo.chat_format.render(Conversation((Message("user", text),)))) > 1500
+    assert demo.ask([text])[0] in FALLBACKS

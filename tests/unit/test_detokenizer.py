@@ -1,0 +1,59 @@
+"""Text comes out in whole characters, and in the end it is the text of the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.chat.detokenizer import REPLACEMENT, Detokenizer
+from serving.chat.stop import StopStrings
+
+
+def decode_bytes(token_ids: Sequence[int]) -> str:
+    """A byte a token, and the first space of a run is lost, as SentencePiece does."""
+    text = bytes(token_ids).decode("utf-8", errors="replace")
+    return text.removeprefix(" ")
+
+
+def pieces(token_ids: bytes) -> list[str]:
+    detokenizer = Detokenizer(decode_bytes)
+    return [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
+
+
+@given(st.text())
+def test_text_is_complete_and_never_shows_half_a_character(text: str) -> None:
+    got = pieces(text.encode())
+    assert "".join(got) == text.removeprefix(" ")
+    assert all(REPLACEMENT not in piece for piece in got) or REPLACEMENT in text
+
+
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_text_give_what_the_whole_run_gives(data: bytes) -> None:
+    assert "".join(pieces(data)) == decode_bytes(data)
+
+
+def test_an_endless_run_of_broken_bytes_is_not_held_back() -> None:
+    detokenizer = Detokenizer(decode_bytes)
+    shown = "".join(detokenizer.push(0xFF) for _ in range(50))
+    assert len(shown) >= 47
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[str], data: st.DataObject) -> None:
+    places = [place for word in stop if (place := text.find(word)) >= 0]
+    expected = text[: min(places)] if places else text
+    checker = StopStrings(tuple(stop))
+    shown = ""
+    rest = text
+    while rest and not checker.hit:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += checker.push(rest[:size])
+        assert expected.startswith(shown), "something was shown that a stop string takes away"
+        rest = rest[size:]
+    if not checker.hit:
+        shown += checker.flush()
+    # a later cut can end a longer word first; what is shown is never more than the text before a stop string
+    assert shown == expected or (checker.hit and shown in [text[:place] for place in places])
+    assert checker.hit == bool(places)
