@@ -72,7 +72,10 @@ def _translate(error: ErrorDetails) -> APIError:
     if kind == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if kind == "extra_forbidden":
-        nested = len(error["loc"]) > 1
+        *above, name = error["loc"]
+        # the name is the client's own, even if it looks like a tag
+        nested = path_of(tuple(above))
+        param = _shorten(f"{nested}.{name}" if nested else str(name), 200)
         message = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
         return invalid(message, param, "unknown_parameter")
     if kind in EXPECTED:
