@@ -1,4 +1,4 @@
-"""ChatGLM-6B, the first version: its own network (2-D positions, two-way prompt), tokenizer rules and [Round n] prompt."""
+"""ChatGLM-6B, the first version: its own network (2-D positions, two-way prompt), tokenizer and [Round n] prompt."""
 
 from __future__ import annotations
 

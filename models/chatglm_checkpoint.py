@@ -192,7 +192,9 @@ def _check_tensors(
     known = names.keys() | {f"{name}_scale" for name in packed} | copies
     extra = sorted(name for name in found.keys() - known if not name.endswith("rotary_emb.inv_freq"))
     if extra:
-        raise ImportRefused(f"the checkpoint has {len(extra)} tensors that this network does not know, first {extra[0]}")
+        raise ImportRefused(
+            f"the checkpoint has {len(extra)} tensors that this network does not know, first {extra[0]}"
+        )
     return packed
 
 
@@ -228,4 +230,5 @@ def load_network(
         network.load_state_dict(state, strict=False, assign=True)
         done += shard.stat().st_size
         progress(done, total, shard.name)
+    network.device, network.dtype = network.word_embeddings.weight.device, dtype
     return network.eval().requires_grad_(False)

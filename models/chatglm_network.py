@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         query, key = rotate(query.contiguous(), cosine, sine), rotate(key.contiguous(), cosine, sine)
         # The original divides by (layer + 1) here and multiplies again after the product: one plain scale.
         seen = attend(layer, query, key, value.contiguous(), 1.0 / math.sqrt(self.head_dim))
-        return self.dense(seen.reshape(hidden.shape))
+        return cast("Tensor", self.dense(seen.reshape(hidden.shape)))
 
 
 class Block(nn.Module):
@@ -121,7 +122,7 @@ class Block(nn.Module):
         hidden = normed * ALPHA + self.attention(layer, normed, cosine, sine, attend)
         normed = self.post_attention_layernorm(hidden)
         inner = functional.gelu(self.dense_h_to_4h(normed), approximate="tanh")
-        return normed * ALPHA + self.dense_4h_to_h(inner)
+        return cast("Tensor", normed * ALPHA + self.dense_4h_to_h(inner))
 
 
 class ChatGLMNetwork(nn.Module):
@@ -130,6 +131,7 @@ class ChatGLMNetwork(nn.Module):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.device, self.dtype = torch.device("meta"), torch.float32  # until weights are assigned
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -147,14 +149,6 @@ class ChatGLMNetwork(nn.Module):
             max_positions=config.max_positions,
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.word_embeddings.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.word_embeddings.weight.dtype
-
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         """See `prompt_layout`."""
         return prompt_layout(prompt_ids, self.config)
@@ -168,7 +162,7 @@ class ChatGLMNetwork(nn.Module):
         hidden = self.word_embeddings(batch.token_ids)
         for index, layer in enumerate(self.layers):
             hidden = layer(index, hidden, cosine, sine, attend)
-        return self.final_layernorm(hidden)
+        return cast("Tensor", self.final_layernorm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, vocab_size]; the head is the embedding unless the checkpoint says otherwise."""

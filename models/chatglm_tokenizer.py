@@ -38,7 +38,7 @@ class ChatGLMTokenizer:
         return None if piece == self._pieces.unk_id() else self._offset + piece
 
     def encode(self, text: str, param: str = "messages") -> list[int]:
-        """No control token comes out, whatever the text says. Raises PromptError, naming `param`, for a lone surrogate."""
+        """No control token comes out, whatever the text says. Raises PromptError for lone surrogates."""
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise PromptError("The text holds a lone surrogate, which is not a character.", param)
         pieces = self._pieces.encode(_name_white_space(text))
@@ -98,8 +98,8 @@ class ChatGLMTokenizer:
     def _decode_run(self, run: list[int], is_first: bool) -> str:
         """Decode pieces that stand between white space; only the first run of a text loses its leading space."""
         if is_first:
-            return self._pieces.decode(run)
-        return self._pieces.decode([self._newline, *run]).removeprefix(NEWLINE)
+            return str(self._pieces.decode(run))
+        return str(self._pieces.decode([self._newline, *run])).removeprefix(NEWLINE)
 
 
 def _blank(length: int) -> str:

@@ -12,7 +12,7 @@ from serving.engine.types import CausalLM, PromptLayout, RaggedBatch, Span
 
 @dataclass
 class ReferenceAttention:
-    """Keys and values of some sequences, kept in lists. `select` says which sequence each span of a batch belongs to."""
+    """Keys and values of some sequences, kept whole. `select` says which sequence each span of a batch belongs to."""
 
     keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (sequence, layer) -> [tokens, heads, head_dim]
     values: dict[tuple[int, int], Tensor] = field(default_factory=dict)

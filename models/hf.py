@@ -1,0 +1,119 @@
+"""Any Hugging Face decoder that transformers loads by itself, with its own chat template (Llama, Qwen, GLM-4, …)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.family import Family, ImportOption, ImportRefused, LoadedModel, Progress
+from models.hf_answers import OPENING, ExactAnswer, HermesAnswer
+from serving.chat.types import AnswerReader, Conversation, Tool
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.chat_template import ChatTemplate
+    from models.fast_tokenizer import FastTokenizer
+
+TEMPLATE = ImportOption(
+    name="template",
+    help="the prompt of a model without a chat template: vicuna (Vicuna, WizardLM)",
+    choices=("vicuna",),
+)
+
+
+class HFFormat:
+    """Conversation -> ids and back, by the model's own template and tokenizer.
+
+    Answers are given exactly as the model wrote them, but for tool calls in the Hermes syntax, if the template has it.
+    """
+
+    def __init__(
+        self, tokenizer: FastTokenizer, template: ChatTemplate, stop_token_ids: frozenset[int], has_hermes_calls: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._has_hermes_calls = has_hermes_calls
+        self.stop_token_ids = stop_token_ids
+        self.num_tokens = tokenizer.num_tokens
+
+    def render(self, conversation: Conversation) -> list[int]:
+        return self._tokenizer.encode(self._template.render(conversation))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode_plain(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
+        if tools and self._has_hermes_calls:
+            return HermesAnswer(frozenset(tool.name for tool in tools))
+        return ExactAnswer()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+
+def open_format(folder: Path) -> HFFormat:
+    """The chat format of a stored folder. Raises ImportRefused if it does not say where an answer ends."""
+    from models import hf_checkpoint
+    from models.chat_template import ChatTemplate
+    from models.fast_tokenizer import FastTokenizer
+
+    file = folder / hf_checkpoint.TOKENIZER_FILE
+    named = hf_checkpoint.named_tokens(folder)
+    tokenizer = FastTokenizer(file, named.values())
+    for key in ("bos_token", "eos_token"):
+        ids = hf_checkpoint.token_ids(folder, f"{key}_id")
+        name = tokenizer.name_of(ids[0]) if ids and key not in named else None
+        if name is not None:
+            named[key] = name
+    end = tokenizer.id_of(named.get("eos_token", ""))
+    stop = {*hf_checkpoint.token_ids(folder, "eos_token_id"), *(() if end is None else (end,))}
+    if not stop:
+        raise ImportRefused("neither generation_config.json nor config.json nor the tokenizer names an eos token")
+    default, tools = (folder / name for name in (hf_checkpoint.TEMPLATE_FILE, hf_checkpoint.TOOL_TEMPLATE_FILE))
+    source = default.read_text(encoding="utf-8")
+    tool_source = tools.read_text(encoding="utf-8") if tools.is_file() else source
+    template = ChatTemplate(source, named, tokenizer.control_names, tool_source)
+    return HFFormat(tokenizer, template, frozenset(stop), OPENING in tool_source)
+
+
+def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+    from models import hf_checkpoint  # torch and transformers: the command line must answer without them
+    from models.chat_template import VICUNA
+
+    config = hf_checkpoint.read_config(source)
+    length = hf_checkpoint.context_length(config)
+    hf_checkpoint.take_template(source, target, VICUNA if options.get("template") == "vicuna" else None)
+    hf_checkpoint.take_tokenizer(source, target)
+    hf_checkpoint.write_config(source, target)
+    open_format(target)
+    metadata = hf_checkpoint.take_weights(source, target, progress)
+    hf_checkpoint.check_weights(target)
+    return metadata | {"context_length": length}
+
+
+def _load(
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+) -> LoadedModel:
+    from models.native import NativeDecoder, load_native
+
+    chat_format = open_format(folder)
+    network = NativeDecoder(
+        load_native(folder, device, dtype, progress),
+        num_tokens=chat_format.num_tokens,
+        max_positions=int(metadata["context_length"]),
+    )
+    return LoadedModel(network, chat_format)
+
+
+FAMILY = Family(
+    name="hf",
+    title="any Hugging Face decoder with a chat template (Llama, Qwen, Mistral, GLM-4 …), and Vicuna-style models",
+    import_checkpoint=_import_checkpoint,
+    load=_load,
+    options=(TEMPLATE,),
+)
