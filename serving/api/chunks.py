@@ -184,9 +184,15 @@ class ChatChunks:
             "system_fingerprint": envelope.system_fingerprint,
         }
         self._head = to_json(head)[:-1] + ',"choices":['
+        self._is_plain = not options.logprobs and not options.continuous_usage
+        ending = '],"usage":null}' if options.include_usage else "]}"
+        self._plain_tail = '},"logprobs":null,"finish_reason":null}' + ending
 
     def push(self, index: int, event: ChatEvent) -> list[str]:
         """The chunks of one event; an event that shows the client nothing gives none."""
+        if self._is_plain and index < self._introduced and type(event) is TextDelta and event.text:
+            # nearly every chunk there is
+            return [f'{self._head}{{"index":{index},"delta":{{"content":{to_json(event.text)}{self._plain_tail}']
         self._usage.push(index, event)
         if isinstance(event, TextDelta) and not event.text and not (event.logprobs and self._options.logprobs):
             return []

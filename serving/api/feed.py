@@ -35,10 +35,8 @@ class Feed:
         """
         if not self._ready and self._failure is None and self._running:
             self._something.clear()
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    await self._something.wait()
-            except TimeoutError:
+            await self._wait(timeout_seconds)
+            if not self._ready and self._failure is None and self._running:
                 return []
         if self._ready:
             events, self._ready = self._ready, []
@@ -47,6 +45,17 @@ class Feed:
         if self._failure is not None:
             raise self._failure
         return None
+
+    async def _wait(self, timeout_seconds: float | None) -> None:
+        if timeout_seconds is None:
+            await self._something.wait()
+            return
+        # a bare timer: asyncio.timeout() costs as much as the rest of a chunk's way together
+        timer = asyncio.get_running_loop().call_later(timeout_seconds, self._something.set)
+        try:
+            await self._something.wait()
+        finally:
+            timer.cancel()
 
     async def take_all(self) -> list[tuple[int, ChatEvent]]:
         """Every event up to the end."""
