@@ -16,8 +16,8 @@ from bentoml.models import BentoModel
 from models import FAMILIES
 from models.store import StoreError, ensure_demo, resolve
 from serving.api.app import create_app
-from serving.api.served import ApiLimits, Served
 from serving.api.native import ask
+from serving.api.served import ApiLimits, Served
 from serving.settings import Settings, SettingsError
 
 logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that its handler prints it

@@ -19,8 +19,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("chatglm2-demo", description="Tag of the model in the Bento model store, `name` or `name:version`.")
-    aliases: str = Field("chatglm2-6b,chatglm", description="Other names that the model answers to, separated by commas.")
+    model: str = Field(
+        "chatglm2-demo", description="Tag of the model in the Bento model store, `name` or `name:version`."
+    )
+    aliases: str = Field(
+        "chatglm2-6b,chatglm", description="Other names that the model answers to, separated by commas."
+    )
     accept_any_model: bool = Field(False, description="Answer to every model name instead of 404 for unknown ones.")
     device: str = Field("auto", description="`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -1,4 +1,4 @@
-"""Checkpoints in the original layout of ChatGLM2 and an independent reading of them. For tests; knows no product code."""
+"""Checkpoints in ChatGLM2's original layout and an independent reading of them. Knows no product code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,12 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], *, shards: int = 1, suffix: str = "safetensors"
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    shards: int = 1,
+    suffix: str = "safetensors",
 ) -> None:
     """Write config.json and the weights, in `shards` files with an index if there are several, and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,22 @@ def write_checkpoint(
 @functools.cache
 def tiny_tokenizer() -> bytes:
     """A SentencePiece model of 400 pieces with ChatGLM2's settings."""
-    words = ["你好", "世界", "hello", "world", "tool", "call", "system", "sop", "[Round", "问：", "答：", "天气", "def", "people"]
+    words = [
+        "你好",
+        "世界",
+        "hello",
+        "world",
+        "tool",
+        "call",
+        "system",
+        "sop",
+        "[Round",
+        "问：",
+        "答：",
+        "天气",
+        "def",
+        "people",
+    ]
     generator = random.Random(3)
     sentences = [" ".join(generator.choices(words, k=6)) + str(generator.random()) for _ in range(500)]
     out = io.BytesIO()

@@ -41,7 +41,12 @@ class Answer:
     """Reads the steps of one choice. `is_over` becomes true when a stop string was found, too."""
 
     def __init__(
-        self, decoder: Decoder, reader: AnswerReader, stop: tuple[str, ...], num_prompt_tokens: int, ends: frozenset[int]
+        self,
+        decoder: Decoder,
+        reader: AnswerReader,
+        stop: tuple[str, ...],
+        num_prompt_tokens: int,
+        ends: frozenset[int],
     ) -> None:
         """ends: the token ids that end the answer and have no text."""
         self._detokenizer = Detokenizer(decoder.decode)

@@ -82,6 +82,8 @@ class ServedModel:
                 token_ids, tools, param = self.chat_format.encode(text), (), "prompt"
             case TextJob(prompt=tuple(ids)):
                 token_ids, tools, param = self._checked(ids), (), "prompt"
+        if not token_ids:
+            raise PromptError("The prompt must hold at least one token.", param)
         self._check_bias(job.sampling)
         room = self.context_length - len(token_ids)
         max_tokens = job.sampling.max_tokens
@@ -108,16 +110,12 @@ class ServedModel:
 
     def _answer(self, prompt: Prompt) -> Answer:
         reader = self.chat_format.reader(prompt.tools) if prompt.is_chat else PlainReader()
-        return Answer(
-            self.chat_format, reader, prompt.stop, len(prompt.token_ids), ends=prompt.sampling.stop_token_ids
-        )
+        return Answer(self.chat_format, reader, prompt.stop, len(prompt.token_ids), ends=prompt.sampling.stop_token_ids)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
         if unknown is not None:
             raise PromptError(f"This model has no token {unknown}.", "prompt")
-        if not token_ids:
-            raise PromptError("The prompt must hold at least one token.", "prompt")
         return list(token_ids)
 
     def _check_bias(self, sampling: SamplingParams) -> None:

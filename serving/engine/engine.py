@@ -1,6 +1,6 @@
 """The engine's two sides: an async front that any task may call, and one thread that owns the device.
 
-    generate() ──► inbox ──► receive ► schedule ► run ► deliver ──► one wake-up of the event loop a step ──► Generation
+generate() ──► inbox ──► receive ► schedule ► run ► deliver ──► one wake-up of the event loop a step ──► Generation
 """
 
 from __future__ import annotations

@@ -66,18 +66,14 @@ class Sampler:
             chosen[drawn] = draw(rows, [sequences[i] for i in drawn])
         token_ids: list[int] = chosen.tolist()
         logprobs = _logprobs(raw, sequences, chosen)
-        return [
-            Sampled(token_ids[i], logprobs.get(i)) if finite[i] else Sampled(None) for i in range(len(sequences))
-        ]
+        return [Sampled(token_ids[i], logprobs.get(i)) if finite[i] else Sampled(None) for i in range(len(sequences))]
 
     def _adjust(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
         """Penalties, bias and the ban on early stop tokens, for the rows that have any."""
         adjusted = raw
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
-            has_penalty = (
-                sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-            )
+            has_penalty = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
             bans_stop = sequence.num_generated < sampling.min_tokens and sampling.stop_token_ids
             if not (has_penalty or bans_stop or sampling.logit_bias):
                 continue

@@ -57,7 +57,11 @@ def serving(
     command = [*BENTOML, "serve", *([target] if target else []), "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY if target is None else home, env=environment(home, settings), stdout=output, stderr=output
+            command,
+            cwd=REPOSITORY if target is None else home,
+            env=environment(home, settings),
+            stdout=output,
+            stderr=output,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

@@ -14,7 +14,9 @@ from serving.engine.sequence import Sequence
 from serving.engine.types import SamplingParams
 
 
-def sequence(sampling: SamplingParams, seed: int = 0, token_ids: tuple[int, ...] = (1,), answer: tuple[int, ...] = ()) -> Sequence:
+def sequence(
+    sampling: SamplingParams, seed: int = 0, token_ids: tuple[int, ...] = (1,), answer: tuple[int, ...] = ()
+) -> Sequence:
     made = Sequence(list(token_ids), sampling, seed=seed)
     made.token_ids += answer
     return made
@@ -61,7 +63,9 @@ def test_only_what_the_settings_allow_is_drawn(
     allowed = allowed_by_sorting(logits, sampling)
     drawn = set(draw_many(logits, sampling, 200))
     # rounding may move the border of top_p by one token
-    borderline = allowed_by_sorting(logits, SamplingParams(1, temperature, min(1.0, top_p + 1e-6), top_k, min_p=max(0, min_p - 1e-6)))
+    borderline = allowed_by_sorting(
+        logits, SamplingParams(1, temperature, min(1.0, top_p + 1e-6), top_k, min_p=max(0, min_p - 1e-6))
+    )
     assert drawn <= allowed | borderline
 
 
