@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from models import checkpoint
 from models.family import ImportRefused, Progress
+from models.sentencepiece_convert import convert
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -117,6 +118,13 @@ def take_tokenizer(source: Path, target: Path) -> None:
         checkpoint.refuse_pointer(original)
         checkpoint.link_or_copy(original, target / TOKENIZER_FILE)
         return
+    pieces = source / "tokenizer.model"
+    if pieces.is_file():
+        checkpoint.refuse_pointer(pieces)
+        added = source / "added_tokens.json"
+        has_bos = _configured(source, "add_bos_token") is not False
+        convert(pieces, target / TOKENIZER_FILE, checkpoint.read_json(added) if added.is_file() else {}, has_bos)
+        return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, use_fast=True)
         tokenizer.backend_tokenizer.save(str(target / TOKENIZER_FILE))
@@ -124,6 +132,12 @@ def take_tokenizer(source: Path, target: Path) -> None:
         raise ImportRefused(
             f"{source} has no {TOKENIZER_FILE}, and transformers cannot make one: {_first_line(error)}"
         ) from None
+
+
+def _configured(source: Path, key: str) -> Any:
+    """A value of tokenizer_config.json, or None."""
+    file = source / "tokenizer_config.json"
+    return checkpoint.read_json(file).get(key) if file.is_file() else None
 
 
 def named_tokens(folder: Path) -> dict[str, str]:

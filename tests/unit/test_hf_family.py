@@ -3,165 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    GlmConfig,
-    GlmForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import Tokenizer
+from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from models.family import ImportRefused, LoadedModel
 from models.hf import FAMILY, HFFormat
 from models.hf_answers import HermesAnswer
+from models.sentencepiece_convert import convert
 from serving.chat.types import Conversation, Message, PromptError, TextDelta, Tool, ToolCall, ToolCallDelta
+from tests.hf_folders import LINES, llama, write_folder, write_llama_style_pieces
 from tests.reference_attention import ReferenceAttention, forward, greedy
 
 torch.set_num_threads(1)
 
-CHATML = (
-    "{% if tools %}<|im_start|>system\n# Tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
-    "Answer with <tool_call>{...}</tool_call><|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
-    "{% for call in m.tool_calls or [] %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+VICUNA_OPENING = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-LLAMA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ raise_exception('No system messages.') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-GLM = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
-LINES = [
-    "Hello there, how are you? I'm fine.",
-    "def f(x):\n    return x ** 2",
-    "你好，世界！很高兴。",
-    "naïve café 🙂",
-] * 5
 
 
 def silent(done_bytes: int, total_bytes: int, what: str) -> None:
     """Nobody watches."""
-
-
-def byte_level_tokenizer(special: list[str], markup: list[str]) -> Tokenizer:
-    """As Qwen, Llama 3 and GLM-4 have it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(LINES, trainer)
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in markup])
-    return tokenizer
-
-
-def piece_tokenizer() -> Tokenizer:
-    """As Llama 1 and 2 have it: ▁ for spaces, bytes for what the vocabulary lacks, a space in front of every text."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(LINES, trainer)
-    trained = json.loads(tokenizer.to_str())
-    trained["added_tokens"] = [token for token in trained["added_tokens"] if token["id"] < 3]
-    tokenizer = Tokenizer.from_str(json.dumps(trained))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None, **named: str) -> PreTrainedTokenizerFast:
-    """Save it beside the model; return what transformers makes of it."""
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
-    wrapped.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def llama(vocab_size: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def qwen3(vocab_size: int) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=0,
-        )
-    )
-
-
-def glm(vocab_size: int) -> GlmForCausalLM:
-    return GlmForCausalLM(
-        GlmConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-            eos_token_id=[2, 3],
-            pad_token_id=0,
-        )
-    )
-
-
-def write_folder(folder: Path, kind: str) -> PreTrainedTokenizerFast:
-    """A tiny random model as its publisher would ship it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(5)
-    if kind == "llama":
-        tokenizer, template, named, build = piece_tokenizer(), LLAMA, {"bos_token": "<s>", "eos_token": "</s>"}, llama
-    elif kind == "qwen3":
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        tokenizer = byte_level_tokenizer(special, ["<tool_call>", "</tool_call>"])
-        template, named, build = CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, qwen3
-    else:
-        tokenizer = byte_level_tokenizer(["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|endoftext|>"], [])
-        template, named, build = GLM, {"eos_token": "<|endoftext|>"}, glm
-    build_any: Callable[[int], Any] = build
-    model = build_any(tokenizer.get_vocab_size())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    return write_tokenizer(folder, tokenizer, template, **named)
 
 
 KINDS = ["llama", "qwen3", "glm"]
@@ -349,12 +217,8 @@ def test_a_vicuna_prompt_is_fastchats(tmp_path: Path) -> None:
         FAMILY.import_checkpoint(source, stored, {}, silent)
     metadata = FAMILY.import_checkpoint(source, stored, {"template": "vicuna"}, silent)
     chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), torch.float32, silent).chat_format
-    opening = (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    written = f"<s>{opening}USER: Hi ASSISTANT: Hello!</s>USER: And? ASSISTANT:"
+    written = f"<s>{VICUNA_OPENING}USER: Hi ASSISTANT: Hello!</s>USER: And? ASSISTANT:"
     assert chat_format.render(said("Hi", "Hello!", "And?")) == tokenizer.encode(written, add_special_tokens=False)
     assert chat_format.stop_token_ids == {2}
     with pytest.raises(PromptError, match="alternate"):
@@ -425,6 +289,42 @@ def test_what_is_no_call_of_a_known_tool_stays_text(text: str) -> None:
     reader = HermesAnswer(frozenset({"f"}))
     parts = [part for character in text for part in reader.push(character)] + reader.flush()
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
+
+
+# --- a folder of 2023: pickles, tokenizer.model, no template ----------------------------------------------------------
+
+
+def test_a_folder_of_2023_is_served_with_sentencepieces_own_ids(tmp_path: Path) -> None:
+    source, stored = tmp_path / "source", tmp_path / "stored"
+    source.mkdir()
+    stored.mkdir()
+    pieces = write_llama_style_pieces(source)
+    model = llama(pieces.get_piece_size() + 1)
+    model.save_pretrained(source)
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    metadata = FAMILY.import_checkpoint(source, stored, {"template": "vicuna"}, silent)
+    chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), torch.float32, silent).chat_format
+    for text in [*TEXTS, "</s>", "[PAD] x", "<0x0A>"]:
+        assert chat_format.encode(text) == [1, *pieces.encode(text)]
+        assert chat_format.decode(pieces.encode(text)) == text
+    # each run between control tokens is a text of its own, as in the code that these models were trained with
+    ids = chat_format.render(said("Hi", "Hello!", "And?"))
+    first = pieces.encode(f"{VICUNA_OPENING}USER: Hi ASSISTANT: Hello!")
+    assert ids == [1, *first, 2, *pieces.encode("USER: And? ASSISTANT:")]
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=100,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ImportRefused, match=r"needs a tokenizer\.json"):
+        convert(tmp_path / "tokenizer.model", tmp_path / "tokenizer.json", {}, True)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
