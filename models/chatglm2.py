@@ -135,7 +135,7 @@ def round_prompt(conversation: Conversation) -> str:
 
 
 def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) -> None:
-    """Questions and answers in turn, the last one waiting for its answer. `offset`: index of the first in the request."""
+    """Questions and answers in turn, the last waiting for its answer. `offset`: index of the first in the request."""
     for i, message in enumerate(turns):
         where = f"messages[{offset + i}]"
         if message.role == "tool" or message.tool_calls:
@@ -153,9 +153,7 @@ def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) ->
         raise PromptError(f"The last message must have the role {last}.")
 
 
-def _import_checkpoint(
-    source: Path, target: Path, options: Mapping[str, str], progress: Progress
-) -> dict[str, Any]:
+def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
     if mentions_roles(source):
         raise ImportRefused(
             f"the tokenizer in {source} has ChatGLM3's role tokens (<|user|> …): import it with the family chatglm3"

@@ -114,16 +114,12 @@ def _call_as_code(call: ToolCall) -> str:
     return f"```python\ntool_call({inner})\n```"
 
 
-def _import_checkpoint(
-    source: Path, target: Path, options: Mapping[str, str], progress: Progress
-) -> dict[str, Any]:
+def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
     if mentions_roles(source) is False:
         raise ImportRefused(
             f"the tokenizer in {source} writes ChatGLM2's [Round n] prompt: import it with the family chatglm2"
         )
-    return import_network(
-        source, target, options, progress, num_specials=NUM_SPECIALS + NUM_ROLES, default_rope="base"
-    )
+    return import_network(source, target, options, progress, num_specials=NUM_SPECIALS + NUM_ROLES, default_rope="base")
 
 
 def _load(

@@ -133,7 +133,8 @@ def _read_safetensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise ImportRefused(f"{shard} is damaged or incomplete ({error}): download it again") from None
     with cast("AbstractContextManager[SafeShard]", opened) as reader:
-        for name in reader.keys():
+        names = reader.keys()
+        for name in names:
             yield name, reader.get_tensor(name)
 
 

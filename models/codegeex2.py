@@ -1,9 +1,9 @@
 """CodeGeeX2-6B: ChatGLM2's network and prompt with a tokenizer that adds no space in front. For writing code.
 
-CodeGeeX2 is a base model: it is at its best continuing raw code, `# language: Python\\n# write a bubble sort function\\n`,
-through `/v1/completions`. The language tag is the caller's business. For chat its authors' demonstration server calls
-the checkpoint's `chat`, which writes ChatGLM2's `[Round n]` prompt; so does this family, which keeps the history of a
-conversation where gluing messages together would lose who said what.
+CodeGeeX2 is a base model: it is at its best continuing raw code, `# language: Python\\n# write a bubble sort\\n`,
+through `/v1/completions`; the language tag is the caller's business. For chat its authors' demonstration server calls
+the checkpoint's `chat`, which writes ChatGLM2's `[Round n]` prompt. So does this family: it keeps the history of a
+conversation, where gluing messages together would lose who said what.
 The tokenizer's own flag (add_dummy_prefix) is read by sentencepiece from the model file.
 Sources: README and demo/fastapicpu.py of CodeGeeX2.
 """

@@ -1,7 +1,7 @@
 """Turns a checkpoint of ChatGLM2's network into one of transformers' GLM. Knows names and shapes, no prompts.
 
-ChatGLM2, ChatGLM3 and CodeGeeX2 share the network, and it is the one that transformers calls `glm`; only the names differ,
-and query, key and value are one matrix. Source: modeling_chatglm.py of the three, compared by running both.
+ChatGLM2, ChatGLM3 and CodeGeeX2 share the network, and it is the one that transformers calls `glm`; only the names
+differ, and query, key and value are one matrix. Source: modeling_chatglm.py of the three, compared by running both.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def read_network(config: Mapping[str, Any]) -> Network:
     num_heads, multi_query = _count(config, "num_attention_heads"), bool(config.get("multi_query_attention", False))
     num_kv_heads = _count(config, "multi_query_group_num") if multi_query else num_heads
     if num_heads % num_kv_heads:
-        raise ImportRefused(f"config.json has {num_heads} attention heads in {num_kv_heads} groups, which does not divide")
+        raise ImportRefused(
+            f"config.json has {num_heads} attention heads in {num_kv_heads} groups, which does not divide"
+        )
     return Network(
         num_layers=_count(config, "num_layers"),
         hidden_size=_count(config, "hidden_size"),
@@ -181,7 +183,9 @@ def pieces_of(network: Network) -> dict[str, Piece]:
     qkv = heads + 2 * network.num_kv_heads * network.head_dim
     ffn = network.intermediate_size
     pieces = {
-        "transformer.embedding.word_embeddings.weight": _renamed("model.embed_tokens.weight", network.vocab_size, hidden),
+        "transformer.embedding.word_embeddings.weight": _renamed(
+            "model.embed_tokens.weight", network.vocab_size, hidden
+        ),
         "transformer.encoder.final_layernorm.weight": _renamed("model.norm.weight", hidden),
         "transformer.output_layer.weight": _renamed("lm_head.weight", network.vocab_size, hidden),
     }
@@ -218,7 +222,7 @@ def _qkv_splitter(network: Network, prefix: str) -> Callable[[str], Callable[[Te
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
         if network.is_multi_query:
-            return tensor.split((heads * width, groups * width, groups * width))
+            return torch.split(tensor, [heads * width, groups * width, groups * width])
         by_head = tensor.reshape(heads, 3, width, *tensor.shape[1:])
         return tuple(by_head[:, i].reshape(heads * width, *tensor.shape[1:]) for i in range(3))
 
@@ -241,7 +245,9 @@ def check_tensors(found: Mapping[str, TensorInfo], pieces: Mapping[str, Piece], 
         raise ImportRefused(f"the checkpoint lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}")
     extra = sorted(found.keys() - expected.keys() - set(DROPPED))
     if extra:
-        raise ImportRefused(f"the checkpoint has {len(extra)} tensors that this network does not know, first {extra[0]}")
+        raise ImportRefused(
+            f"the checkpoint has {len(extra)} tensors that this network does not know, first {extra[0]}"
+        )
     for name, shape in expected.items():
         info, is_packed = found[name], name in pieces and pieces[name].is_quantized
         if not is_packed and info.dtype not in FLOATS:

@@ -134,7 +134,9 @@ class NativeDecoder:
             raise ImportRefused(f"{name} is not a decoder with a language-model head")
         strange = set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS
         if strange:
-            raise ImportRefused(f"{name} has layers of the kind {', '.join(sorted(strange))}, which the engine does not do")
+            raise ImportRefused(
+                f"{name} has layers of the kind {', '.join(sorted(strange))}, which the engine does not do"
+            )
         rotary = _rotary_types(getattr(config, "rope_parameters", None)) & COUPLED_ROTARY
         if rotary:
             raise ImportRefused(f"{name} has {min(rotary)} rotary positions, which would tie requests together")
@@ -155,9 +157,7 @@ class NativeDecoder:
         if any(kind == "sliding_attention" and probe.windows[i] is None for i, kind in enumerate(kinds)):
             raise ImportRefused(f"{name} hides its sliding window in a mask, where the engine cannot see it")
         logits = self.logits(hidden)
-        whole = self._model(
-            input_ids=ids[None], position_ids=indices[None], use_cache=False, attend=_Probe()
-        ).logits[0]
+        whole = self._model(input_ids=ids[None], position_ids=indices[None], use_cache=False, attend=_Probe()).logits[0]
         if not torch.allclose(logits.float(), whole.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
             raise ImportRefused(f"{name} scales or caps its logits after the head, which the engine does not do")
         num_heads, num_kv_heads, head_dim = next(iter(probe.shapes))

@@ -1,7 +1,7 @@
 """Reads the weights of the official int4 and int8 checkpoints back as half precision. Knows two packings, no files.
 
-The layout is that of ChatGLM's `QuantizedLinear`: an int8 `weight` and one half-precision `weight_scale` per output row.
-With 8 bits a byte is a weight; with 4 bits a byte is two neighbouring ones, the even column in the high nibble.
+The layout is that of ChatGLM's `QuantizedLinear`: an int8 `weight` and one half-precision `weight_scale` per output
+row. With 8 bits a byte is a weight; with 4 bits a byte is two neighbouring ones, the even column in the high nibble.
 """
 
 from __future__ import annotations

@@ -3,24 +3,22 @@
     python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]]
     python -m models.store list
 
-bentoml is imported inside the functions: it is slow, and `--help` should not wait for it.
+bentoml is imported inside the functions: it is slow, and a refusal should not wait for it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import os
-import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
 from models import FAMILIES
 from models.family import Family, ImportRefused, Progress
-from models.progress import ProgressPrinter, no_progress, readable_bytes
+from models.progress import no_progress
 from models.staging import move_folder, staging_folder
 
 if TYPE_CHECKING:
@@ -48,9 +46,7 @@ class StoredModel:
     metadata: Mapping[str, Any]
 
 
-def import_model(
-    family: str, source: Path, name: str | None, options: Mapping[str, str], progress: Progress
-) -> str:
+def import_model(family: str, source: Path, name: str | None, options: Mapping[str, str], progress: Progress) -> str:
     """Convert the checkpoint folder `source` into the store; return its tag. Raises ImportRefused, StoreError.
 
     name: `NAME` (the version is made up) or `NAME:VERSION`; None takes the folder's name. Nothing stays behind if it
@@ -67,6 +63,8 @@ def import_model(
         converted.mkdir()
         metadata = plug.import_checkpoint(source, converted, options, progress)
         metadata |= {"family": family, "source": source.name, "options": dict(options)}
+        size = sum(path.stat().st_size for path in converted.rglob("*"))
+        progress(size, size, "into the store")  # the last moment at which the caller may raise to end it
         folder = _register(tag, metadata, converted, staging / "store")
         _move_in(folder, tag)
     return str(tag)
@@ -81,11 +79,9 @@ def ensure_demo() -> str:
 
     tag = f"{DEMO_NAME}:{_fingerprint(CHECKPOINT)}"
     if not _exists(tag):
-        try:
+        # stored already: another process was faster with the same content
+        with suppress(AlreadyStored):
             import_model("chatglm2", CHECKPOINT, tag, {}, no_progress)
-        except AlreadyStored:
-            # another process was faster with the same content
-            pass
     return tag
 
 
@@ -226,87 +222,7 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _size_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def print_list(stream: TextIO) -> None:
-    """The table of `list`: tag, family, precision, size, context, imported when."""
-    rows = [("TAG", "FAMILY", "PRECISION", "SIZE", "CONTEXT", "IMPORTED")]
-    for stored in sorted(stored_models(), key=lambda stored: (stored.metadata["imported"], stored.tag)):
-        metadata = stored.metadata
-        precision, came_from = str(metadata.get("dtype", "?")), metadata.get("source_precision")
-        rows.append(
-            (
-                stored.tag,
-                stored.family,
-                precision if came_from in (None, precision) else f"{precision} (from {came_from})",
-                readable_bytes(_size_on_disk(stored.path)),
-                str(metadata.get("context_length", "?")),
-                str(metadata["imported"]),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=stream)
-    if len(rows) == 1:
-        print("nothing yet; import a model: python -m models.store import FAMILY --from DIR", file=stream)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models.store", description="Models in the Bento model store.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    families = "; ".join(f"{family.name}: {family.title}" for family in FAMILIES.values())
-    importing = commands.add_parser("import", help="convert a checkpoint folder into the store")
-    importing.add_argument("family", metavar="FAMILY", help=families)
-    importing.add_argument("--from", dest="source", metavar="DIR", type=Path, required=True, help="the checkpoint folder")
-    importing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the folder's name and a new version")
-    options = {option.name: option for family in FAMILIES.values() for option in family.options}
-    for option in options.values():
-        importing.add_argument(f"--{option.name}", metavar="|".join(option.choices) or "VALUE", help=option.help)
-    commands.add_parser("list", help="show what is in the store")
-    return parser
-
-
-def _import_command(arguments: argparse.Namespace) -> None:
-    names = {option.name for family in FAMILIES.values() for option in family.options}
-    chosen = {name: getattr(arguments, name.replace("-", "_")) for name in names}
-    options = {name: str(value) for name, value in chosen.items() if value is not None}
-    printer = ProgressPrinter(sys.stderr)
-    try:
-        tag = import_model(arguments.family, arguments.source, arguments.name, options, printer)
-    finally:
-        printer.close()
-    stored = resolve(tag)
-    print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(stored.path))}, {stored.path})")
-
-
-def _terminate(signal_number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signal_number)  # unwinds, so that the working folder is removed
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 done, 1 refused (one line says why), 2 wrong usage, 130 interrupted."""
-    parsed = _parser().parse_args(arguments)
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # an import tells nobody
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        if parsed.command == "import":
-            _import_command(parsed)
-        else:
-            print_list(sys.stdout)
-    except (ImportRefused, StoreError) as refusal:
-        print(f"Error: {refusal}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # a full disk, a folder that may not be read: the reason and the file are all that helps
-        print(f"Error: {error.strerror or error}: {error.filename or arguments}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was imported.", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
+    from models.store_cli import main
+
     sys.exit(main())

@@ -37,7 +37,9 @@ def conversation(messages: list[dict[str, str]], continue_final: bool = False) -
 
 
 def golden_conversations() -> list[dict[str, Any]]:
-    cases: list[dict[str, Any]] = json.loads((GOLDEN / "prompt" / "chatglm2_prompts.json").read_text(encoding="utf-8"))["cases"]
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / "prompt" / "chatglm2_prompts.json").read_text(encoding="utf-8"))[
+        "cases"
+    ]
     return cases
 
 
@@ -195,13 +197,15 @@ def cut(text: str, generator: random.Random) -> list[str]:
 ARGUMENTS: list[dict[str, Any]] = [
     {"city": "北京"},
     {},
-    {"quote": "it's \"so\"\n```", "n": -1.5, "deep": {"a": [1, None, True]}},
+    {"quote": 'it\'s "so"\n```', "n": -1.5, "deep": {"a": [1, None, True]}},
     {"not-a-name": 1, "class": 2},
 ]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS[:2] + ARGUMENTS[3:])
-def test_a_call_that_was_written_into_a_prompt_is_read_back_however_it_is_cut(arguments: dict[str, Any], pieces: Path) -> None:
+def test_a_call_that_was_written_into_a_prompt_is_read_back_however_it_is_cut(
+    arguments: dict[str, Any], pieces: Path
+) -> None:
     chat_format = chatglm3(pieces)
     rendered = chat_format.decode(
         chat_format.render(
@@ -219,16 +223,19 @@ def test_a_call_that_was_written_into_a_prompt_is_read_back_however_it_is_cut(ar
     generator = random.Random(1)
     for _ in range(20):
         parts = read(ToolAnswer(("get_time", "get_weather")), cut(answer, generator))
-        assert len(parts) == 1 and isinstance(parts[0], ToolCallDelta)
+        assert len(parts) == 1
+        assert isinstance(parts[0], ToolCallDelta)
         assert (parts[0].index, parts[0].name) == (0, "get_weather")
-        assert parts[0].id is not None and parts[0].id.startswith("call_")
+        assert parts[0].id is not None
+        assert parts[0].id.startswith("call_")
         assert json.loads(parts[0].arguments) == arguments
 
 
 def test_two_calls_in_one_answer_are_two_calls() -> None:
     answer = "get_weather\n ```python\ntool_call(city='x')\n```\nget_time\n```python\ntool_call()\n```"
     first, second = read(ToolAnswer(("get_time", "get_weather")), [answer])
-    assert isinstance(first, ToolCallDelta) and isinstance(second, ToolCallDelta)
+    assert isinstance(first, ToolCallDelta)
+    assert isinstance(second, ToolCallDelta)
     assert (first.index, first.name, second.index, second.name) == (0, "get_weather", 1, "get_time")
     assert first.id != second.id
 
@@ -271,7 +278,8 @@ def test_arguments_survive_python_syntax(arguments: dict[str, Any]) -> None:
     code = f"tool_call(**{arguments!r})"
     ast.parse(code)
     parsed = parse_arguments(code)
-    assert parsed is not None and json.loads(parsed) == arguments
+    assert parsed is not None
+    assert json.loads(parsed) == arguments
 
 
 @pytest.mark.parametrize(

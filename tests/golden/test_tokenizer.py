@@ -50,7 +50,19 @@ def random_text(generator: random.Random) -> str:
         "👋😀👩‍👩‍👧‍👦🇨🇳é́ñüßøœāžשלוםمرحبا",
         "{}[]()<>=+-*/\\|&^%$#@!~`'\"_",
     ]
-    words = ["[gMASK]", "sop", "eop", "</s>", "<s>", "<unk>", "<0x0A>", "<|user|>", "def f(x):\n    ", "[Round 1]\n\n问：", "答："]
+    words = [
+        "[gMASK]",
+        "sop",
+        "eop",
+        "</s>",
+        "<s>",
+        "<unk>",
+        "<0x0A>",
+        "<|user|>",
+        "def f(x):\n    ",
+        "[Round 1]\n\n问：",
+        "答：",
+    ]
     parts: list[str] = []
     for _ in range(generator.randint(1, 12)):
         kind = generator.randrange(len(pools) + 2)
@@ -59,7 +71,9 @@ def random_text(generator: random.Random) -> str:
         elif kind == len(pools):
             parts.append(generator.choice(words))
         else:
-            parts.append(chr(generator.choice([generator.randrange(0x20, 0xD800), generator.randrange(0xE000, 0x110000)])))
+            parts.append(
+                chr(generator.choice([generator.randrange(0x20, 0xD800), generator.randrange(0xE000, 0x110000)]))
+            )
     return "".join(parts)
 
 
@@ -140,7 +154,8 @@ def test_the_bytes_of_the_tokens_are_the_text(tiny: SentencePieceTokenizer) -> N
 def test_literal_special_tokens_in_a_text_stay_text(tiny: SentencePieceTokenizer) -> None:
     for text in ("[gMASK]", "sop", "eop", "</s>", "<s>", "<unk>", "<0x0A>", "<|user|>", "people sophomore"):
         ids = tiny.encode(text)
-        assert 2 < min(ids) and max(ids) < tiny.num_pieces
+        assert min(ids) > 2
+        assert max(ids) < tiny.num_pieces
         assert tiny.decode(ids) == text
 
 

@@ -104,8 +104,7 @@ def test_the_newest_import_is_the_latest_and_a_tag_is_taken_once(home: Path, che
     again = store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     assert again.returncode == 1
     assert one_line(again) == (
-        "Error: the model store has tiny:v1 already: choose another version, "
-        "or first `bentoml models delete tiny:v1`"
+        "Error: the model store has tiny:v1 already: choose another version, or first `bentoml models delete tiny:v1`"
     )
 
 
@@ -179,7 +178,9 @@ def test_a_missing_model_says_what_there_is_and_how_to_import(home: Path, checkp
     store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     foreign = "import bentoml\nwith bentoml.models.create('foreign:v1'): pass\n"
     message = ask(home, foreign + code)
-    assert "it has: tiny:v1)" in message and "--name chatglm2-6b" in message and "\n" not in message
+    assert "it has: tiny:v1)" in message
+    assert "--name chatglm2-6b" in message
+    assert "\n" not in message
     assert "does not say its family" in ask(home, code.replace("chatglm2-6b", "foreign"))
 
 
@@ -197,7 +198,8 @@ def test_an_interrupted_import_leaves_nothing(number: signal.Signals, code: int,
     command = [sys.executable, "-m", "models.store", "import", "chatglm2", "--from", str(source), "--name", "big:v1"]
     with subprocess.Popen(command, env=environment(home), stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
-        while not list(home.glob("importing-*/converted/config.json")) and time.monotonic() < deadline:
+        while process.poll() is None and not list(home.glob("importing-*/converted/config.json")):
+            assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -291,7 +293,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
     printer.close()
     drawn = terminal.getvalue().split("\r")
     assert drawn[1] == "[######..................]  25%  250.0 MB of 1.0 GB  250.0 MB/s  0:03 left  shard"
-    assert len(drawn) == 3 and drawn[2].startswith(f"[{'#' * 24}] 100%") and drawn[2].endswith("\n")
+    assert len(drawn) == 3
+    assert drawn[2].startswith(f"[{'#' * 24}] 100%")
+    assert drawn[2].endswith("\n")
     printer = ProgressPrinter(file, lambda: next(now))
     for done in (1, 500, 1000):
         printer(done * 10**6, 10**9, "shard")
