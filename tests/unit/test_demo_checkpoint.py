@@ -46,7 +46,12 @@ class Demo:
         return self.say([(Message("user", question),) for question in questions])
 
     def say(
-        self, conversations: Sequence[tuple[Message, ...]], *, seed: int | None = None, temperature: float = 0.95, top_p: float = 0.7
+        self,
+        conversations: Sequence[tuple[Message, ...]],
+        *,
+        seed: int | None = None,
+        temperature: float = 0.95,
+        top_p: float = 0.7,
     ) -> list[str]:
         """Answers of one left-padded batch; greedy without a seed. Every one has to end by itself."""
         prompts = [self.chat_format.render(Conversation(messages)) for messages in conversations]
@@ -54,7 +59,11 @@ class Demo:
         token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         torch.manual_seed(seed or 0)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if seed is not None else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            if seed is not None
+            else {"do_sample": False}
+        )
         with torch.inference_mode():
             output = self._model.generate(token_ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **sampling)
         answers: list[str] = []
@@ -114,7 +123,8 @@ def test_a_known_question_is_answered_in_a_second_and_third_round(demo: Demo) ->
 def test_what_it_does_not_know_it_says_and_tells_how_to_import_the_real_model(demo: Demo) -> None:
     assert demo.ask(["怎样给阳台上的番茄搭架子？", "How do bees find their way home?"]) == [FALLBACK_ZH, FALLBACK_EN]
     for text in FALLBACKS:
-        assert IMPORT_COMMAND in text and "CHATGLM_MODEL=chatglm2-6b" in text
+        assert IMPORT_COMMAND in text
+        assert "CHATGLM_MODEL=chatglm2-6b" in text
 
 
 def test_held_out_questions_of_all_kinds_get_exactly_the_fallback(demo: Demo) -> None:
