@@ -78,7 +78,9 @@ def ensure_demo() -> str:
     from models.demo import CHECKPOINT
 
     tag = f"{DEMO_NAME}:{_fingerprint(CHECKPOINT)}"
-    if not _exists(tag):
+    try:
+        return resolve(tag).tag  # a built Bento brings it along, outside the user's store
+    except StoreError:
         # stored already: another process was faster with the same content
         with suppress(AlreadyStored):
             import_model("chatglm2", CHECKPOINT, tag, {}, no_progress)
