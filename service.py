@@ -14,7 +14,7 @@ import bentoml
 from bentoml.models import BentoModel
 
 from models import FAMILIES
-from models.store import StoreError, ensure_demo, resolve
+from models.store import StoreError, ensure_demo, servable
 from serving.api.app import create_app
 from serving.api.native import ask
 from serving.api.served import ApiLimits, Served
@@ -24,7 +24,7 @@ logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that
 
 try:
     settings = Settings.from_environment(os.environ)
-    stored = resolve(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
+    stored = servable(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
 except (SettingsError, StoreError) as error:
     print(f"chatglm: {error}", file=sys.stderr)
     raise SystemExit(1) from None

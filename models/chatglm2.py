@@ -37,19 +37,22 @@ def import_network(
     """What the three families on this network have in common: weights, tokenizer and metadata. Raises ImportRefused.
 
     What rope_ratio means is the person's choice, else what the checkpoint's own code says, else `default_rope`.
+    A folder without a tokenizer gives a stored model that other programs can load and that this server refuses to serve.
     """
     from models import checkpoint, glm_checkpoint  # torch: the command line must answer without it
 
     network = glm_checkpoint.read_network(checkpoint.read_json(source / "config.json"))
     tokenizer_file = source / TOKENIZER_FILE
-    if tokenizer_file.is_file():
+    has_tokenizer = tokenizer_file.is_file()
+    if has_tokenizer:
         checkpoint.refuse_pointer(tokenizer_file)
-    open_for_import(tokenizer_file, num_specials, network.vocab_size)
+        open_for_import(tokenizer_file, num_specials, network.vocab_size)
     rules: dict[str, RopeRule] = {"linear": "linear", "base": "base"}
     rope = rules.get(options.get("rope", "")) or glm_checkpoint.rope_rule_in_code(source) or default_rope
     metadata = glm_checkpoint.convert(source, target, rope, progress)
-    shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
-    return metadata
+    if has_tokenizer:
+        shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
+    return {**metadata, "weights_only": not has_tokenizer}
 
 
 def load_network(

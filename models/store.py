@@ -110,6 +110,14 @@ def resolve(tag: str) -> StoredModel:
     return stored
 
 
+def servable(tag: str) -> StoredModel:
+    """A stored model that can be served. Raises StoreError, also for one that was imported without its tokenizer."""
+    stored = resolve(tag)
+    if stored.metadata.get("weights_only"):
+        raise StoreError(f"{stored.tag} was imported without a tokenizer and cannot be served; import the whole folder")
+    return stored
+
+
 def stored_models() -> list[StoredModel]:
     """Every model in the store that this program put there."""
     import bentoml

@@ -99,6 +99,8 @@ def _import(arguments: argparse.Namespace) -> None:
         printer.close()
     stored = resolve(tag)
     print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(stored.path))}, {stored.path})")
+    if stored.metadata.get("weights_only"):
+        print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
 
 
 def _list(arguments: argparse.Namespace) -> None:
