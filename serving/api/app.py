@@ -19,7 +19,9 @@ from starlette.types import Receive, Scope, Send
 from serving.api import convert, errors
 from serving.api.body import parse_object, read_body
 from serving.api.chunks import ChatChunks, ChunkOptions, Envelope, to_completion
+from serving.api.disconnect import unless_disconnected
 from serving.api.edge import Edge
+from serving.api.embeddings import EmbeddingRequest, check_dimensions, to_embedding_list
 from serving.api.feed import Feed
 from serving.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from serving.api.served import ApiLimits, Served
@@ -27,6 +29,7 @@ from serving.api.sse import to_json
 from serving.api.stream import begin_stream, collect
 from serving.api.text_chunks import TextChunks, TextPlan, to_text_completion
 from serving.api.validation import above_maximum, validate
+from serving.chat import embedding
 from serving.chat.pipeline import ChatJob, ContextOverflow, Prompt, ServedModel, TextJob
 
 INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
@@ -45,6 +48,7 @@ def create_app(served: Served, limits: ApiLimits | None = None, catch_all: bool 
         Route("/chat/completions", api.chat_completions, methods=["POST"]),
         Route("/chat/completions/input_tokens", api.input_tokens, methods=["POST"]),
         Route("/completions", api.completions, methods=["POST"]),
+        Route("/embeddings", api.embeddings, methods=["POST"]),
         Route("/models", api.list_models, methods=["GET"]),
         Route("/models/{name:path}", api.retrieve_model, methods=["GET"]),
         Route("/tokenize", api.tokenize, methods=["POST"]),
@@ -127,6 +131,18 @@ class _Api:
         for index, event in await collect(feed, request):
             per_prompt[index // num_answers].append((index % num_answers, event))
         return _json(to_text_completion(per_prompt, plan, envelope, options, token_bytes))
+
+    async def embeddings(self, request: Request) -> Response:
+        body = await self._body(request, EmbeddingRequest)
+        model = self._model(body.model)
+        check_dimensions(body, model.engine.shape.hidden_size)
+        try:
+            texts = await asyncio.to_thread(embedding.prepare, model, convert.to_prompts(body.input))
+        except ContextOverflow as error:
+            raise errors.context_overflow(error, is_default=True) from None
+        vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
+        num_tokens = sum(len(text.token_ids) for text in texts)
+        return _json(await asyncio.to_thread(to_embedding_list, vectors, body, num_tokens))
 
     async def input_tokens(self, request: Request) -> Response:
         """How many tokens a chat request's prompt has, without generating; the body is that of a chat request."""

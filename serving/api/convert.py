@@ -38,7 +38,7 @@ def to_chat_job(body: ChatRequest) -> ChatJob:
 
 def to_text_jobs(body: CompletionRequest, max_answers: int) -> list[TextJob]:
     """One job for each prompt. Raises APIError 400 when all prompts together ask for more than `max_answers`."""
-    prompts = _prompts(body)
+    prompts = to_prompts(body.prompt)
     best_of = body.best_of or body.n
     if len(prompts) * best_of > max_answers:
         raise invalid(
@@ -96,16 +96,17 @@ def _message(message: ChatMessage) -> Message:
     return Message(ROLES[message.role], text, message.name, tuple(calls), call_id)
 
 
-def _prompts(body: CompletionRequest) -> list[str | tuple[int, ...]]:
-    if isinstance(body.prompt, str):
-        return [body.prompt]
-    texts = [item for item in body.prompt if isinstance(item, str)]
+def to_prompts(value: str | list[str] | list[int] | list[list[int]]) -> list[str | tuple[int, ...]]:
+    """The prompts or inputs of one request, each a text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    texts = [item for item in value if isinstance(item, str)]
     if texts:
         return list(texts)
-    lists = [tuple(item) for item in body.prompt if isinstance(item, list)]
+    lists = [tuple(item) for item in value if isinstance(item, list)]
     if lists:
         return list(lists)
-    return [tuple(item for item in body.prompt if isinstance(item, int))]
+    return [tuple(item for item in value if isinstance(item, int))]
 
 
 def _num_top_logprobs(body: ChatRequest) -> int | None:

@@ -61,8 +61,8 @@ ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _without_nulls(cls: type[BaseModel], data: Any) -> Any:
-    """Optional fields that are null become absent; fields of REFUSED raise, unless null."""
+def without_nulls(cls: type[BaseModel], data: Any) -> Any:
+    """For a `before` validator: optional fields that are null become absent; fields of REFUSED raise, unless null."""
     if not isinstance(data, dict):
         return data
     body = cast(dict[str, Any], data)
@@ -84,7 +84,7 @@ class StreamOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return _without_nulls(cls, data)
+        return without_nulls(cls, data)
 
 
 class ResponseFormat(BaseModel):
@@ -147,28 +147,28 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return _without_nulls(cls, data)
+        return without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         _check_lengths(self)
         _check_stream_options(self)
         if self.top_logprobs is not None and not self.logprobs:
-            raise _conflict("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true.")
+            raise conflict("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true.")
         if self.continue_final_message:
             if self.add_generation_prompt:
-                raise _conflict(
+                raise conflict(
                     "continue_final_message",
                     "'continue_final_message' and 'add_generation_prompt' cannot both be true.",
                 )
             last = self.messages[-1]
             if last.role != "assistant" or last.content is None:
-                raise _conflict(
+                raise conflict(
                     "continue_final_message",
                     "'continue_final_message' needs a last message of the assistant.",
                 )
         elif self.add_generation_prompt is False:
-            raise _conflict(
+            raise conflict(
                 "add_generation_prompt", "'add_generation_prompt' may only be false with 'continue_final_message'."
             )
         return self
@@ -236,18 +236,18 @@ class CompletionRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return _without_nulls(cls, data)
+        return without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionRequest:
         _check_lengths(self)
         _check_stream_options(self)
         if self.echo and self.logprobs is not None:
-            raise _conflict("logprobs", "The prompt's log-probabilities are not available: 'echo' excludes 'logprobs'.")
+            raise conflict("logprobs", "The prompt's log-probabilities are not available: 'echo' excludes 'logprobs'.")
         if self.best_of is not None and self.best_of < self.n:
-            raise _conflict("best_of", "'best_of' must be at least 'n'.")
+            raise conflict("best_of", "'best_of' must be at least 'n'.")
         if self.best_of is not None and self.best_of > self.n and self.stream:
-            raise _conflict("best_of", "'best_of' greater than 'n' cannot be streamed: the best is known at the end.")
+            raise conflict("best_of", "'best_of' greater than 'n' cannot be streamed: the best is known at the end.")
         return self
 
 
@@ -265,12 +265,12 @@ class TokenizeRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return _without_nulls(cls, data)
+        return without_nulls(cls, data)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _conflict("prompt", "Give either 'prompt' or 'messages'.")
+            raise conflict("prompt", "Give either 'prompt' or 'messages'.")
         return self
 
 
@@ -294,26 +294,27 @@ def requested_length(body: GenerationRequest) -> int | None:
     return next((value for value in named if value is not None), None)
 
 
-def _conflict(param: str, message: str) -> PydanticCustomError:
+def conflict(param: str, message: str) -> PydanticCustomError:
+    """For a request's `after` validator: fields that are right each by itself, but not together."""
     return PydanticCustomError("conflict", "{message}", {"message": message, "param": param})
 
 
 def _check_lengths(body: GenerationRequest) -> None:
     named = {value for value in (body.max_tokens, body.max_completion_tokens, body.max_length) if value is not None}
     if len(named) > 1:
-        raise _conflict(
+        raise conflict(
             "max_tokens", "'max_tokens', 'max_completion_tokens' and 'max_length' mean the same; their values differ."
         )
     if named and body.min_tokens > named.pop():
-        raise _conflict("min_tokens", "'min_tokens' must not be greater than 'max_tokens'.")
+        raise conflict("min_tokens", "'min_tokens' must not be greater than 'max_tokens'.")
 
 
 def _check_stream_options(body: GenerationRequest) -> None:
     if body.stream_options is None:
         return
     if not body.stream:
-        raise _conflict("stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
+        raise conflict("stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
     if body.stream_options.continuous_usage_stats and not body.stream_options.include_usage:
-        raise _conflict(
+        raise conflict(
             "stream_options.continuous_usage_stats", "'continuous_usage_stats' is only allowed with 'include_usage'."
         )

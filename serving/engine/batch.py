@@ -12,6 +12,15 @@ from serving.engine.types import RaggedBatch, Span
 
 
 @dataclass(frozen=True)
+class PooledRows:
+    """Rows `first:last` of a batch belong to the mean of this work's sequence."""
+
+    work: Work
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """The rows of one forward pass and which of them are sampled."""
 
@@ -20,6 +29,7 @@ class StepBatch:
     places: torch.Tensor  # [rows] int64
     last_rows: torch.Tensor  # [sampled] int64: the last row of every work item that samples, in order
     sampled: tuple[Work, ...]
+    pooled: tuple[PooledRows, ...]
 
 
 def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
@@ -29,6 +39,7 @@ def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
     places: list[int] = []
     spans: list[AttentionSpan] = []
     last_rows: list[int] = []
+    pooled: list[PooledRows] = []
     for item in work:
         sequence, first = item.sequence, len(token_ids)
         begin = sequence.num_computed
@@ -38,7 +49,11 @@ def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
         indices += range(begin, end)
         places += range(sequence.extent.start + begin, sequence.extent.start + end)
         spans.append(AttentionSpan(first, len(token_ids), sequence.extent.start, end, sequence.layout))
-        if item.samples:
+        if sequence.pooled is not None:
+            start = max(begin, sequence.pooled.start)
+            stop = max(start, min(end, sequence.pooled.stop))
+            pooled.append(PooledRows(item, first + start - begin, first + stop - begin))
+        elif item.samples:
             last_rows.append(len(token_ids) - 1)
     numbers = torch.tensor((token_ids, indices, places), dtype=torch.int64).to(device, non_blocking=True)
     return StepBatch(
@@ -46,5 +61,6 @@ def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
         spans=tuple(spans),
         places=numbers[2],
         last_rows=torch.tensor(last_rows, dtype=torch.int64).to(device, non_blocking=True),
-        sampled=tuple(item for item in work if item.samples),
+        sampled=tuple(item for item in work if item.samples and item.sequence.pooled is None),
+        pooled=tuple(pooled),
     )

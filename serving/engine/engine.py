@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import threading
 from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Generic, Self, TypeVar, cast
 
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
@@ -23,6 +24,7 @@ from serving.engine.types import (
     EngineError,
     EngineLimits,
     EngineStopped,
+    Pooled,
     RequestFailed,
     RequestTooLarge,
     SamplingParams,
@@ -31,6 +33,10 @@ from serving.engine.types import (
 
 logger = logging.getLogger(__name__)
 
+Mail = Step | Pooled | EngineError
+ResultT = TypeVar("ResultT", Step, Pooled)
+
+NOT_FINITE = "the model produced numbers that are not finite"
 MAX_FAILED_STEPS = 3  # in a row; then the engine declares itself dead
 
 
@@ -39,13 +45,13 @@ class Request:
     """One sequence and where its steps go."""
 
     sequence: Sequence
-    generation: Generation
+    generation: Generation[Any]
     choice: int
 
 
-class Generation:
-    """The answers to one prompt, as an async iterator of (choice, step). Use as an async context: leaving cancels what
-    is still running.
+class Generation(Generic[ResultT]):
+    """The answers to one prompt, as an async iterator of (choice, step); or the vectors of several texts, as (text,
+    vector). Use as an async context: leaving cancels what is still running.
 
     Raises RequestFailed for a fault of this request alone and EngineStopped if the engine ends first.
     """
@@ -54,7 +60,7 @@ class Generation:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._open = {i: Request(sequence, self, i) for i, sequence in enumerate(sequences)}
-        self._mailbox: deque[tuple[int, Step | EngineError]] = deque()
+        self._mailbox: deque[tuple[int, Mail]] = deque()
         self._arrived = asyncio.Event()
 
     @property
@@ -71,7 +77,7 @@ class Generation:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[int, Step]:
+    async def __anext__(self) -> tuple[int, ResultT]:
         while self._open:
             while not self._mailbox:
                 self._arrived.clear()
@@ -84,14 +90,14 @@ class Generation:
                 raise step
             if step.finish_reason:
                 del self._open[choice]
-            return choice, step
+            return choice, cast("ResultT", step)
         raise StopAsyncIteration
 
     def cancel(self, *choices: int) -> None:
         """No more steps of these choices are wanted; their places are free within two steps of the engine."""
         self._engine.send([(self._open.pop(choice), False) for choice in choices])
 
-    def put(self, mail: list[tuple[int, Step | EngineError]]) -> None:
+    def put(self, mail: list[tuple[int, Mail]]) -> None:
         """Called in the event loop, once a step."""
         self._mailbox.extend(mail)
         self._arrived.set()
@@ -119,7 +125,7 @@ class Engine:
         self._runner = Runner(network, limits.kv_tokens)
         self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens)
         self._requests: dict[Sequence, Request] = {}  # the engine thread's
-        self._outbox: dict[Generation, list[tuple[int, Step | EngineError]]] = {}
+        self._outbox: dict[Generation[Any], list[tuple[int, Mail]]] = {}
         self._inbox: deque[tuple[Request, bool]] = deque()  # see `send`
         self._wake = threading.Condition()
         self._stopping = False
@@ -154,7 +160,7 @@ class Engine:
             cached_tokens=scheduler.counters.cached_tokens,
         )
 
-    def generate(self, prompt_ids: Ids[int], samplings: Ids[SamplingParams], priority: int = 0) -> Generation:
+    def generate(self, prompt_ids: Ids[int], samplings: Ids[SamplingParams], priority: int = 0) -> Generation[Step]:
         """One answer for each of `samplings`; the prompt is computed once. To be entered with `async with`.
 
         Raises RequestTooLarge if prompt and answer can never fit.
@@ -176,6 +182,23 @@ class Engine:
             for sampling in samplings
         ]
         return Generation(self, sequences)
+
+    def embed(self, texts: Ids[tuple[Ids[int], range]]) -> Generation[Pooled]:
+        """For each text, as token ids and the range of those that count, the mean of its hidden states. To be entered
+        with `async with`.
+
+        Raises RequestTooLarge if a text can never fit.
+        """
+        longest = max(len(token_ids) for token_ids, _ in texts) + 1
+        if longest > self._scheduler.space.size:
+            raise RequestTooLarge(
+                f"the text needs {longest} tokens of cache, and there are {self._scheduler.space.size}"
+            )
+        nothing = SamplingParams(max_tokens=0)
+        return Generation(
+            self,
+            [Sequence(list(ids), nothing, self._runner.layout(ids), pooled=counted) for ids, counted in texts],
+        )
 
     def send(self, messages: list[tuple[Request, bool]]) -> None:
         """Put messages of (request, whether it is new; else it leaves) into the inbox. From any thread."""
@@ -229,13 +252,21 @@ class Engine:
         self._failed_steps = 0
         for work in plan.work:
             self._scheduler.computed(work)
-        for work, sampled in results:
-            self._take(work.sequence, sampled)
+        for work, result in results:
+            if isinstance(result, Pooled):
+                self._hand_over(work.sequence, result)
+            else:
+                self._take(work.sequence, result)
+
+    def _hand_over(self, sequence: Sequence, pooled: Pooled) -> None:
+        is_finite = math.isfinite(sum(pooled.vector))
+        self._post(self._requests[sequence], pooled if is_finite else RequestFailed(NOT_FINITE))
+        self._drop(sequence)
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
         request = self._requests[sequence]
         if sampled.token_id is None:
-            self._post(request, RequestFailed("the model produced numbers that are not finite"))
+            self._post(request, RequestFailed(NOT_FINITE))
             self._drop(sequence, keep_prefix=False)
             return
         reason = sequence.append(sampled.token_id)
@@ -259,22 +290,22 @@ class Engine:
         self._scheduler.finish(sequence, keep_prefix)
         self._runner.forget(sequence)
 
-    def _post(self, request: Request, step: Step | EngineError) -> None:
+    def _post(self, request: Request, step: Mail) -> None:
         self._outbox.setdefault(request.generation, []).append((request.choice, step))
 
     def _deliver(self) -> None:
         """Hand a whole step's tokens to each event loop with one wake-up."""
-        by_loop: dict[asyncio.AbstractEventLoop, dict[Generation, list[tuple[int, Step | EngineError]]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, dict[Generation[Any], list[tuple[int, Mail]]]] = {}
         for generation, mail in self._outbox.items():
             by_loop.setdefault(generation.loop, {})[generation] = mail
         self._outbox.clear()
-        for loop, mail in by_loop.items():
+        for loop, bags in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put, mail)
+                loop.call_soon_threadsafe(_put, bags)
             except RuntimeError:
                 logger.debug("an event loop closed before its answers came")
 
 
-def _put(mail: dict[Generation, list[tuple[int, Step | EngineError]]]) -> None:
+def _put(mail: dict[Generation[Any], list[tuple[int, Mail]]]) -> None:
     for generation, steps in mail.items():
         generation.put(steps)

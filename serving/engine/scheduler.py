@@ -92,7 +92,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            if keep_prefix and sequence.num_computed >= BLOCK:
+            if keep_prefix and sequence.pooled is None and sequence.num_computed >= BLOCK:
                 self._retain(sequence)
             else:
                 self._release(sequence)
@@ -134,7 +134,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_sequences:
                 return
-            match = self._prefixes.find(sequence)
+            # the hidden states of a pooled text are all needed, and reused tokens would have none
+            match = self._prefixes.find(sequence) if sequence.pooled is None else None
             if match and match.length - match.num_ready >= BLOCK:
                 continue  # a running sequence is about to compute the same beginning: wait for it
             if not self._admit(sequence, match):
@@ -165,7 +166,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.state = "running"
-        self._prefixes.add(sequence)
+        if sequence.pooled is None:
+            self._prefixes.add(sequence)
         return True
 
     def _reserve(self, sequence: Sequence) -> bool:

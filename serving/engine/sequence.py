@@ -28,6 +28,7 @@ class Sequence:
     layout: PromptLayout = CAUSAL
     priority: int = 0  # smaller goes first
     seed: int = 0
+    pooled: range | None = None  # the tokens whose hidden states are averaged; nothing is sampled then
     id: int = field(default_factory=lambda: next(_ids))
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0  # tokens whose keys and values are in the cache

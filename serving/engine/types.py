@@ -54,6 +54,14 @@ class Step:
     num_cached_tokens: int = 0  # prompt tokens whose keys and values were reused; the same in every step
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """What one text came to: the mean of its hidden states after the final norm. The only step of its request."""
+
+    vector: tuple[float, ...]  # [hidden_size], summed in float32
+    finish_reason: FinishReason = "stop"
+
+
 class EngineError(Exception):
     """Root of what the engine raises to a caller."""
 
