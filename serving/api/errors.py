@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from serving.chat.pipeline import ContextOverflow
 from serving.chat.types import PromptError
-from serving.engine.types import EngineStopped, RequestTooLarge
+from serving.engine.types import EngineStopped, OutOfMemory, RequestTooLarge
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -86,6 +86,26 @@ def internal_error() -> APIError:
     return APIError(500, "The server had an error while processing your request.", SERVER_ERROR, None, "server_error")
 
 
+def deadline_passed(status: int, seconds: float) -> APIError:
+    """408 for the client's own deadline, 504 for the server's. Another try would only cost the same again."""
+    message = f"The request was not answered within {seconds:g} seconds."
+    return APIError(status, message, SERVER_ERROR, None, "request_timeout", {"x-should-retry": "false"})
+
+
+def shutting_down() -> APIError:
+    """503: this process is about to end; another one may answer."""
+    return APIError(
+        503, "The server is shutting down or restarting. Please retry shortly.", SERVER_ERROR, None,
+        "server_unavailable", {"retry-after": str(RETRY_SECONDS)},
+    )  # fmt: skip
+
+
+def out_of_memory() -> APIError:
+    """500: the device has no memory for this request; it would have none for its repetition."""
+    message = "The server ran out of device memory while it processed your request. Please reduce its size."
+    return APIError(500, message, SERVER_ERROR, None, "out_of_memory", {"x-should-retry": "false"})
+
+
 def context_overflow(error: ContextOverflow, is_default: bool) -> APIError:
     """400: prompt and answer do not fit. `is_default`: the client named no length, so the prompt alone is at fault."""
     where = error.param
@@ -109,12 +129,14 @@ def from_exception(error: Exception) -> APIError:
         case PromptError():
             return invalid(error.message, error.param)
         case RequestTooLarge():
-            message = "The request can never fit into this server's cache. Please reduce the length of the prompt."
+            message = (
+                f"The request needs {error.num_needed} tokens of cache, and this server has {error.num_tokens}. "
+                "Please reduce the length of the prompt or of the completion."
+            )
             return APIError(400, message, code="context_length_exceeded")
         case EngineStopped():
-            return APIError(
-                503, "The server is shutting down or restarting. Please retry shortly.", SERVER_ERROR, None,
-                "server_unavailable", {"retry-after": str(RETRY_SECONDS)},
-            )  # fmt: skip
+            return shutting_down()
+        case OutOfMemory():
+            return out_of_memory()
         case _:
             return internal_error()

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
 
 from serving.chat.types import ChatEvent
 
 Source = AsyncGenerator[tuple[int, ChatEvent], None]
+
+
+class Watcher(Protocol):
+    """Sees every event when it comes, and the end."""
+
+    def push(self, event: ChatEvent) -> None: ...
+
+    def close(self, is_complete: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When the sources are given up (time.monotonic(), or infinity), and what the reader is told then."""
+
+    at: float
+    failure: Exception
 
 
 class Feed:
@@ -18,7 +38,14 @@ class Feed:
     sources, which is how a generation is cancelled. For one event loop, one reader.
     """
 
-    def __init__(self, sources: Sequence[Source], stride: int, max_ready: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        stride: int,
+        max_ready: int,
+        watcher: Watcher | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._ready: list[tuple[int, ChatEvent]] = []
         self._max_ready = max_ready
         self._something = asyncio.Event()
@@ -26,6 +53,11 @@ class Feed:
         self._room.set()
         self._failure: Exception | None = None
         self._running = len(sources)
+        self._watcher = watcher
+        self._timer: asyncio.TimerHandle | None = None
+        if deadline is not None and deadline.at < math.inf:
+            seconds = max(0.0, deadline.at - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, deadline.failure)
         self._tasks = [asyncio.create_task(self._read(source, s * stride)) for s, source in enumerate(sources)]
 
     async def take(self, timeout_seconds: float | None = None) -> list[tuple[int, ChatEvent]] | None:
@@ -66,14 +98,28 @@ class Feed:
 
     async def close(self) -> None:
         """Stop every source and wait until it is closed. May be called twice."""
+        if self._timer:
+            self._timer.cancel()
+        is_complete = self._running == 0 and self._failure is None
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._watcher:
+            self._watcher.close(is_complete)
+
+    def _expire(self, failure: Exception) -> None:
+        if self._running:
+            self._failure = self._failure or failure
+            for task in self._tasks:
+                task.cancel()
+            self._something.set()
 
     async def _read(self, source: Source, first_index: int) -> None:
         try:
             async with aclosing(source):
                 async for index, event in source:
+                    if self._watcher:
+                        self._watcher.push(event)
                     while len(self._ready) >= self._max_ready:
                         self._room.clear()
                         await self._room.wait()

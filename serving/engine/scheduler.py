@@ -68,7 +68,8 @@ class Scheduler:
         self.waiting.sort(key=_seniority)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether a step may bring something forward."""
+        return any(not s.is_paused for s in self.running) or any(not s.is_paused for s in self.waiting)
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Empty work means that there is nothing to do."""
@@ -77,7 +78,8 @@ class Scheduler:
         budget = self.max_batch_tokens - len(work)
         self._admit_waiting()
         decoding = {item.sequence for item in work}
-        work += self._prompt_chunks([s for s in self.running if s not in decoding], budget)
+        prefilling = [s for s in self.running if s not in decoding and not s.is_paused]
+        work += self._prompt_chunks(prefilling, budget)
         return StepPlan(tuple(self._moves), tuple(work))
 
     def computed(self, work: Work) -> None:
@@ -108,7 +110,8 @@ class Scheduler:
     def _decode_rows(self) -> list[Work]:
         rows: list[Work] = []
         for sequence in sorted(self.running, key=_seniority):
-            if sequence.state != "running" or sequence.is_prefilling or sequence.num_computed == 0:
+            is_decoding = sequence.state == "running" and not sequence.is_prefilling and sequence.num_computed > 0
+            if not is_decoding or sequence.is_paused:
                 continue
             if self._reserve(sequence):
                 rows.append(Work(sequence, 1))
@@ -134,6 +137,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_sequences:
                 return
+            if sequence.is_paused:
+                continue
             # the hidden states of a pooled text are all needed, and reused tokens would have none
             match = self._prefixes.find(sequence) if sequence.pooled is None else None
             if match and match.length - match.num_ready >= BLOCK:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-from serving.engine.types import CAUSAL, FinishReason, PromptLayout, SamplingParams
+from serving.engine.types import CAUSAL, FinishReason, PromptLayout, SamplingParams, TokenMask
 
 _ids = count()
 
@@ -28,12 +28,15 @@ class Sequence:
     layout: PromptLayout = CAUSAL
     priority: int = 0  # smaller goes first
     seed: int = 0
+    mask: TokenMask | None = None
     pooled: range | None = None  # the tokens whose hidden states are averaged; nothing is sampled then
     id: int = field(default_factory=lambda: next(_ids))
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that did not have to be computed at first admission
     num_preemptions: int = 0
+    is_paused: bool = False  # its reader is far behind: it keeps its places and gets no rows
+    queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
     extent: Extent | None = None
     state: Literal["waiting", "running", "finished"] = "waiting"
 

@@ -41,6 +41,24 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class TokenMask(Protocol):
+    """Says which tokens may come next in one answer. Both methods are called by the engine thread, in turn.
+
+    An exception fails the one request that the mask belongs to.
+    """
+
+    def allowed(self) -> Tensor | None:
+        """Bit i % 32 of word i // 32 is set if token i may come next: [ceil(num_tokens / 32)] int32 on the CPU.
+
+        None lets every token pass. At least one bit is set. The tensor is read before the next call.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """This token was sampled; every sampled token is told, once and in order, stop tokens included."""
+        ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One sampled token of one request. The last one carries the finish reason.
@@ -70,8 +88,17 @@ class RequestFailed(EngineError):
     """This one request cannot be answered (non-finite logits, a fault in its own step)."""
 
 
+class OutOfMemory(RequestFailed):
+    """The device had no memory left for the step that this request was in; the engine goes on."""
+
+
 class RequestTooLarge(EngineError):
     """The request can never fit into the cache, whatever else finishes."""
+
+    def __init__(self, message: str, num_needed: int, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_needed = num_needed  # tokens of cache
+        self.num_tokens = num_tokens  # what there is
 
 
 class EngineStopped(EngineError):
@@ -160,5 +187,4 @@ class EngineLimits:
 
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows of one step, decode and prefill together
-    max_waiting: int = 256
     kv_tokens: int = field(default=16_384)  # capacity of the cache

@@ -1,0 +1,175 @@
+"""A fault stays where it belongs, and nobody waits for ever: faults are put into a real engine at each point."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serving.engine.engine import MAX_UNREAD, Engine
+from serving.engine.types import EngineLimits, EngineStopped, OutOfMemory, RequestFailed, SamplingParams
+from tests.contract.tiny import Meddled
+from tests.tiny import VOCABULARY, generate, greedy, settled, tiny_model, tokens
+
+PROMPT = [7, 8, 9, 10, 11]
+OTHER = [30, 31, 32]
+
+
+@contextmanager
+def meddled(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[Engine]:
+    torch.set_num_threads(1)
+    engine = Engine(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+class Failing:
+    """Raises in the forwards whose numbers are given, the first being 1."""
+
+    def __init__(self, numbers: set[int], error: Callable[[], Exception]) -> None:
+        self.numbers, self.error, self.count = numbers, error, 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count in self.numbers:
+            raise self.error()
+
+
+def test_a_failed_forward_ends_its_batch_and_the_next_request_is_answered_rightly() -> None:
+    async def run() -> None:
+        with meddled(Failing({3}, lambda: RuntimeError("injected"))) as engine:
+            with pytest.raises(RequestFailed):
+                await tokens(engine, PROMPT, greedy(8))
+            assert await tokens(engine, PROMPT, greedy(8)) == tiny_model().greedy(PROMPT, 8)
+            await settled(engine)
+            assert engine.stats().kv_tokens_used == 0
+            assert engine.is_alive
+
+    asyncio.run(run())
+
+
+def test_two_failures_apart_do_not_end_the_engine_but_three_in_a_row_do() -> None:
+    async def run() -> None:
+        with meddled(Failing({1, 3, 5, 8, 9, 10}, lambda: RuntimeError("injected"))) as engine:
+            for _ in range(3):
+                with pytest.raises(RequestFailed):
+                    await tokens(engine, PROMPT, greedy(4))
+                assert await tokens(engine, OTHER, greedy(1)) == tiny_model().greedy(OTHER, 1)
+            assert engine.is_alive
+            await tokens(engine, OTHER, greedy(1))
+            for _ in range(3):
+                with pytest.raises(RequestFailed):
+                    await tokens(engine, PROMPT, greedy(4))
+            assert not engine.is_alive
+            with pytest.raises(EngineStopped):
+                await tokens(engine, PROMPT, greedy(4))
+
+    asyncio.run(run())
+
+
+def test_out_of_memory_is_told_as_such_and_the_engine_goes_on() -> None:
+    async def run() -> None:
+        with meddled(Failing({2}, lambda: torch.OutOfMemoryError("injected"))) as engine:
+            with pytest.raises(OutOfMemory):
+                await tokens(engine, PROMPT, greedy(8))
+            assert await tokens(engine, PROMPT, greedy(8)) == tiny_model().greedy(PROMPT, 8)
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_sampling_raises_fails_alone() -> None:
+    """A bias on a token that the network does not have raises inside the sampler, in a batch with a healthy request."""
+
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            sick = replace(greedy(12), logit_bias=((VOCABULARY + 5, 1.0),))
+            healthy = asyncio.create_task(tokens(engine, PROMPT, greedy(24)))
+            with pytest.raises(RequestFailed, match="sampler"):
+                await tokens(engine, OTHER, sick)
+            assert await healthy == tiny_model().greedy(PROMPT, 24)
+            assert engine.is_alive
+            await settled(engine)
+
+    asyncio.run(run())
+
+
+def test_a_prompt_whose_layout_raises_fails_alone() -> None:
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            with pytest.raises(TypeError):
+                await tokens(engine, None, greedy(4))  # type: ignore[arg-type]
+            assert await tokens(engine, PROMPT, greedy(4)) == tiny_model().greedy(PROMPT, 4)
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_stops_reading_is_paused_and_disturbs_nobody() -> None:
+    length = 3 * MAX_UNREAD
+
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            async with engine.generate(PROMPT, [greedy(length)]) as steps:
+                first = await anext(steps)
+                before = -1
+                while engine.num_steps != before or engine.is_busy:
+                    before = engine.num_steps
+                    await asyncio.sleep(0.3)
+                assert engine.stats().generated_tokens <= MAX_UNREAD + 60  # what was under way when it was paused
+                assert await tokens(engine, OTHER, greedy(5)) == tiny_model().greedy(OTHER, 5)
+                got = [first, *[item async for item in steps]]
+            assert [step.token_id for _, step in got] == tiny_model().greedy(PROMPT, length)
+            await settled(engine)
+
+    asyncio.run(run())
+
+
+def test_a_paused_reader_that_leaves_frees_its_places() -> None:
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            async with engine.generate(PROMPT, [greedy(3 * MAX_UNREAD)]) as steps:
+                await anext(steps)
+                while engine.stats().generated_tokens < MAX_UNREAD:
+                    await asyncio.sleep(0.05)
+            await settled(engine)
+            assert engine.stats().kv_tokens_used == 0
+
+    asyncio.run(run())
+
+
+def test_whoever_waits_for_a_hanging_step_is_told_and_the_engine_may_come_back() -> None:
+    gate = threading.Event()
+
+    async def run() -> None:
+        with meddled(gate.wait) as engine:
+            try:
+                waiting = asyncio.create_task(tokens(engine, PROMPT, greedy(4)))
+                while not engine.is_busy:
+                    await asyncio.sleep(0.01)
+                engine.give_up()
+                with pytest.raises(EngineStopped):
+                    await asyncio.wait_for(waiting, 5)
+            finally:
+                gate.set()
+            assert await tokens(engine, PROMPT, greedy(4)) == tiny_model().greedy(PROMPT, 4)
+            await settled(engine)
+
+    asyncio.run(run())
+
+
+def test_a_broken_scheduler_ends_the_engine_and_nobody_waits_for_ever() -> None:
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            engine._scheduler.max_batch_tokens = None  # type: ignore[assignment]
+            with pytest.raises(EngineStopped):
+                await asyncio.wait_for(generate(engine, PROMPT, SamplingParams(4)), 5)
+            assert not engine.is_alive
+
+    asyncio.run(run())
