@@ -12,8 +12,8 @@ from models.answers import TrimmedAnswer
 from models.chatglm2 import round_prompt
 from models.chatglm_answers import ChatGLMReader
 from models.chatglm_tokenizer import ChatGLMTokenizer
-from models.family import Family, LoadedModel, Progress
-from serving.chat.types import AnswerReader, Conversation, Tool
+from models.family import Family, LoadedModel, Precision, Progress
+from serving.chat.types import AnswerReader, Conversation, Language, ToolSyntax
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,9 @@ class ChatGLMFormat:
 
     gmask, sop, eop: ids of these tokens, image tokens counted.
     """
+
+    tool_syntax: ToolSyntax | None = None
+    language: Language = "zh"
 
     def __init__(self, tokenizer: ChatGLMTokenizer, gmask: int, sop: int, eop: int) -> None:
         self._tokenizer = tokenizer
@@ -43,7 +46,7 @@ class ChatGLMFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
+    def reader(self) -> AnswerReader:
         return ChatGLMReader(TrimmedAnswer())
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -86,13 +89,13 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
 
 
 def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
     from models import chatglm_checkpoint
 
     config, num_image_tokens = chatglm_checkpoint.read_stored(folder)
     tokenizer = ChatGLMTokenizer(folder / chatglm_checkpoint.TOKENIZER_FILE, num_image_tokens)
-    network = chatglm_checkpoint.load_network(folder, config, device, dtype, progress)
+    network = chatglm_checkpoint.load_network(folder, config, device, precision, progress)
     chat_format = ChatGLMFormat(tokenizer, config.gmask_token_id, config.bos_token_id, config.eos_token_id)
     return LoadedModel(network, chat_format)
 

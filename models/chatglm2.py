@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.answers import TrimmedAnswer
-from models.family import Family, ImportOption, ImportRefused, LoadedModel, Progress
+from models.family import Family, ImportOption, ImportRefused, LoadedModel, Precision, Progress
 from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
-from serving.chat.types import AnswerReader, ChatFormat, Conversation, Message, PromptError, Tool
+from serving.chat.types import AnswerReader, ChatFormat, Conversation, Language, Message, PromptError, ToolSyntax
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def load_network(
     folder: Path,
     metadata: Mapping[str, Any],
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
     progress: Progress,
     chat_format: ChatFormat,
 ) -> LoadedModel:
@@ -67,7 +67,7 @@ def load_network(
     from models.native import NativeDecoder, load_native
 
     network = NativeDecoder(
-        load_native(folder, device, dtype, progress),
+        load_native(folder, device, precision, progress),
         num_tokens=chat_format.num_tokens,
         max_positions=int(metadata["context_length"]),
     )
@@ -89,6 +89,9 @@ def mentions_roles(source: Path) -> bool | None:
 class ChatGLM2Format:
     """Conversation -> ids and back. No text of a user can become a special token: specials are added as ids."""
 
+    tool_syntax: ToolSyntax | None = None
+    language: Language = "zh"
+
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self._tokenizer = tokenizer
         self.stop_token_ids = frozenset({tokenizer.eos})
@@ -103,7 +106,7 @@ class ChatGLM2Format:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
+    def reader(self) -> AnswerReader:
         return TrimmedAnswer()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -165,10 +168,10 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
 
 
 def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
     chat_format = ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
-    return load_network(folder, metadata, device, dtype, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, chat_format)
 
 
 FAMILY = Family(

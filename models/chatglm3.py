@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from models.answers import TrimmedAnswer
 from models.chatglm2 import ROPE, TOKENIZER_FILE, import_network, load_network, mentions_roles
-from models.chatglm3_tools import ToolAnswer
-from models.family import Family, ImportRefused, LoadedModel, Progress
+from models.family import Family, ImportRefused, LoadedModel, Precision, Progress
 from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
-from serving.chat.types import AnswerReader, Conversation, Message, PromptError, Tool, ToolCall
+from serving.chat.types import (
+    AnswerReader,
+    Conversation,
+    Language,
+    Message,
+    PromptError,
+    Tool,
+    ToolCall,
+    ToolSyntax,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +29,19 @@ if TYPE_CHECKING:
 NUM_ROLES = 4  # <|system|>, <|user|>, <|assistant|>, <|observation|>, after the specials
 TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
+# The name on the first line and a fenced Python call below, as trained; its arguments are held to JSON, so that a schema
+# can be enforced: `tool_call(**{"city": "x"})` where the training data had `tool_call(city='x')`.
+CALL = ToolSyntax("{name}\n", " ```python\ntool_call(**", ")\n```", is_at_start=True)
+
 
 class ChatGLM3Format:
     """Conversation -> ids and back. Every segment is encoded on its own, between role tokens that are added as ids.
 
     Source: tokenization_chatglm.py of ChatGLM3, build_chat_input.
     """
+
+    tool_syntax: ToolSyntax | None = CALL
+    language: Language = "zh"
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -50,8 +65,8 @@ class ChatGLM3Format:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
-        return ToolAnswer(tuple(tool.name for tool in tools)) if tools else TrimmedAnswer()
+    def reader(self) -> AnswerReader:
+        return TrimmedAnswer()
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
@@ -123,10 +138,10 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
 
 
 def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
     chat_format = ChatGLM3Format(SentencePieceTokenizer(folder / TOKENIZER_FILE, NUM_SPECIALS + NUM_ROLES))
-    return load_network(folder, metadata, device, dtype, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, chat_format)
 
 
 FAMILY = Family(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import checkpoint
+from models import checkpoint, linears
 from models.chatglm_network import ChatGLMConfig, ChatGLMNetwork, rotary_frequencies
 from models.chatglm_tokenizer import ChatGLMTokenizer
 from models.checkpoint import ShardWriter, TensorInfo
-from models.family import ImportRefused, Progress
+from models.family import ImportRefused, Precision, Progress
 from models.quantized_checkpoint import dequantize, packed_shape
 
 TOKENIZER_FILE = "ice_text.model"
@@ -217,7 +217,7 @@ def read_stored(folder: Path) -> tuple[ChatGLMConfig, int]:
 
 
 def load_network(
-    folder: Path, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, config: ChatGLMConfig, device: torch.device, precision: Precision, progress: Progress
 ) -> ChatGLMNetwork:
     """Open stored weights, tensor by tensor: never two copies of the model in memory."""
     with torch.device("meta"):
@@ -226,9 +226,16 @@ def load_network(
     total, done = sum(shard.stat().st_size for shard in shards), 0
     for shard in shards:
         # copied, as what comes from the file is a view of it
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in checkpoint.read_shard(shard)}
+        state = {
+            name: tensor.to(device, linears.storage_dtype(precision, device, tensor.dtype), copy=True)
+            for name, tensor in checkpoint.read_shard(shard)
+        }
         network.load_state_dict(state, strict=False, assign=True)
         done += shard.stat().st_size
         progress(done, total, shard.name)
-    network.device, network.dtype = network.word_embeddings.weight.device, dtype
-    return network.eval().requires_grad_(False)
+    if config.tie_word_embeddings:
+        network.lm_head.weight = network.word_embeddings.weight
+    network.eval().requires_grad_(False)
+    linears.pack(network, precision, device, progress)
+    network.device, network.dtype = device, linears.compute_dtype(precision, device)
+    return network

@@ -135,9 +135,7 @@ class ChatGLMNetwork(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.shape = NetworkShape(
             num_layers=config.num_layers,
             num_heads=config.num_heads,
@@ -165,6 +163,5 @@ class ChatGLMNetwork(nn.Module):
         return cast("Tensor", self.final_layernorm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden_size] -> [rows, vocab_size]; the head is the embedding unless the checkpoint says otherwise."""
-        head = self.word_embeddings.weight if self.lm_head is None else self.lm_head.weight
-        return functional.linear(hidden, head)
+        """[rows, hidden_size] -> [rows, vocab_size]."""
+        return cast("Tensor", self.lm_head(hidden))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.chatglm2 import ROPE, TOKENIZER_FILE, ChatGLM2Format, import_network, load_network
-from models.family import Family, LoadedModel, Progress
+from models.family import Family, LoadedModel, Precision, Progress
 from models.sentencepiece import SentencePieceTokenizer
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
     chat_format = ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
-    return load_network(folder, metadata, device, dtype, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, chat_format)
 
 
 FAMILY = Family(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from serving.chat.types import ChatFormat
     from serving.engine.types import CausalLM
+
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]  # of the weights while they are served
 
 
 class ImportRefused(Exception):
@@ -48,11 +51,11 @@ class Family:
     import_checkpoint(source, target, options, progress): reads the checkpoint folder `source`, writes everything the
     server needs into the empty folder `target` and returns the metadata that `load` will want (JSON values only).
     Raises ImportRefused. `options` holds only names listed in `options` below.
-    load(folder, metadata, device, dtype, progress): opens such a folder again. No network access, no remote code.
+    load(folder, metadata, device, precision, progress): opens such a folder again. No network access, no remote code.
     """
 
     name: str
     title: str
     import_checkpoint: Callable[[Path, Path, Mapping[str, str], Progress], dict[str, Any]]
-    load: Callable[[Path, Mapping[str, Any], torch.device, torch.dtype, Progress], LoadedModel]
+    load: Callable[[Path, Mapping[str, Any], torch.device, Precision, Progress], LoadedModel]
     options: tuple[ImportOption, ...] = ()

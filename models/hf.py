@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.family import Family, ImportOption, ImportRefused, LoadedModel, Progress
-from models.hf_answers import OPENING, ExactAnswer, HermesAnswer
-from serving.chat.types import AnswerReader, Conversation, Tool
+from models.family import Family, ImportOption, ImportRefused, LoadedModel, Precision, Progress
+from models.answers import ExactAnswer
+from serving.chat.types import AnswerReader, Conversation, Language, ToolSyntax
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +22,22 @@ TEMPLATE = ImportOption(
     choices=("vicuna",),
 )
 
+# How Hermes, Qwen and many others write calls; recognised by the opening in their templates.
+HERMES = ToolSyntax("<tool_call>", '\n{"name": "{name}", "arguments": ', "}\n</tool_call>")
+
 
 class HFFormat:
-    """Conversation -> ids and back, by the model's own template and tokenizer.
+    """Conversation -> ids and back, by the model's own template and tokenizer. Answers are as the model wrote them."""
 
-    Answers are given exactly as the model wrote them, but for tool calls in the Hermes syntax, if the template has it.
-    """
+    tool_syntax: ToolSyntax | None
+    language: Language = "en"
 
     def __init__(
         self, tokenizer: FastTokenizer, template: ChatTemplate, stop_token_ids: frozenset[int], has_hermes_calls: bool
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._has_hermes_calls = has_hermes_calls
+        self.tool_syntax = HERMES if has_hermes_calls else None
         self.stop_token_ids = stop_token_ids
         self.num_tokens = tokenizer.num_tokens
 
@@ -47,9 +50,7 @@ class HFFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
-        if tools and self._has_hermes_calls:
-            return HermesAnswer(frozenset(tool.name for tool in tools))
+    def reader(self) -> AnswerReader:
         return ExactAnswer()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -78,7 +79,7 @@ def open_format(folder: Path) -> HFFormat:
     source = default.read_text(encoding="utf-8")
     tool_source = tools.read_text(encoding="utf-8") if tools.is_file() else source
     template = ChatTemplate(source, named, tokenizer.control_names, tool_source)
-    return HFFormat(tokenizer, template, frozenset(stop), OPENING in tool_source)
+    return HFFormat(tokenizer, template, frozenset(stop), HERMES.opening in tool_source)
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
@@ -97,13 +98,13 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
 
 
 def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype, progress: Progress
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
     from models.native import NativeDecoder, load_native
 
     chat_format = open_format(folder)
     network = NativeDecoder(
-        load_native(folder, device, dtype, progress),
+        load_native(folder, device, precision, progress),
         num_tokens=chat_format.num_tokens,
         max_positions=int(metadata["context_length"]),
     )

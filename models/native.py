@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
-from models.family import ImportRefused, Progress
+from models import linears
+from models.family import ImportRefused, Precision, Progress
 from serving.engine.types import CAUSAL, Attend, NetworkShape, PromptLayout, RaggedBatch
 
 ATTENTION = "engine"
@@ -109,7 +110,7 @@ class NativeDecoder:
         self._backbone = cast("Callable[..., Any]", model.base_model)
         self._head = cast("Callable[[Tensor], Tensor]", model.get_output_embeddings())
         self.device = model.device
-        self.dtype = model.dtype
+        self.dtype = torch.float32  # the probe finds out
         self.shape = self._probe(num_tokens, max_positions)
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
@@ -151,6 +152,7 @@ class NativeDecoder:
         ids, indices = torch.tensor([[0, 1], [0, 1]], device=self.device)
         probe = _Probe()
         hidden = self._hidden(ids, indices, probe)
+        self.dtype = hidden.dtype
         if probe.layers != list(range(config.num_hidden_layers)) or len(probe.shapes) != 1:
             raise ImportRefused(f"{name} does not call one attention of one shape a layer, which the engine needs")
         kinds = getattr(config, "layer_types", None) or ()
@@ -182,17 +184,18 @@ def _rotary_types(rope_parameters: object) -> set[str]:
     return {str(values.get("rope_type"))}.union(*nested)
 
 
-def load_native(folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress) -> PreTrainedModel:
-    """Open a transformers folder: weights mapped from safetensors straight to `device`, frozen. No network, no code.
+def load_native(folder: Path, device: torch.device, precision: Precision, progress: Progress) -> PreTrainedModel:
+    """Open a transformers folder: weights mapped from safetensors straight to `device`, packed, frozen.
 
-    Raises OSError or ValueError if transformers cannot load the folder by itself.
+    No network access, no code of the folder. Raises OSError or ValueError if transformers cannot load it by itself.
     """
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     disable_progress_bar()  # a server's log is no place for one; `progress` tells the caller
     progress(0, total, "weights")
+    stored = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).dtype
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype,
+        dtype=linears.storage_dtype(precision, device, stored or torch.float32),
         # a map lets every tensor go to the device as it is read; on the CPU that is what happens anyway
         device_map=None if device.type == "cpu" else {"": device},
         local_files_only=True,
@@ -200,4 +203,6 @@ def load_native(folder: Path, device: torch.device, dtype: torch.dtype, progress
         use_safetensors=True,
     )
     progress(total, total, "weights")
+    model.requires_grad_(False)
+    linears.pack(model, precision, device, progress)
     return cast("PreTrainedModel", model)

@@ -27,8 +27,8 @@ class Settings(BaseModel):
     )
     accept_any_model: bool = Field(False, description="Answer to every model name instead of 404 for unknown ones.")
     device: str = Field("auto", description="`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of weights and cache; `auto` picks by device and size."
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        "auto", description="Format of the weights; `auto` takes 16 bits for all but small models."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes the cores this process may use.")
     kv_cache_gib: float = Field(0.0, ge=0, description="Memory for keys and values in GiB; 0 picks by free memory.")

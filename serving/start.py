@@ -13,7 +13,7 @@ import torch
 from serving.chat.pipeline import ServedModel
 from serving.chat.types import ChatFormat
 from serving.engine.attention import KVMemory
-from serving.engine.device import GIB, cache_tokens, choose_device, choose_dtype, num_usable_cores
+from serving.engine.device import GIB, cache_tokens, choose_device, choose_precision, num_usable_cores
 from serving.engine.engine import Engine
 from serving.engine.types import CausalLM, EngineLimits
 from serving.settings import Settings
@@ -31,7 +31,7 @@ class Loaded(Protocol):
 
 
 Loader = Callable[
-    [Path, Mapping[str, Any], torch.device, torch.dtype, Callable[[int, int, str], None]],
+    [Path, Mapping[str, Any], torch.device, Any, Callable[[int, int, str], None]],
     Loaded,
 ]
 
@@ -44,9 +44,10 @@ def start_model(
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or num_usable_cores())
-    dtype = choose_dtype(settings.dtype, device, int(metadata["parameters"]))
-    loaded = load(folder, metadata, device, dtype, _Progress(logger))
-    shape = loaded.network.shape
+    num_parameters = int(metadata["parameters"])
+    precision = choose_precision(device, num_parameters) if settings.precision == "auto" else settings.precision
+    loaded = load(folder, metadata, device, precision, _Progress(logger))
+    shape, dtype = loaded.network.shape, loaded.network.dtype
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
     context_length = min(shape.max_positions, kv_tokens)
     engine = Engine(
@@ -62,8 +63,8 @@ def start_model(
         "%s: %s parameters in %s on %s (%d threads); %d layers, vocabulary %d, context %d tokens, "
         "cache %d tokens (%.2f GiB); loaded in %.1f s",
         metadata["family"],
-        f"{int(metadata['parameters']):,}",
-        str(dtype).removeprefix("torch."),
+        f"{num_parameters:,}",
+        precision,
         device if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
         torch.get_num_threads(),
         shape.num_layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -34,26 +35,15 @@ def choose_device(setting: str) -> torch.device:
     return device
 
 
-def choose_dtype(setting: str, device: torch.device, num_parameters: int) -> torch.dtype:
-    """`auto`: half precision on accelerators; on a CPU full precision unless the machine computes in bfloat16 or full
-    precision would not fit."""
-    if setting != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
+def choose_precision(device: torch.device, num_parameters: int) -> Literal["float32", "bfloat16", "float16"]:
+    """What `auto` means: 16 bits, in the kind that the device computes fastest; full precision for small models."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "mps":
-        return torch.float16
+        return "float16"
     if num_parameters * 4 <= SMALL_MODEL_BYTES:
-        return torch.float32
-    if has_fast_bfloat16() or num_parameters * 4 > 0.6 * free_memory(device):
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        return "float32"
+    return "bfloat16"
 
 
 def num_usable_cores() -> int:

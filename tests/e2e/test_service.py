@@ -61,7 +61,7 @@ def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
 
 
 def test_a_setting_chooses_names_and_precision_and_the_log_states_the_facts(tmp_path: Path) -> None:
-    settings = {"CHATGLM_ALIASES": "gpt-3.5-turbo", "CHATGLM_DTYPE": "bfloat16", "CHATGLM_THREADS": "1"}
+    settings = {"CHATGLM_ALIASES": "gpt-3.5-turbo", "CHATGLM_PRECISION": "bfloat16", "CHATGLM_THREADS": "1"}
     with serving(tmp_path, settings) as server:
         client = OpenAI(base_url=server.base_url, api_key="none")
         assert [model.id for model in client.models.list()] == ["chatglm2-demo", "gpt-3.5-turbo"]

@@ -52,7 +52,7 @@ def causal(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, 
 
 
 def decoder_logits(folder: Path, ids: Tensor) -> Tensor:
-    model = load_native(folder, torch.device("cpu"), torch.float32, no_progress)
+    model = load_native(folder, torch.device("cpu"), "float32", no_progress)
     decoder = NativeDecoder(model, num_tokens=ids.max().item() + 1, max_positions=4096)
     return decoder.logits(decoder.forward(RaggedBatch(ids, torch.arange(len(ids)), ()), causal))
 

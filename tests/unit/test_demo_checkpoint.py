@@ -37,7 +37,7 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         metadata = FAMILY.import_checkpoint(CHECKPOINT, folder, {}, _no_progress)
-        loaded = FAMILY.load(folder, metadata, torch.device("cpu"), torch.float32, _no_progress)
+        loaded = FAMILY.load(folder, metadata, torch.device("cpu"), "float32", _no_progress)
         self.chat_format: ChatFormat = loaded.chat_format
         self._model = GlmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -43,7 +43,7 @@ class Imported:
         self.tokenizer = write_folder(self.source, kind)
         self.stored.mkdir()
         self.metadata = FAMILY.import_checkpoint(self.source, self.stored, {}, silent)
-        self.model: LoadedModel = FAMILY.load(self.stored, self.metadata, torch.device("cpu"), torch.float32, silent)
+        self.model: LoadedModel = FAMILY.load(self.stored, self.metadata, torch.device("cpu"), "float32", silent)
 
     @property
     def chat_format(self) -> HFFormat:
@@ -203,7 +203,7 @@ def test_a_message_that_a_template_drops_is_refused(tmp_path: Path) -> None:
     (tmp_path / "source" / "chat_template.jinja").write_text(template)
     (tmp_path / "stored").mkdir()
     metadata = FAMILY.import_checkpoint(tmp_path / "source", tmp_path / "stored", {}, silent)
-    model = FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), torch.float32, silent)
+    model = FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), "float32", silent)
     with pytest.raises(PromptError, match="no place for this system message"):
         model.chat_format.render(Conversation((Message("system", "Be kind."), Message("user", "Hi"))))
 
@@ -216,7 +216,7 @@ def test_a_vicuna_prompt_is_fastchats(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match="--template vicuna"):
         FAMILY.import_checkpoint(source, stored, {}, silent)
     metadata = FAMILY.import_checkpoint(source, stored, {"template": "vicuna"}, silent)
-    chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), torch.float32, silent).chat_format
+    chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), "float32", silent).chat_format
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     written = f"<s>{VICUNA_OPENING}USER: Hi ASSISTANT: Hello!</s>USER: And? ASSISTANT:"
     assert chat_format.render(said("Hi", "Hello!", "And?")) == tokenizer.encode(written, add_special_tokens=False)
@@ -304,7 +304,7 @@ def test_a_folder_of_2023_is_served_with_sentencepieces_own_ids(tmp_path: Path) 
     torch.save(model.state_dict(), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     metadata = FAMILY.import_checkpoint(source, stored, {"template": "vicuna"}, silent)
-    chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), torch.float32, silent).chat_format
+    chat_format = FAMILY.load(stored, metadata, torch.device("cpu"), "float32", silent).chat_format
     for text in [*TEXTS, "</s>", "[PAD] x", "<0x0A>"]:
         assert chat_format.encode(text) == [1, *pieces.encode(text)]
         assert chat_format.decode(pieces.encode(text)) == text
@@ -340,7 +340,7 @@ def test_safetensors_are_linked_and_pickles_converted(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     stored.mkdir()
     metadata = FAMILY.import_checkpoint(source, stored, {}, silent)
-    loaded = FAMILY.load(stored, metadata, torch.device("cpu"), torch.float32, silent)
+    loaded = FAMILY.load(stored, metadata, torch.device("cpu"), "float32", silent)
     ids = tokenizer.encode("Hello there")
     rows = {0: (ids, 0, loaded.network.layout(ids))}
     expected = forward(linked.model.network, ReferenceAttention(), rows)[0]

@@ -89,7 +89,7 @@ def test_an_imported_model_is_listed_found_and_loaded_with_its_family(home: Path
         "import torch\n"
         "found = store.resolve('tiny')\n"
         "family = store.FAMILIES[found.family]\n"
-        "loaded = family.load(found.path, found.metadata, torch.device('cpu'), torch.float32, store.no_progress)\n"
+        "loaded = family.load(found.path, found.metadata, torch.device('cpu'), 'float32', store.no_progress)\n"
         "network, chat = loaded.network, loaded.chat_format\n"
         "answer = [found.tag, found.family, found.metadata['source'], network.shape.max_positions,"
         " network.shape.num_tokens == chat.num_tokens, chat.decode(chat.encode('你好'))]",
