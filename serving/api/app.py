@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from serving.api import convert, errors
+from serving.api import convert, errors, sse
 from serving.api.body import parse_object, read_body
 from serving.api.chunks import ChatChunks, ChunkOptions, Envelope, to_completion
 from serving.api.disconnect import unless_disconnected
@@ -24,13 +24,17 @@ from serving.api.edge import Edge
 from serving.api.embeddings import EmbeddingRequest, check_dimensions, to_embedding_list
 from serving.api.feed import Feed
 from serving.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
+from serving.api.responses_convert import in_own_words, to_chat_request
+from serving.api.responses_events import ResponseEvents, response_head, to_response
+from serving.api.responses_protocol import ResponsesRequest
 from serving.api.served import ApiLimits, Served
 from serving.api.sse import to_json
-from serving.api.stream import begin_stream, collect
+from serving.api.stream import Framing, begin_stream, collect
 from serving.api.text_chunks import TextChunks, TextPlan, to_text_completion
 from serving.api.validation import above_maximum, validate
 from serving.chat import embedding
 from serving.chat.pipeline import ChatJob, ContextOverflow, Prompt, ServedModel, TextJob
+from serving.chat.types import PromptError
 
 INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
 INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
@@ -48,6 +52,8 @@ def create_app(served: Served, limits: ApiLimits | None = None, catch_all: bool 
         Route("/chat/completions", api.chat_completions, methods=["POST"]),
         Route("/chat/completions/input_tokens", api.input_tokens, methods=["POST"]),
         Route("/completions", api.completions, methods=["POST"]),
+        Route("/responses", api.responses, methods=["POST"]),
+        Route("/responses/input_tokens", api.response_input_tokens, methods=["POST"]),
         Route("/embeddings", api.embeddings, methods=["POST"]),
         Route("/models", api.list_models, methods=["GET"]),
         Route("/models/{name:path}", api.retrieve_model, methods=["GET"]),
@@ -131,6 +137,32 @@ class _Api:
         for index, event in await collect(feed, request):
             per_prompt[index // num_answers].append((index % num_answers, event))
         return _json(to_text_completion(per_prompt, plan, envelope, options, token_bytes))
+
+    async def responses(self, request: Request) -> Response:
+        body = await self._body(request, ResponsesRequest)
+        chat = to_chat_request(body)
+        model = self._model(body.model)
+        try:
+            prompt = await _prepare(model, convert.to_chat_job(chat))
+        except (PromptError, errors.APIError) as error:
+            raise in_own_words(error) from None
+        head = response_head(body, f"resp_{uuid.uuid4().hex}", int(time.time()))
+        fold = ResponseEvents(head, body.shows_logprobs, model.chat_format.token_bytes)
+        feed = Feed([model.complete(prompt)], 1, self._limits.max_ready_events)
+        if body.stream:
+            framing = Framing(sse.named_events, lambda failure: sse.named_events(fold.fail(failure)), b"")
+            return await begin_stream(feed, fold, request, self._limits.ping_seconds, framing)
+        return _json(to_response(await collect(feed, request), fold))
+
+    async def response_input_tokens(self, request: Request) -> Response:
+        """How many tokens the prompt of a request to /responses has, without generating."""
+        chat = to_chat_request(await self._body(request, ResponsesRequest))
+        chat_format = self._model(chat.model).chat_format
+        try:
+            token_ids = await asyncio.to_thread(chat_format.render, convert.to_chat_job(chat).conversation)
+        except PromptError as error:
+            raise in_own_words(error) from None
+        return _json({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
     async def embeddings(self, request: Request) -> Response:
         body = await self._body(request, EmbeddingRequest)

@@ -6,6 +6,7 @@ reason (REFUSED), or unknown and refused. `null` means the same as leaving an op
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
@@ -61,15 +62,15 @@ ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def without_nulls(cls: type[BaseModel], data: Any) -> Any:
-    """For a `before` validator: optional fields that are null become absent; fields of REFUSED raise, unless null."""
+def without_nulls(cls: type[BaseModel], data: Any, refused: Mapping[str, str] = REFUSED) -> Any:
+    """For a `before` validator: optional fields that are null become absent; refused ones raise, unless null."""
     if not isinstance(data, dict):
         return data
     body = cast(dict[str, Any], data)
-    for name, reason in REFUSED.items():
+    for name, reason in refused.items():
         if body.get(name) is not None:
             raise PydanticCustomError("refused", "{message}", {"message": reason, "param": name})
-    optional = {name for name, field in cls.model_fields.items() if not field.is_required()} | REFUSED.keys()
+    optional = {name for name, field in cls.model_fields.items() if not field.is_required()} | refused.keys()
     return {key: value for key, value in body.items() if value is not None or key not in optional}
 
 

@@ -27,3 +27,10 @@ def event(data: str) -> bytes:
 def events(data: list[str]) -> bytes:
     """Several events as one piece, so that they cost one send."""
     return "".join([f"data: {item}\n\n" for item in data]).encode()
+
+
+def named_events(data: list[str]) -> bytes:
+    """The same for events whose JSON begins with their type, which stands in a line of its own, too."""
+    begin = len('{"type":"')
+    names = [item[begin : item.index('"', begin)] for item in data]
+    return "".join([f"event: {name}\ndata: {item}\n\n" for name, item in zip(names, data, strict=True)]).encode()

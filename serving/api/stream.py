@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import Request
@@ -12,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from serving.api import sse
 from serving.api.chunks import IndexedEvent
 from serving.api.disconnect import ClientLeft, unless_disconnected
-from serving.api.errors import envelope, from_exception
+from serving.api.errors import APIError, envelope, from_exception
 from serving.api.feed import Feed
 from serving.chat.types import ChatEvent
 
@@ -27,6 +29,18 @@ class Chunks(Protocol):
     def end(self) -> list[str]: ...
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How chunks, a failure and the end become bytes of one kind of stream."""
+
+    encode: Callable[[list[str]], bytes]
+    fail: Callable[[APIError], bytes]
+    done: bytes
+
+
+CHUNKS = Framing(sse.events, lambda failure: sse.event(envelope(failure)), sse.DONE)
+
+
 async def collect(feed: Feed, request: Request) -> list[IndexedEvent]:
     """Every event of the answer. Closes the feed; raises ClientLeft as soon as nobody waits for the answer."""
     try:
@@ -35,26 +49,31 @@ async def collect(feed: Feed, request: Request) -> list[IndexedEvent]:
         await feed.close()
 
 
-async def begin_stream(feed: Feed, chunks: Chunks, request: Request, ping_seconds: float) -> Response:
+async def begin_stream(
+    feed: Feed, chunks: Chunks, request: Request, ping_seconds: float, framing: Framing = CHUNKS
+) -> Response:
     """The response, once its first event is there: what fails before is an HTTP error and not an event."""
     try:
         first = await unless_disconnected(request.receive, feed.take())
     except BaseException:
         await feed.close()
         raise
-    return EventStream(feed, first, chunks, ping_seconds)
+    return EventStream(feed, first, chunks, ping_seconds, framing)
 
 
 class EventStream(Response):
     """Sends the events of a feed until it ends, fails, or the client leaves; then closes the feed."""
 
-    def __init__(self, feed: Feed, first: list[IndexedEvent] | None, chunks: Chunks, ping_seconds: float) -> None:
+    def __init__(
+        self, feed: Feed, first: list[IndexedEvent] | None, chunks: Chunks, ping_seconds: float, framing: Framing
+    ) -> None:
         super().__init__(headers=sse.HEADERS)
         del self.headers["content-length"]
         self._feed = feed
         self._first = first
         self._chunks = chunks
         self._ping_seconds = ping_seconds
+        self._framing = framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope.get("state", {}).get("request_id", "")
@@ -72,18 +91,18 @@ class EventStream(Response):
             while events is not None:
                 data = [chunk for index, event in events for chunk in self._chunks.push(index, event)]
                 if data:
-                    await _send_part(send, sse.events(data))
+                    await _send_part(send, self._framing.encode(data))
                 elif not events:
                     await _send_part(send, sse.PING)
                 events = await self._feed.take(self._ping_seconds)
-            last = sse.events(self._chunks.end()) + sse.DONE
+            last = self._framing.encode(self._chunks.end()) + self._framing.done
         except OSError:
             raise
         except Exception as error:
             # the status line is gone: the failure has to travel in the stream, which then ends without [DONE]
             failure = from_exception(error)
             logger.error("request %s failed in its stream with %s", request_id, failure, exc_info=error)
-            last = sse.event(envelope(failure))
+            last = self._framing.fail(failure)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -30,7 +30,13 @@ BOUNDS = {
     "less_than_equal": ("le", "above maximum", "above_max", "<="),
     "less_than": ("lt", "above maximum", "above_max", "<"),
 }
-NO_STEPS = frozenset(("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"))  # pydantic's, not the client's
+# pydantic's, not the client's
+NO_STEPS = frozenset(
+    (
+        *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
+        *("<message>", "<function_call>", "<function_call_output>"),
+    )
+)
 OUR_OWN = frozenset(("refused", "conflict", "message", "media"))
 
 
