@@ -34,6 +34,16 @@ class TrimmedAnswer:
         return _parts(text)
 
 
+class ExactAnswer:
+    """The text as the model wrote it."""
+
+    def push(self, text: str) -> list[AnswerPart]:
+        return [TextDelta(text)] if text else []
+
+    def flush(self) -> list[AnswerPart]:
+        return []
+
+
 def _num_unsettled(text: str) -> int:
     """How many characters at the end may still change: white space, or the beginning of the placeholder."""
     trailing = len(text) - len(text.rstrip())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from serving.chat.detokenizer import Detokenizer
 from serving.chat.stop import StopStrings
@@ -17,14 +16,6 @@ from serving.chat.types import (
     Usage,
 )
 from serving.engine.types import Step, TokenLogprob
-
-
-class Decoder(Protocol):
-    """The part of a chat format that turns ids into text."""
-
-    stop_token_ids: frozenset[int]
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 class PlainReader:
@@ -42,14 +33,14 @@ class Answer:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decode: Callable[[Sequence[int]], str],
         reader: AnswerReader,
         stop: tuple[str, ...],
         num_prompt_tokens: int,
         ends: frozenset[int],
     ) -> None:
         """ends: the token ids that end the answer and have no text."""
-        self._detokenizer = Detokenizer(decoder.decode)
+        self._detokenizer = Detokenizer(decode)
         self._reader = reader
         self._stop = StopStrings(stop)
         self._ends = ends
@@ -89,6 +80,8 @@ class Answer:
                         events.append(self._text(shown))
                 case ToolCallDelta():
                     self._called_tools = True
+                    if before := self._stop.flush():
+                        events.append(self._text(before))
                     events.append(part)
         return events
 

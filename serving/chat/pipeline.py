@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from serving.chat import tool_prompt
 from serving.chat.answer import Answer, PlainReader
-from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError, Tool
+from serving.chat.constraint import AnswerConstraint, ToolUse
+from serving.chat.masks import Grammars
+from serving.chat.plan import AnswerPlan, plan_answer
+from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError
 from serving.engine.engine import Engine
 from serving.engine.types import SamplingParams
 
@@ -21,6 +25,13 @@ class ChatJob:
     n: int = 1
     max_tokens_is_default: bool = False
     ignore_eos: bool = False
+    constraint: AnswerConstraint | None = None
+    tool_use: ToolUse = ToolUse()  # of the conversation's tools
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether `prepare` may have to compile, and therefore belongs into a worker thread."""
+        return self.constraint is not None or bool(self.conversation.tools)
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,7 @@ class Prompt:
     sampling: SamplingParams
     stop: tuple[str, ...]
     n: int
-    tools: tuple[Tool, ...]
-    is_chat: bool
+    plan: AnswerPlan
 
 
 class ContextOverflow(PromptError):
@@ -72,16 +82,20 @@ class ServedModel:
     engine: Engine
     chat_format: ChatFormat
     context_length: int  # tokens of prompt and answer together
+    grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grammars", Grammars(self.chat_format))  # frozen for everybody else
 
     def prepare(self, job: ChatJob | TextJob) -> Prompt:
         """Everything that may be refused, before anything is sent. Raises PromptError. Pure; any thread."""
         match job:
             case ChatJob(conversation=conversation):
-                token_ids, tools, param = self.chat_format.render(conversation), conversation.tools, "messages"
+                token_ids, param = self.render(conversation), "messages"
             case TextJob(prompt=str(text)):
-                token_ids, tools, param = self.chat_format.encode(text), (), "prompt"
+                token_ids, param = self.chat_format.encode(text), "prompt"
             case TextJob(prompt=tuple(ids)):
-                token_ids, tools, param = self._checked(ids), (), "prompt"
+                token_ids, param = self._checked(ids), "prompt"
         if not token_ids:
             raise PromptError("The prompt must hold at least one token.", param)
         self._check_bias(job.sampling)
@@ -94,13 +108,21 @@ class ServedModel:
         ends = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
         sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=ends)
         n = max(job.n, job.best_of) if isinstance(job, TextJob) else job.n
-        return Prompt(tuple(token_ids), sampling, job.stop, n, tools, is_chat=isinstance(job, ChatJob))
+        return Prompt(tuple(token_ids), sampling, job.stop, n, self._plan(job))
 
-    async def complete(self, prompt: Prompt) -> AsyncGenerator[tuple[int, ChatEvent], None]:
-        """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only."""
+    def render(self, conversation: Conversation) -> list[int]:
+        """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
+        return tool_prompt.render(self.chat_format, conversation)
+
+    async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
+        """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only.
+
+        priority: smaller goes first where requests wait.
+        """
         answers = [self._answer(prompt) for _ in range(prompt.n)]
         samplings = [_nth(prompt.sampling, choice) for choice in range(prompt.n)]
-        async with self.engine.generate(prompt.token_ids, samplings) as steps:
+        masks = [prompt.plan.mask() if prompt.plan.mask else None for _ in range(prompt.n)]
+        async with self.engine.generate(prompt.token_ids, samplings, priority, masks=masks) as steps:
             async for choice, step in steps:
                 answer = answers[choice]
                 for event in answer.push(step):
@@ -109,8 +131,13 @@ class ServedModel:
                     steps.cancel(choice)
 
     def _answer(self, prompt: Prompt) -> Answer:
-        reader = self.chat_format.reader(prompt.tools) if prompt.is_chat else PlainReader()
-        return Answer(self.chat_format, reader, prompt.stop, len(prompt.token_ids), ends=prompt.sampling.stop_token_ids)
+        plan, ends = prompt.plan, prompt.sampling.stop_token_ids
+        return Answer(plan.decode, plan.reader(), prompt.stop, len(prompt.token_ids), ends)
+
+    def _plan(self, job: ChatJob | TextJob) -> AnswerPlan:
+        if isinstance(job, TextJob):
+            return AnswerPlan(PlainReader, self.chat_format.decode)
+        return plan_answer(self.chat_format, self.grammars, job.constraint, job.conversation.tools, job.tool_use)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)

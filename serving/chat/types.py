@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from serving.engine.types import TokenLogprob
 
 Role = Literal["system", "user", "assistant", "tool"]
+Language = Literal["zh", "en"]
 AnswerEnd = Literal["stop", "length", "tool_calls"]
 
 
@@ -39,6 +40,7 @@ class Tool:
     name: str
     description: str
     parameters: Mapping[str, Any]
+    strict: bool = False  # its calls always fit `parameters`, or the request is refused
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     continue_final: bool = False  # the last message is the beginning of the answer
+
+
+@dataclass(frozen=True)
+class ToolSyntax:
+    """How a model writes a call: `opening`, `before`, the arguments as one JSON object, `after`.
+
+    `{name}` in `opening` and `before` stands for the tool's name. Several calls are joined by `separator`. The server
+    holds a model to it with a grammar as soon as `opening` is complete, and reads calls back by it.
+    """
+
+    opening: str
+    before: str
+    after: str
+    separator: str = "\n"
+    is_at_start: bool = False  # a call is the beginning of the answer or no call; else text may stand in front
 
 
 class PromptError(Exception):
@@ -102,7 +119,7 @@ class AnswerReader(Protocol):
     """Reads one answer's text as it comes and says what the client gets (the family's post-processing).
 
     What was returned once is final, so it holds back what later text could still change: trailing white space, the
-    beginning of a placeholder, the beginning of a tool call. A plain object, used by one loop.
+    beginning of a placeholder. A plain object, used by one loop.
     """
 
     def push(self, text: str) -> list[AnswerPart]: ...
@@ -120,6 +137,8 @@ class ChatFormat(Protocol):
 
     stop_token_ids: frozenset[int]
     num_tokens: int  # ids below this have a text (or are known specials)
+    tool_syntax: ToolSyntax | None  # the one that it was trained for; without one, `render` refuses tools
+    language: Language  # that instructions to the model are written in
 
     def render(self, conversation: Conversation) -> list[int]:
         """The complete prompt, special tokens included. Raises PromptError for what the format cannot hold."""
@@ -133,8 +152,8 @@ class ChatFormat(Protocol):
         """The text of a run of ids. Special tokens give ''; an incomplete character gives U+FFFD."""
         ...
 
-    def reader(self, tools: tuple[Tool, ...]) -> AnswerReader:
-        """A fresh reader for one answer."""
+    def reader(self) -> AnswerReader:
+        """A fresh reader for the text of one answer; calls of tools are read by `tool_syntax`."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
