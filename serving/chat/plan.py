@@ -1,0 +1,82 @@
+"""How one job's answers are held to a form and read: grammar, mask and reader. Decides; the parts do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from serving.chat.constraint import AnswerConstraint, ToolUse, answer_grammar, call_grammars, forced_grammar
+from serving.chat.json_schema import check_schema
+from serving.chat.masks import CallMask, Grammar, Grammars
+from serving.chat.tool_calls import ConstrainedText, ToolCallReader
+from serving.chat.tool_prompt import PLAIN
+from serving.chat.types import AnswerReader, ChatFormat, PromptError, Tool, ToolSyntax
+from serving.engine.types import TokenMask
+
+
+@dataclass(frozen=True)
+class AnswerPlan:
+    """Makes what each answer needs of its own."""
+
+    reader: Callable[[], AnswerReader]
+    decode: Callable[[Sequence[int]], str]
+    mask: Callable[[], TokenMask] | None = None
+
+
+def plan_answer(
+    chat_format: ChatFormat,
+    grammars: Grammars,
+    constraint: AnswerConstraint | None,
+    tools: tuple[Tool, ...],
+    use: ToolUse,
+) -> AnswerPlan:
+    """Compiles what has to be compiled: for a worker thread, if there is a constraint or a tool. Raises PromptError."""
+    if constraint is not None:
+        grammar = grammars.compile(answer_grammar(constraint), f"'{constraint.param}'", constraint.param)
+        return AnswerPlan(ConstrainedText, _decode_bytes(chat_format), grammar.walk)
+    if not tools:
+        return AnswerPlan(chat_format.reader, chat_format.decode)
+    syntax = chat_format.tool_syntax or PLAIN
+    names = tuple(tool.name for tool in tools)
+    kept = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
+
+    def reader() -> AnswerReader:
+        return ToolCallReader(syntax, names, chat_format.reader(), use.is_required)
+
+    if use.is_required:
+        grammar = _compile(grammars, forced_grammar(syntax, kept, use))
+        return AnswerPlan(reader, _decode_bytes(chat_format), grammar.walk)
+    by_opening = {
+        opening: _compile(grammars, grammar) for opening, grammar in call_grammars(syntax, kept, use).items()
+    }
+    return AnswerPlan(
+        reader,
+        chat_format.decode,
+        lambda: CallMask(by_opening, grammars.vocabulary, syntax.is_at_start),
+    )
+
+
+def _enforceable(tool: Tool, syntax: ToolSyntax, grammars: Grammars, is_enforced: bool) -> Tool:
+    """The tool, or, if its schema has no grammar and nobody insists on it, the tool with any object for arguments."""
+    what = f"schema for function '{tool.name}'"
+    try:
+        check_schema(tool.parameters, what, "tools", tool.strict)
+        grammars.compile(forced_grammar(syntax, [tool], ToolUse(is_required=True, is_parallel=False)), what, "tools")
+    except PromptError:
+        if is_enforced:
+            raise
+        return replace(tool, parameters={})
+    return tool
+
+
+def _compile(grammars: Grammars, grammar: str) -> Grammar:
+    return grammars.compile(grammar, "'tools'", "tools")
+
+
+def _decode_bytes(chat_format: ChatFormat) -> Callable[[Sequence[int]], str]:
+    """What the grammar saw, byte for byte: a family's own decoding may drop or clean up spaces."""
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return b"".join(map(chat_format.token_bytes, token_ids)).decode("utf-8", "replace")
+
+    return decode
