@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 NUM_ROLES = 4  # <|system|>, <|user|>, <|assistant|>, <|observation|>, after the specials
 TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
-# The name on the first line and a fenced Python call below, as trained; its arguments are held to JSON, so that a schema
-# can be enforced: `tool_call(**{"city": "x"})` where the training data had `tool_call(city='x')`.
+# The name on the first line and a fenced Python call below, as trained; its arguments are held to JSON, so that a
+# schema can be enforced: `tool_call(**{"city": "x"})` where the training data had `tool_call(city='x')`.
 CALL = ToolSyntax("{name}\n", " ```python\ntool_call(**", ")\n```", is_at_start=True)
 
 

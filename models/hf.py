@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.family import Family, ImportOption, ImportRefused, LoadedModel, Precision, Progress
 from models.answers import ExactAnswer
+from models.family import Family, ImportOption, ImportRefused, LoadedModel, Precision, Progress
 from serving.chat.types import AnswerReader, Conversation, Language, ToolSyntax
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -17,12 +18,13 @@ from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from serving.api import convert, errors, sse
+from serving.api.admission import Admission
 from serving.api.body import parse_object, read_body
 from serving.api.chunks import ChatChunks, ChunkOptions, Envelope, to_completion
 from serving.api.disconnect import unless_disconnected
 from serving.api.edge import Edge
 from serving.api.embeddings import EmbeddingRequest, check_dimensions, to_embedding_list
-from serving.api.feed import Feed
+from serving.api.generation import Generations
 from serving.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from serving.api.responses_convert import in_own_words, to_chat_request
 from serving.api.responses_events import ResponseEvents, response_head, to_response
@@ -42,12 +44,19 @@ INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-def create_app(served: Served, limits: ApiLimits | None = None, catch_all: bool = True) -> Starlette:
+def create_app(
+    served: Served,
+    limits: ApiLimits | None = None,
+    catch_all: bool = True,
+    admission: Admission | None = None,
+    more_routes: Sequence[Route] = (),
+) -> Starlette:
     """The API without its prefix; `served` may be filled in later.
 
     catch_all: also answer unknown paths, in OpenAI's shape. False where other applications share the same root.
+    admission: to be shared by all applications in front of one engine.
     """
-    api = _Api(served, limits or ApiLimits())
+    api = _Api(served, limits or ApiLimits(), admission or Admission())
     routes = [
         Route("/chat/completions", api.chat_completions, methods=["POST"]),
         Route("/chat/completions/input_tokens", api.input_tokens, methods=["POST"]),
@@ -60,6 +69,7 @@ def create_app(served: Served, limits: ApiLimits | None = None, catch_all: bool 
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
     ]
+    routes += more_routes
     if catch_all:
         routes.append(Route("/{path:path}", _Unrouted(tuple(routes))))
     app = Starlette(
@@ -98,9 +108,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, served: Served, limits: ApiLimits) -> None:
+    def __init__(self, served: Served, limits: ApiLimits, admission: Admission) -> None:
         self._served = served
         self._limits = limits
+        self._generations = Generations(admission, limits)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(request, ChatRequest)
@@ -111,10 +122,10 @@ class _Api:
         envelope = self._envelope("chatcmpl", body.model)
         options = _chunk_options(body, body.logprobs)
         token_bytes = model.chat_format.token_bytes
-        feed = Feed([model.complete(prompt)], prompt.n, self._limits.max_ready_events)
+        feed = self._generations.open(request, model, [prompt])
         if body.stream:
             chunks = ChatChunks(envelope, options, token_bytes, len(prompt.token_ids))
-            return await begin_stream(feed, chunks, request, self._limits.ping_seconds)
+            return await begin_stream(feed, chunks, request, self._limits)
         events = await collect(feed, request)
         return _json(to_completion(events, envelope, options, token_bytes))
 
@@ -128,11 +139,11 @@ class _Api:
         options = _chunk_options(body, body.logprobs is not None)
         token_bytes = model.chat_format.token_bytes
         num_answers = prompts[0].n  # of each prompt; more than n when the best are to be kept
-        feed = Feed([model.complete(prompt) for prompt in prompts], num_answers, self._limits.max_ready_events)
+        feed = self._generations.open(request, model, prompts)
         if body.stream:
             lengths = [len(prompt.token_ids) for prompt in prompts]
             chunks = TextChunks(plan, envelope, options, token_bytes, lengths)
-            return await begin_stream(feed, chunks, request, self._limits.ping_seconds)
+            return await begin_stream(feed, chunks, request, self._limits)
         per_prompt: list[list[tuple[int, Any]]] = [[] for _ in prompts]
         for index, event in await collect(feed, request):
             per_prompt[index // num_answers].append((index % num_answers, event))
@@ -148,18 +159,18 @@ class _Api:
             raise in_own_words(error) from None
         head = response_head(body, f"resp_{uuid.uuid4().hex}", int(time.time()))
         fold = ResponseEvents(head, body.shows_logprobs, model.chat_format.token_bytes)
-        feed = Feed([model.complete(prompt)], 1, self._limits.max_ready_events)
+        feed = self._generations.open(request, model, [prompt])
         if body.stream:
             framing = Framing(sse.named_events, lambda failure: sse.named_events(fold.fail(failure)), b"")
-            return await begin_stream(feed, fold, request, self._limits.ping_seconds, framing)
+            return await begin_stream(feed, fold, request, self._limits, framing)
         return _json(to_response(await collect(feed, request), fold))
 
     async def response_input_tokens(self, request: Request) -> Response:
         """How many tokens the prompt of a request to /responses has, without generating."""
         chat = to_chat_request(await self._body(request, ResponsesRequest))
-        chat_format = self._model(chat.model).chat_format
+        model = self._model(chat.model)
         try:
-            token_ids = await asyncio.to_thread(chat_format.render, convert.to_chat_job(chat).conversation)
+            token_ids = await asyncio.to_thread(model.render, convert.to_chat_job(chat).conversation)
         except PromptError as error:
             raise in_own_words(error) from None
         return _json({"object": "response.input_tokens", "input_tokens": len(token_ids)})
@@ -172,15 +183,16 @@ class _Api:
             texts = await asyncio.to_thread(embedding.prepare, model, convert.to_prompts(body.input))
         except ContextOverflow as error:
             raise errors.context_overflow(error, is_default=True) from None
-        vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
         num_tokens = sum(len(text.token_ids) for text in texts)
+        async with self._generations.embedding(request, model, num_tokens):
+            vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
         return _json(await asyncio.to_thread(to_embedding_list, vectors, body, num_tokens))
 
     async def input_tokens(self, request: Request) -> Response:
         """How many tokens a chat request's prompt has, without generating; the body is that of a chat request."""
         body = await self._body(request, ChatRequest)
-        chat_format = self._model(body.model).chat_format
-        token_ids = await asyncio.to_thread(chat_format.render, convert.to_chat_job(body).conversation)
+        model = self._model(body.model)
+        token_ids = await asyncio.to_thread(model.render, convert.to_chat_job(body).conversation)
         return _json({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
     async def tokenize(self, request: Request) -> Response:
@@ -190,7 +202,7 @@ class _Api:
         if conversation is None:
             token_ids = await asyncio.to_thread(model.chat_format.encode, body.prompt or "")
         else:
-            token_ids = await asyncio.to_thread(model.chat_format.render, conversation)
+            token_ids = await asyncio.to_thread(model.render, conversation)
         token_bytes = model.chat_format.token_bytes
         texts = [token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
         return _json(
@@ -245,9 +257,9 @@ def _parse(raw: bytes, model: type[BodyT], max_depth: int) -> BodyT:
 
 
 async def _prepare(model: ServedModel, job: ChatJob | TextJob) -> Prompt:
-    """Tokenize and refuse; in a thread when that takes long. Raises PromptError, APIError for an overflow."""
+    """Tokenize, compile and refuse; in a thread when that takes long. Raises PromptError, APIError for an overflow."""
     try:
-        if _num_characters(job) > INLINE_PROMPT_CHARACTERS:
+        if _num_characters(job) > INLINE_PROMPT_CHARACTERS or (isinstance(job, ChatJob) and job.needs_grammar):
             return await asyncio.to_thread(model.prepare, job)
         return model.prepare(job)
     except ContextOverflow as error:
@@ -272,6 +284,7 @@ def _chunk_options(body: GenerationRequest, logprobs: bool) -> ChunkOptions:
         logprobs=logprobs,
         include_usage=stream is not None and stream.include_usage,
         continuous_usage=stream is not None and stream.continuous_usage_stats,
+        has_legacy_functions=isinstance(body, ChatRequest) and bool(body.functions),
     )
 
 

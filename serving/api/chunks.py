@@ -32,6 +32,7 @@ class ChunkOptions:
     logprobs: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    has_legacy_functions: bool = False  # calls are told as `function_call`, as before there were tools
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -107,13 +108,16 @@ class Answer:
             "refusal": None,
             "annotations": [],
         }
-        if self.calls:
+        if self.calls and options.has_legacy_functions:
+            _, name, pieces = self.calls[0]
+            message["function_call"] = {"name": name, "arguments": "".join(pieces)}
+        elif self.calls:
             message["tool_calls"] = [
                 {"id": call_id, "type": "function", "function": {"name": name, "arguments": "".join(pieces)}}
                 for _, (call_id, name, pieces) in sorted(self.calls.items())
             ]
         logprobs = {"content": logprobs_json(self.logprobs, token_bytes), "refusal": None} if options.logprobs else None
-        reason = None if self.finished is None else self.finished.reason
+        reason = None if self.finished is None else _reason(self.finished, options)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -202,9 +206,9 @@ class ChatChunks:
                 shown = logprobs if self._options.logprobs else ()
                 chunks.append(self._choice(index, f'{{"content":{to_json(text)}}}', self._logprobs(shown)))
             case ToolCallDelta():
-                chunks.append(self._choice(index, to_json({"tool_calls": [_call_delta(event)]})))
-            case Finished(reason):
-                chunks.append(self._choice(index, "{}", finish_reason=f'"{reason}"'))
+                chunks.append(self._choice(index, to_json(self._call(event))))
+            case Finished():
+                chunks.append(self._choice(index, "{}", finish_reason=f'"{_reason(event, self._options)}"'))
         return chunks
 
     def end(self) -> list[str]:
@@ -212,6 +216,11 @@ class ChatChunks:
         if not self._options.include_usage:
             return []
         return [f'{self._head}],"usage":{to_json(usage_json(self._usage.final))}}}']
+
+    def _call(self, event: ToolCallDelta) -> dict[str, Any]:
+        if not self._options.has_legacy_functions:
+            return {"tool_calls": [_call_delta(event)]}
+        return {"function_call": _call_delta(event)["function"]}
 
     def _introduce(self, index: int, with_call: bool) -> list[str]:
         chunks: list[str] = []
@@ -235,6 +244,10 @@ class ChatChunks:
             tail = '],"usage":null}'
         rest = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}{tail}'
         return f'{self._head}{{"index":{index},"delta":{delta},{rest}'
+
+
+def _reason(event: Finished, options: ChunkOptions) -> str:
+    return "function_call" if event.reason == "tool_calls" and options.has_legacy_functions else event.reason
 
 
 def _call_delta(event: ToolCallDelta) -> dict[str, Any]:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
 from serving.api.errors import invalid
-from serving.api.messages import ChatMessage, ToolDefinition
-from serving.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest, requested_length
+from serving.api.forms import AllowedToolsChoice, ChosenFunction, NamedTool
+from serving.api.messages import ChatMessage, FunctionDefinition, ToolDefinition
+from serving.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    offers_tools,
+    requested_length,
+)
+from serving.chat.constraint import AnswerConstraint, ChoiceAnswer, JsonAnswer, RegexAnswer, ToolUse
 from serving.chat.pipeline import ChatJob, TextJob
 from serving.chat.types import Conversation, Message, Role, Tool, ToolCall
 from serving.engine.types import SamplingParams
@@ -25,7 +38,7 @@ ROLES: dict[str, Role] = {
 
 def to_chat_job(body: ChatRequest) -> ChatJob:
     """What the chat layer needs of a chat request."""
-    tools = () if body.tool_choice == "none" else to_tools(body.tools)
+    tools = _offered(body)
     return ChatJob(
         conversation=to_conversation(body.messages, tools, body.continue_final_message),
         sampling=_sampling(body, DEFAULT_CHAT_TOKENS, _num_top_logprobs(body)),
@@ -33,7 +46,63 @@ def to_chat_job(body: ChatRequest) -> ChatJob:
         n=body.n,
         max_tokens_is_default=requested_length(body) is None,
         ignore_eos=body.ignore_eos,
+        constraint=_constraint(body),
+        tool_use=_tool_use(body),
     )
+
+
+def _offered(body: ChatRequest) -> tuple[Tool, ...]:
+    """The tools that the model is told of."""
+    if not offers_tools(body):
+        return ()
+    tools = to_tools(body.tools) or _to_tools(body.functions)
+    if not isinstance(body.tool_choice, AllowedToolsChoice):
+        return tools
+    allowed = {tool.function.name for tool in body.tool_choice.allowed_tools.tools}
+    return tuple(tool for tool in tools if tool.name in allowed)
+
+
+def _tool_use(body: ChatRequest) -> ToolUse:
+    match body.tool_choice or body.function_call:
+        case "required":
+            return ToolUse(is_required=True, is_parallel=body.parallel_tool_calls)
+        case NamedTool(function=function):
+            return ToolUse(is_required=True, name=function.name, is_parallel=False)
+        case ChosenFunction(name=name):
+            return ToolUse(is_required=True, name=name, is_parallel=False)
+        case AllowedToolsChoice(allowed_tools=allowed):
+            return ToolUse(is_required=allowed.mode == "required", is_parallel=body.parallel_tool_calls)
+        case _:
+            return ToolUse(is_parallel=body.parallel_tool_calls and not body.functions)
+
+
+def _constraint(body: ChatRequest) -> AnswerConstraint | None:
+    form = body.response_format
+    if form is not None and form.type == "json_object":
+        return JsonAnswer({"type": "object"}, "response_format")
+    if form is not None and form.json_schema is not None:
+        described = form.json_schema
+        return JsonAnswer(described.schema_, "response_format", described.name, bool(described.strict))
+    if body.guided_json is not None:
+        return JsonAnswer(_guided_schema(body.guided_json), "guided_json")
+    if body.guided_regex is not None:
+        return RegexAnswer(body.guided_regex, "guided_regex")
+    if body.guided_choice is not None:
+        return ChoiceAnswer(tuple(body.guided_choice), "guided_choice")
+    return None
+
+
+def _guided_schema(given: str | dict[str, Any]) -> dict[str, Any]:
+    """vLLM takes the schema as an object or as its text."""
+    if not isinstance(given, str):
+        return given
+    try:
+        parsed: Any = json.loads(given)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise invalid("Invalid 'guided_json': expected a JSON schema, as an object or as its text.", "guided_json")
+    return cast("dict[str, Any]", parsed)
 
 
 def to_text_jobs(body: CompletionRequest, max_answers: int) -> list[TextJob]:
@@ -71,9 +140,11 @@ def to_conversation(messages: list[ChatMessage], tools: tuple[Tool, ...], contin
 
 def to_tools(tools: list[ToolDefinition]) -> tuple[Tool, ...]:
     """Tool definitions without their JSON wrapping."""
-    return tuple(
-        Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {}) for tool in tools
-    )
+    return _to_tools([tool.function for tool in tools])
+
+
+def _to_tools(functions: Sequence[FunctionDefinition]) -> tuple[Tool, ...]:
+    return tuple(Tool(f.name, f.description or "", f.parameters or {}, bool(f.strict)) for f in functions)
 
 
 def to_tokenize_conversation(body: TokenizeRequest) -> Conversation | None:

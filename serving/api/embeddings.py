@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from serving.api.errors import invalid
+from serving.api.forms import conflict
 from serving.api.messages import STRICT
-from serving.api.protocol import ModelName, Prompts, conflict, without_nulls
+from serving.api.protocol import ModelName, Prompts, without_nulls
 
 MAX_INPUTS = 2048  # OpenAI's
 

@@ -122,13 +122,13 @@ def _message_error(message: str, field: str) -> PydanticCustomError:
 
 
 class FunctionDefinition(BaseModel):
-    """What the model is told about a function. `strict` needs grammar masks and is refused until they exist."""
+    """What the model is told about a function. `strict`: its arguments always fit `parameters`."""
 
     model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class ToolDefinition(BaseModel):

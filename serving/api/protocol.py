@@ -12,7 +12,19 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.api.messages import STRICT, ChatMessage, ToolDefinition, text_or_list
+from serving.api.forms import (
+    Choices,
+    FunctionChoice,
+    GuidedJson,
+    Pattern,
+    ResponseFormat,
+    ToolChoice,
+    check_functions,
+    check_tool_messages,
+    check_tools,
+    conflict,
+)
+from serving.api.messages import STRICT, ChatMessage, FunctionDefinition, ToolDefinition, text_or_list
 
 ACCEPTED_WITHOUT_EFFECT = {
     "user": "who asks; there are no per-user rules",
@@ -29,13 +41,9 @@ ACCEPTED_WITHOUT_EFFECT = {
     "moderation": "answers are not moderated",
     "prediction": "speeds up, never changes an answer; not needed here",
     "modalities": "only `text` exists",
-    "parallel_tool_calls": "only `true`: the model decides how many calls it makes",
-    "response_format": 'only `{"type": "text"}`, which is what every answer is',
 }
 
 REFUSED = {
-    "functions": "Legacy functions are not supported yet. Use 'tools'.",
-    "function_call": "Legacy functions are not supported yet. Use 'tools' and 'tool_choice'.",
     "audio": "This model has no voice: audio output is not available.",
     "suffix": "This model cannot write what stands before a suffix; 'suffix' is not supported.",
 }
@@ -88,13 +96,6 @@ class StreamOptions(BaseModel):
         return without_nulls(cls, data)
 
 
-class ResponseFormat(BaseModel):
-    """Only plain text, for now."""
-
-    model_config = STRICT
-    type: Literal["text"]
-
-
 class ChatRequest(BaseModel):
     """POST /chat/completions. Defaults are the documented ones of ChatGLM2's own API."""
 
@@ -126,7 +127,14 @@ class ChatRequest(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     tools: Annotated[list[ToolDefinition], Field(max_length=128)] = []
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    functions: Annotated[list[FunctionDefinition], Field(min_length=1, max_length=128)] = []
+    function_call: FunctionChoice | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: GuidedJson | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
 
     user: str | None = None
     metadata: Metadata | None = None
@@ -142,8 +150,6 @@ class ChatRequest(BaseModel):
     moderation: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +160,10 @@ class ChatRequest(BaseModel):
     def _fields_agree(self) -> ChatRequest:
         _check_lengths(self)
         _check_stream_options(self)
+        check_tools(self.tools, self.tool_choice)
+        check_functions(self.functions, self.function_call, self.tools, self.tool_choice)
+        check_tool_messages(self.messages)
+        _check_form(self)
         if self.top_logprobs is not None and not self.logprobs:
             raise conflict("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true.")
         if self.continue_final_message:
@@ -295,9 +305,31 @@ def requested_length(body: GenerationRequest) -> int | None:
     return next((value for value in named if value is not None), None)
 
 
-def conflict(param: str, message: str) -> PydanticCustomError:
-    """For a request's `after` validator: fields that are right each by itself, but not together."""
-    return PydanticCustomError("conflict", "{message}", {"message": message, "param": param})
+def _check_form(body: ChatRequest) -> None:
+    """One form for an answer, and nothing that a form cannot be kept with."""
+    named = (
+        ("response_format", body.response_format is not None and body.response_format.type != "text"),
+        ("guided_json", body.guided_json is not None),
+        ("guided_regex", body.guided_regex is not None),
+        ("guided_choice", body.guided_choice is not None),
+    )
+    wanted = [name for name, is_wanted in named if is_wanted]
+    if len(wanted) > 1:
+        raise conflict(wanted[1], f"'{wanted[0]}' and '{wanted[1]}' cannot be used together: an answer has one form.")
+    if wanted and wanted[0] in ("guided_regex", "guided_choice") and offers_tools(body):
+        raise conflict(wanted[0], f"'{wanted[0]}' cannot be used together with tools, unless their choice is 'none'.")
+    for field, is_used in (
+        ("ignore_eos", body.ignore_eos),
+        ("min_tokens", body.min_tokens > 0),
+        ("continue_final_message", body.continue_final_message),
+    ):
+        if is_used and (wanted or offers_tools(body)):
+            raise conflict(field, f"'{field}' cannot be used together with '{wanted[0] if wanted else 'tools'}'.")
+
+
+def offers_tools(body: ChatRequest) -> bool:
+    """Whether the model is told of any tool."""
+    return bool(body.tools or body.functions) and "none" not in (body.tool_choice, body.function_call)
 
 
 def _check_lengths(body: GenerationRequest) -> None:

@@ -22,6 +22,7 @@ EXPECTED = {
     "model_type": "an object",
     "none_required": "null",
     "string_or_array": "a string or an array",
+    "string_or_object": "a string or an object",
 }
 # type of error: the limit's name in the error's context, the words, the code, the sign of what is allowed
 BOUNDS = {
@@ -34,7 +35,7 @@ BOUNDS = {
 NO_STEPS = frozenset(
     (
         *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
-        *("<message>", "<function_call>", "<function_call_output>"),
+        *("<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
     )
 )
 OUR_OWN = frozenset(("refused", "conflict", "message", "media"))

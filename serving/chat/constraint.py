@@ -60,12 +60,14 @@ class ToolUse:
     is_parallel: bool = True
 
 
+USE_IF_WANTED = ToolUse()
+
+
 def answer_grammar(constraint: AnswerConstraint) -> str:
     """Raises PromptError for what must not be compiled."""
     match constraint:
-        case JsonAnswer(schema, param, name, strict):
-            check_schema(schema, f"schema for response_format '{name}'", param, strict)
-            return f'{HEADER}start: " "? value\nvalue: %json {_json(schema)}\n'
+        case JsonAnswer():
+            return f'{HEADER}start: " "? value\n{_value(constraint)}'
         case RegexAnswer(pattern, param):
             reason = check_pattern(pattern)
             if reason:
@@ -92,6 +94,18 @@ def forced_grammar(syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> s
     """Nothing but calls from the first token on."""
     wanted = [tool for tool in tools if use.name in (None, tool.name)]
     return HEADER + 'start: " "? whole' + _more(use) + _rules(syntax, wanted)
+
+
+def json_or_calls_grammar(constraint: JsonAnswer, syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> str:
+    """A document, or calls and nothing else."""
+    start = f'start: " "? (value | calls)\n{_value(constraint)}calls: whole'
+    return HEADER + start + _more(use) + _rules(syntax, tools)
+
+
+def _value(constraint: JsonAnswer) -> str:
+    what = f"schema for response_format '{constraint.name}'"
+    check_schema(constraint.schema, what, constraint.param, constraint.strict)
+    return f"value: %json {_json(constraint.schema)}\n"
 
 
 def _more(use: ToolUse) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from serving.chat import tool_prompt
 from serving.chat.answer import Answer, PlainReader
-from serving.chat.constraint import AnswerConstraint, ToolUse
+from serving.chat.constraint import USE_IF_WANTED, AnswerConstraint, ToolUse
 from serving.chat.masks import Grammars
 from serving.chat.plan import AnswerPlan, plan_answer
 from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError
@@ -26,7 +26,7 @@ class ChatJob:
     max_tokens_is_default: bool = False
     ignore_eos: bool = False
     constraint: AnswerConstraint | None = None
-    tool_use: ToolUse = ToolUse()  # of the conversation's tools
+    tool_use: ToolUse = USE_IF_WANTED  # of the conversation's tools
 
     @property
     def needs_grammar(self) -> bool:

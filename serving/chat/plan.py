@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from serving.chat.constraint import AnswerConstraint, ToolUse, answer_grammar, call_grammars, forced_grammar
+from serving.chat.constraint import (
+    AnswerConstraint,
+    JsonAnswer,
+    ToolUse,
+    answer_grammar,
+    call_grammars,
+    forced_grammar,
+    json_or_calls_grammar,
+)
 from serving.chat.json_schema import check_schema
 from serving.chat.masks import CallMask, Grammar, Grammars
 from serving.chat.tool_calls import ConstrainedText, ToolCallReader
@@ -32,28 +40,42 @@ def plan_answer(
 ) -> AnswerPlan:
     """Compiles what has to be compiled: for a worker thread, if there is a constraint or a tool. Raises PromptError."""
     if constraint is not None:
-        grammar = grammars.compile(answer_grammar(constraint), f"'{constraint.param}'", constraint.param)
-        return AnswerPlan(ConstrainedText, _decode_bytes(chat_format), grammar.walk)
+        grammar = grammars.compile(answer_grammar(constraint), _what(constraint), constraint.param)
+        if not tools:
+            return AnswerPlan(ConstrainedText, _decode_bytes(chat_format), grammar.walk)
     if not tools:
         return AnswerPlan(chat_format.reader, chat_format.decode)
     syntax = chat_format.tool_syntax or PLAIN
     names = tuple(tool.name for tool in tools)
     kept = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
-
-    def reader() -> AnswerReader:
-        return ToolCallReader(syntax, names, chat_format.reader(), use.is_required)
-
     if use.is_required:
         grammar = _compile(grammars, forced_grammar(syntax, kept, use))
-        return AnswerPlan(reader, _decode_bytes(chat_format), grammar.walk)
-    by_opening = {
-        opening: _compile(grammars, grammar) for opening, grammar in call_grammars(syntax, kept, use).items()
-    }
+        return AnswerPlan(
+            lambda: ToolCallReader(syntax, names, ConstrainedText(), is_forced=True),
+            _decode_bytes(chat_format),
+            grammar.walk,
+        )
+    if isinstance(constraint, JsonAnswer):
+        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, kept, use))
+        at_start = replace(syntax, is_at_start=True)  # an opening inside of a document is its text
+        return AnswerPlan(
+            lambda: ToolCallReader(at_start, names, ConstrainedText(), is_forced=False),
+            _decode_bytes(chat_format),
+            grammar.walk,
+        )
+    by_opening = {opening: _compile(grammars, text) for opening, text in call_grammars(syntax, kept, use).items()}
     return AnswerPlan(
-        reader,
+        lambda: ToolCallReader(syntax, names, chat_format.reader(), is_forced=False),
         chat_format.decode,
         lambda: CallMask(by_opening, grammars.vocabulary, syntax.is_at_start),
     )
+
+
+def _what(constraint: AnswerConstraint) -> str:
+    """What a refusal calls it."""
+    if isinstance(constraint, JsonAnswer):
+        return f"schema for response_format '{constraint.name}'"
+    return f"'{constraint.param}'"
 
 
 def _enforceable(tool: Tool, syntax: ToolSyntax, grammars: Grammars, is_enforced: bool) -> Tool:

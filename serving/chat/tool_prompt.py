@@ -61,23 +61,21 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
     words = WORDS[language]
     messages: list[Message] = []
     names: dict[str, str] = {}  # of the tools called, by the id of the call
+    ends_with_result = False
     for message in conversation.messages:
         names |= {call.id: call.name for call in message.tool_calls}
+        text = message.content
         if message.role == "tool":
             name = names.get(message.tool_call_id or "", message.name or "")
-            text = words.result.replace("{name}", name).replace("{content}", message.content)
-            message = Message("user", text)
-            follows_result = bool(messages) and messages[-1].role == "user"
-        else:
-            follows_result = message.role == "user" and len(messages) > 0 and messages[-1].role == "user" and bool(names)
-        if message.tool_calls:
+            text = words.result.replace("{name}", name).replace("{content}", text)
+        elif message.tool_calls:
             written = PLAIN.separator.join(_written(call) for call in message.tool_calls)
-            text = f"{message.content}\n{written}" if message.content else written
-            message = Message("assistant", text)
-        if follows_result:
-            messages[-1] = Message("user", f"{messages[-1].content}\n\n{message.content}")
+            text = f"{text}\n{written}" if text else written
+        if ends_with_result and message.role in ("user", "tool"):
+            messages[-1] = Message("user", f"{messages[-1].content}\n\n{text}")
         else:
-            messages.append(message)
+            messages.append(Message("user" if message.role == "tool" else message.role, text))
+        ends_with_result = message.role == "tool"
     if conversation.tools:
         messages = _with_system(messages, words.tools.replace("{tools}", _listing(conversation.tools)))
     return replace(conversation, messages=tuple(messages), tools=())

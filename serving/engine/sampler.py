@@ -72,7 +72,9 @@ class Sampler:
         token_ids: list[int] = chosen.tolist()
         logprobs = _logprobs(raw, sequences, chosen)
         return [
-            Sampled(token_ids[i], logprobs.get(i)) if finite[i] and i not in failed else Sampled(None, None, i in failed)
+            Sampled(token_ids[i], logprobs.get(i))
+            if finite[i] and i not in failed
+            else Sampled(None, None, i in failed)
             for i in range(len(sequences))
         ]
 
@@ -96,7 +98,7 @@ class Sampler:
         return adjusted
 
     def _masked(self, adjusted: Tensor, raw: Tensor, sequences: list[Sequence]) -> tuple[Tensor, set[int]]:
-        """Take away what a sequence's mask forbids; and the rows whose masks failed. Rows without one are not touched."""
+        """Without what the sequences' masks forbid; and the rows whose masks failed. Other rows are not touched."""
         words: dict[int, Tensor] = {}
         failed: set[int] = set()
         for row, sequence in enumerate(sequences):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,8 @@ import pytest
 
 from models.chatglm2 import ChatGLM2Format, round_prompt
 from models.chatglm3 import NUM_ROLES, TOOL_PROMPT, ChatGLM3Format
-from models.chatglm3_tools import ToolAnswer, parse_arguments
 from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
-from serving.chat.types import (
-    AnswerPart,
-    Conversation,
-    Message,
-    PromptError,
-    TextDelta,
-    Tool,
-    ToolCall,
-    ToolCallDelta,
-)
+from serving.chat.types import Conversation, Message, PromptError, Tool, ToolCall
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_glm import tiny_tokenizer
 
@@ -179,124 +167,3 @@ def test_chatglm3_refuses_an_earlier_call_that_is_no_json_object(arguments: str,
         chatglm3(pieces).render(Conversation((Message("user", "x"), call, Message("tool", "y"))))
     with pytest.raises(PromptError, match="not assistant"):
         chatglm3(pieces).render(Conversation((Message("user", "x"), Message("assistant", "y"))))
-
-
-def read(reader: ToolAnswer, parts: list[str]) -> list[AnswerPart]:
-    return [out for part in parts for out in reader.push(part)] + reader.flush()
-
-
-def cut(text: str, generator: random.Random) -> list[str]:
-    parts: list[str] = []
-    while text:
-        size = generator.randint(1, 5)
-        parts.append(text[:size])
-        text = text[size:]
-    return parts
-
-
-ARGUMENTS: list[dict[str, Any]] = [
-    {"city": "北京"},
-    {},
-    {"quote": 'it\'s "so"\n```', "n": -1.5, "deep": {"a": [1, None, True]}},
-    {"not-a-name": 1, "class": 2},
-]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS[:2] + ARGUMENTS[3:])
-def test_a_call_that_was_written_into_a_prompt_is_read_back_however_it_is_cut(
-    arguments: dict[str, Any], pieces: Path
-) -> None:
-    chat_format = chatglm3(pieces)
-    rendered = chat_format.decode(
-        chat_format.render(
-            Conversation(
-                (
-                    Message("user", ""),
-                    Message("assistant", "", tool_calls=(ToolCall("1", "get_weather", json.dumps(arguments)),)),
-                    Message("user", ""),
-                )
-            )
-        )
-    )
-    answer = rendered.strip("\n ")
-    assert answer.startswith("get_weather\n")
-    generator = random.Random(1)
-    for _ in range(20):
-        parts = read(ToolAnswer(("get_time", "get_weather")), cut(answer, generator))
-        assert len(parts) == 1
-        assert isinstance(parts[0], ToolCallDelta)
-        assert (parts[0].index, parts[0].name) == (0, "get_weather")
-        assert parts[0].id is not None
-        assert parts[0].id.startswith("call_")
-        assert json.loads(parts[0].arguments) == arguments
-
-
-def test_two_calls_in_one_answer_are_two_calls() -> None:
-    answer = "get_weather\n ```python\ntool_call(city='x')\n```\nget_time\n```python\ntool_call()\n```"
-    first, second = read(ToolAnswer(("get_time", "get_weather")), [answer])
-    assert isinstance(first, ToolCallDelta)
-    assert isinstance(second, ToolCallDelta)
-    assert (first.index, first.name, second.index, second.name) == (0, "get_weather", 1, "get_time")
-    assert first.id != second.id
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "\n 你好，我的知识截止到[[训练时间]]。\n",
-        "Hello there",
-        "get_weather is a tool",
-        "get_weather",
-        "get_weather\n```python\nimport os\n```",
-        "get_weather\n```python\ntool_call(__import__('os').system('true'))\n```",
-        "get_weather\n```python\ntool_call('x')\n```",
-        "get_weather\n```python\ntool_call(city='x'",
-        "other_tool\n```python\ntool_call(city='x')\n```",
-        "get_weather\n```python\ntool_call(city='x')\n```\nand more",
-    ],
-)
-def test_every_other_answer_is_text_and_nothing_of_it_is_lost(answer: str) -> None:
-    generator = random.Random(2)
-    for _ in range(20):
-        parts = read(ToolAnswer(("get_weather",)), cut(answer, generator))
-        assert all(isinstance(part, TextDelta) for part in parts)
-        said = "".join(part.text for part in parts if isinstance(part, TextDelta))
-        assert said == answer.strip().replace("[[训练时间]]", "2023年")
-
-
-def test_text_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
-    reader = ToolAnswer(("get_weather",))
-    assert reader.push("\n") == []
-    assert reader.push(" 你好") == [TextDelta("你好")]
-    reader = ToolAnswer(("get_weather",))
-    assert reader.push("get") == []
-    assert reader.push(" up") == [TextDelta("get up")]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_arguments_survive_python_syntax(arguments: dict[str, Any]) -> None:
-    code = f"tool_call(**{arguments!r})"
-    ast.parse(code)
-    parsed = parse_arguments(code)
-    assert parsed is not None
-    assert json.loads(parsed) == arguments
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "tool_call(a=b)",
-        "tool_call(a={1, 2})",
-        "tool_call(a=1e999)",
-        "tool_call(a=b'x')",
-        "other(a=1)",
-        "tool_call(a=1); tool_call()",
-        "tool_call(**3)",
-        "tool_call.x(a=1)",
-        "tool_call(a=" + "(" * 5000 + ")" * 5000 + ")",
-        "tool_call(a='\0')",
-        "",
-    ],
-)
-def test_code_that_is_not_one_call_of_literals_is_no_call(code: str) -> None:
-    assert parse_arguments(code) is None

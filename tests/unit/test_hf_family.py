@@ -14,9 +14,8 @@ from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFa
 
 from models.family import ImportRefused, LoadedModel
 from models.hf import FAMILY, HFFormat
-from models.hf_answers import HermesAnswer
 from models.sentencepiece_convert import convert
-from serving.chat.types import Conversation, Message, PromptError, TextDelta, Tool, ToolCall, ToolCallDelta
+from serving.chat.types import Conversation, Message, PromptError, Tool, ToolCall
 from tests.hf_folders import LINES, llama, write_folder, write_llama_style_pieces
 from tests.reference_attention import ReferenceAttention, forward, greedy
 
@@ -257,38 +256,6 @@ def test_an_answer_ends_at_every_end_token(every: Imported) -> None:
     eos = json.loads((every.source / "config.json").read_text())["eos_token_id"]
     named = every.tokenizer.convert_tokens_to_ids(every.tokenizer.eos_token)
     assert every.chat_format.stop_token_ids == {*(eos if isinstance(eos, list) else [eos]), named}
-
-
-CALLING = (
-    'Let me see. \n<tool_call>\n{"name": "f", "arguments": {"x": "<b>"}}\n</tool_call>\n'
-    '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-)
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_hermes_calls_are_read_out_of_an_answer(size: int) -> None:
-    reader = HermesAnswer(frozenset({"f"}))
-    parts = [part for i in range(0, len(CALLING), size) for part in reader.push(CALLING[i : i + size])] + reader.flush()
-    text = "".join(part.text for part in parts if isinstance(part, TextDelta))
-    calls = [part for part in parts if isinstance(part, ToolCallDelta)]
-    assert text == "Let me see."
-    assert [(call.index, call.name, call.arguments) for call in calls] == [(0, "f", '{"x": "<b>"}'), (1, "f", "{}")]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a <tool_call>{} </tool_call> b",
-        "1 < 2 \n",
-        '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
-        "\n<tool_call>{",
-        "<tool_call>[]</tool_call>\n",
-    ],
-)
-def test_what_is_no_call_of_a_known_tool_stays_text(text: str) -> None:
-    reader = HermesAnswer(frozenset({"f"}))
-    parts = [part for character in text for part in reader.push(character)] + reader.flush()
-    assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
 
 
 # --- a folder of 2023: pickles, tokenizer.model, no template ----------------------------------------------------------
