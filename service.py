@@ -17,6 +17,7 @@ from models import FAMILIES
 from models.store import StoreError, ensure_demo, servable
 from serving.api.app import create_app
 from serving.api.native import ask
+from serving.api.openapi import DescribedService
 from serving.api.served import ApiLimits, Served
 from serving.settings import Settings, SettingsError
 
@@ -44,6 +45,7 @@ limits = ApiLimits(
 
 @bentoml.service(
     name="chatglm2",
+    service_class=DescribedService,
     http={"port": 8000},
     resources={"gpu": 1},
     workers=1,

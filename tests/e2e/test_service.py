@@ -54,6 +54,8 @@ def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
         check=False,
     )
     assert built.returncode == 0, built.stderr
+    (described,) = tmp_path.glob("bentos/chatglm2/*/apis/openapi.yaml")
+    assert "/v1/chat/completions:" in described.read_text(encoding="utf-8")
     with serving(tmp_path, target="chatglm2:latest") as server:
         client = OpenAI(base_url=server.base_url, api_key="none")
         answer = client.chat.completions.create(model="chatglm2-6b", messages=[{"role": "user", "content": "你好"}])
