@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 import bentoml
 from bentoml.models import BentoModel
+from starlette.middleware.cors import CORSMiddleware
 
 from models import FAMILIES
 from models.store import StoreError, ensure_demo, servable
 from serving.api.app import create_app
-from serving.api.native import ask
+from serving.api.gate import Gate
+from serving.api.generation import Generations
+from serving.api.native import Question, ask
 from serving.api.openapi import DescribedService
 from serving.api.served import ApiLimits, Served
+from serving.operations import CORS_HEADERS, CUT_SECONDS, pass_on_second_signal, prepare
 from serving.settings import Settings, SettingsError
 
 logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that its handler prints it
@@ -26,20 +31,30 @@ logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that
 try:
     settings = Settings.from_environment(os.environ)
     stored = servable(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
+    name, _, version = stored.tag.partition(":")
+    served = Served(
+        name=name,
+        aliases=settings.alias_names,
+        accept_any=settings.accept_any_model,
+        created=int(time.time()),
+        fingerprint=f"fp_{version[:12]}",
+    )
+    operations = prepare(settings, served, logger)
 except (SettingsError, StoreError) as error:
     print(f"chatglm: {error}", file=sys.stderr)
     raise SystemExit(1) from None
 
-name, _, version = stored.tag.partition(":")
-served = Served(
-    name=name,
-    aliases=settings.alias_names,
-    accept_any=settings.accept_any_model,
-    created=int(time.time()),
-    fingerprint=f"fp_{version[:12]}",
-)
 limits = ApiLimits(
-    max_body_bytes=int(settings.max_body_mib * 2**20), max_n=settings.max_n, ping_seconds=settings.ping_seconds
+    max_body_bytes=int(settings.max_body_mib * 2**20),
+    max_n=settings.max_n,
+    ping_seconds=settings.ping_seconds,
+    stall_seconds=settings.stall_seconds,
+    timeout_seconds=settings.request_timeout,
+)
+generations = Generations(operations.admission, limits)
+at_v1 = create_app(served, limits, admission=operations.admission)
+at_root = create_app(
+    served, limits, catch_all=False, admission=operations.admission, more_routes=[operations.metrics_route]
 )
 
 
@@ -50,16 +65,19 @@ limits = ApiLimits(
     resources={"gpu": 1},
     workers=1,
     traffic={"timeout": 86400},  # limits live inside the app, where errors have OpenAI's shape
-    tracing={"excluded_urls": "chat/completions,completions"},  # a span for every token costs more than the token
+    tracing={"excluded_urls": "."},  # a span for every token costs more than the token; serving/tracing.py has ours
+    metrics={"enabled": False},  # a series for every path that anybody asks for; /metrics is our own route
+    logging={"access": {"enabled": False}},  # ours knows tokens and keys
 )
-@bentoml.asgi_app(create_app(served, limits, catch_all=False), path="/")
-@bentoml.asgi_app(create_app(served, limits), path="/v1")
+@bentoml.asgi_app(at_root, path="/")
+@bentoml.asgi_app(at_v1, path="/v1")
 class ChatGLM2:
     """ChatGLM2 and its relatives behind OpenAI's chat completion API."""
 
     model = BentoModel(stored.tag)
 
     def __init__(self) -> None:
+        self._running = AsyncExitStack()
         # in the background: the server answers /livez and says "not ready" while gigabytes are read
         threading.Thread(target=self._load, name="loading", daemon=True).start()
 
@@ -73,19 +91,49 @@ class ChatGLM2:
             logger.exception("%s could not be loaded", stored.tag)
             served.error = str(error)
 
+    @bentoml.on_deployment
+    def watch_signals() -> None:
+        pass_on_second_signal()
+
+    @bentoml.on_startup
+    async def begin(self) -> None:
+        await self._running.enter_async_context(operations.running())
+
     async def __is_ready__(self) -> bool:
-        return served.model is not None and served.model.engine.is_alive
+        return operations.monitor.is_ready
+
+    async def __is_alive__(self) -> bool:
+        return operations.monitor.is_alive
 
     @bentoml.api
     async def generate(
-        self, prompt: str, system: str = "", temperature: float = 0.95, top_p: float = 0.7, max_tokens: int = 2048
+        self,
+        ctx: bentoml.Context,
+        prompt: str,
+        system: str = "",
+        temperature: float = 0.95,
+        top_p: float = 0.7,
+        max_tokens: int = 2048,
     ) -> AsyncGenerator[str, None]:
         """Answer one question as a stream of text, for BentoML's own clients."""
-        async with aclosing(ask(served.model, prompt, system, temperature, top_p, max_tokens)) as texts:
+        question = Question(prompt, system, temperature, top_p, max_tokens)
+        async with aclosing(ask(generations, ctx.request, served.model, question)) as texts:
             async for text in texts:
                 yield text
 
     @bentoml.on_shutdown
-    def stop(self) -> None:
+    async def end(self) -> None:
+        await self._running.aclose()
         if served.model is not None:
-            served.model.engine.stop()
+            await asyncio.to_thread(served.model.engine.stop, CUT_SECONDS)
+
+
+if settings.cors_origin_list:
+    ChatGLM2.add_asgi_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origin_list,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=CORS_HEADERS,
+    )
+ChatGLM2.add_asgi_middleware(Gate, guard=operations.guard([at_v1, at_root]))

@@ -37,10 +37,46 @@ class Settings(BaseModel):
     max_n: int = Field(128, ge=1, le=128, description="Largest `n` of one request.")
     max_body_mib: float = Field(4.0, gt=0, description="Largest request body in MiB; larger ones get 413.")
     ping_seconds: float = Field(15.0, gt=0, description="Silence after which a stream sends a comment to stay open.")
+    max_queued_requests: int = Field(
+        256, ge=0, description="Answers that may wait beyond `MAX_SEQUENCES`; past it 429 with `Retry-After`."
+    )
+    max_queued_tokens: int = Field(
+        1_000_000, ge=0, description="Prompt and answer tokens that may wait beyond the cache; past it 429."
+    )
+    client_requests_per_minute: int = Field(0, ge=0, description="Of one key, else one address; 0 is no limit.")
+    client_tokens_per_minute: int = Field(0, ge=0, description="The same in tokens, prompt and answer.")
+    client_max_concurrent: int = Field(0, ge=0, description="Requests of one key or address at once; 0 is no limit.")
+    request_timeout: float = Field(
+        1800.0, gt=0, description="Seconds for one request, then 504; `x-request-timeout` asks for less (408)."
+    )
+    stall_seconds: float = Field(60.0, gt=0, description="A client that reads nothing of its stream so long has left.")
+    step_seconds: float = Field(
+        300.0, ge=1, description="An engine step that takes longer hangs: `/livez` fails and the requests are told."
+    )
+    grace_seconds: float = Field(30.0, ge=0, description="For requests in flight at SIGTERM; then they are cut off.")
+    api_keys: str = Field(
+        "", description="Keys that open the API, separated by commas: plain or `sha256:<hex>`, then a space and a name."
+    )
+    api_keys_file: str = Field("", description="The same in a file, one a line; read again when it changes.")
+    public_metrics: bool = Field(False, description="`/metrics` needs no key, though the API does.")
+    public_docs: bool = Field(False, description="The documentation pages need no key, though the API does.")
+    cors_origins: str = Field("", description="Web origins that browsers may call from, by commas; `*` is all.")
+    access_log: Literal["text", "json", "off"] = Field("text", description="One line for each request on stdout.")
+    otlp_endpoint: str = Field(
+        "", description="Collector for OpenTelemetry traces (OTLP over HTTP), one span a request; empty is off."
+    )
 
     @property
     def alias_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.aliases.split(",") if name.strip())
+        return _listed(self.aliases)
+
+    @property
+    def api_key_list(self) -> tuple[str, ...]:
+        return _listed(self.api_keys)
+
+    @property
+    def cors_origin_list(self) -> tuple[str, ...]:
+        return _listed(self.cors_origins)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -54,3 +90,7 @@ class Settings(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise SettingsError(f"{name} is not a setting; README.md lists them") from None
             raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from None
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())

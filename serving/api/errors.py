@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -140,3 +141,13 @@ def from_exception(error: Exception) -> APIError:
             return out_of_memory()
         case _:
             return internal_error()
+
+
+def trace(error: Exception, failure: APIError) -> str:
+    """Where an exception came from, for the log: type and places, without its message, which may quote a prompt.
+
+    Empty for all but a 500: a 503 is a state of the server and has no place in the code.
+    """
+    if failure.status != 500:
+        return ""
+    return f"\n{type(error).__qualname__}\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()

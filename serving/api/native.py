@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
 
-from bentoml.exceptions import InvalidArgument, ServiceUnavailable
+from bentoml.exceptions import BentoMLException, InvalidArgument, ServiceUnavailable
+from starlette.requests import Request
 
-from serving.chat.pipeline import ChatJob, ServedModel
+from serving.api.errors import APIError
+from serving.api.feed import Feed
+from serving.api.generation import Generations
+from serving.chat.pipeline import ChatJob, Prompt, ServedModel
 from serving.chat.types import Conversation, Message, PromptError, TextDelta
 from serving.engine.types import SamplingParams
 
 
+@dataclass(frozen=True)
+class Question:
+    """What BentoML's clients may say."""
+
+    prompt: str
+    system: str
+    temperature: float
+    top_p: float
+    max_tokens: int  # at most; fewer if the context has no room for so many
+
+
 async def ask(
-    model: ServedModel | None, prompt: str, system: str, temperature: float, top_p: float, max_tokens: int
+    generations: Generations, request: Request, model: ServedModel | None, question: Question
 ) -> AsyncGenerator[str, None]:
-    """The answer's text as it comes, at most `max_tokens` and what the context has room for. Raises BentoML's InvalidArgument for what cannot be asked."""
+    """The answer's text as it comes. Raises BentoML's exceptions: InvalidArgument for what cannot be asked."""
     if model is None:
         raise ServiceUnavailable("the model is still loading")
-    if not (0 <= temperature <= 2 and 0 <= top_p <= 1 and max_tokens >= 1):
-        raise InvalidArgument("temperature must be 0 to 2, top_p 0 to 1, max_tokens at least 1")
-    messages = (*((Message("system", system),) if system else ()), Message("user", prompt))
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    feed = _open(generations, request, model, _prepare(model, question))
     try:
-        prepared = model.prepare(ChatJob(Conversation(messages), sampling, max_tokens_is_default=True))
+        while (events := await feed.take()) is not None:
+            text = "".join(event.text for _, event in events if isinstance(event, TextDelta))
+            if text:
+                yield text
+    finally:
+        await feed.close()
+
+
+def _prepare(model: ServedModel, question: Question) -> Prompt:
+    if not (0 <= question.temperature <= 2 and 0 <= question.top_p <= 1 and question.max_tokens >= 1):
+        raise InvalidArgument("temperature must be 0 to 2, top_p 0 to 1, max_tokens at least 1")
+    system = (Message("system", question.system),) if question.system else ()
+    conversation = Conversation((*system, Message("user", question.prompt)))
+    sampling = SamplingParams(max_tokens=question.max_tokens, temperature=question.temperature, top_p=question.top_p)
+    try:
+        return model.prepare(ChatJob(conversation, sampling, max_tokens_is_default=True))
     except PromptError as error:
         raise InvalidArgument(error.message) from None
-    async with aclosing(model.complete(prepared)) as events:
-        async for _, event in events:
-            if isinstance(event, TextDelta) and event.text:
-                yield event.text
+
+
+def _open(generations: Generations, request: Request, model: ServedModel, prompt: Prompt) -> Feed:
+    try:
+        return generations.open(request, model, [prompt])
+    except APIError as error:
+        refusal = BentoMLException(error.message)
+        refusal.error_code = HTTPStatus(error.status)
+        raise refusal from None

@@ -33,6 +33,7 @@ class RequestRecord:
     completion_tokens: int = 0
     first_token_at: float | None = None
     finish_reasons: list[str] = field(default_factory=list[str])
+    traceparent: str | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])  # for the response
 
 
@@ -48,6 +49,7 @@ def record_of(scope: Scope) -> RequestRecord:
             path=scope["path"],
             begun=time.monotonic(),
             client=peer[0] if peer else "",
+            traceparent=header(scope, b"traceparent"),
         )
     return record
 

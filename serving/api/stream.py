@@ -13,9 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from serving.api import sse
 from serving.api.chunks import IndexedEvent
-from serving.api.disconnect import ClientLeft, unless_disconnected
-from serving.api.errors import APIError, envelope, from_exception
+from serving.api.disconnect import ClientLeft, Patience, unless_disconnected
+from serving.api.errors import APIError, envelope, from_exception, trace
 from serving.api.feed import Feed
+from serving.api.record import RequestRecord, record_of
+from serving.api.served import ApiLimits
 from serving.chat.types import ChatEvent
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ async def collect(feed: Feed, request: Request) -> list[IndexedEvent]:
 
 
 async def begin_stream(
-    feed: Feed, chunks: Chunks, request: Request, ping_seconds: float, framing: Framing = CHUNKS
+    feed: Feed, chunks: Chunks, request: Request, limits: ApiLimits, framing: Framing = CHUNKS
 ) -> Response:
     """The response, once its first event is there: what fails before is an HTTP error and not an event."""
     try:
@@ -58,33 +60,37 @@ async def begin_stream(
     except BaseException:
         await feed.close()
         raise
-    return EventStream(feed, first, chunks, ping_seconds, framing)
+    return EventStream(feed, first, chunks, limits, framing)
 
 
 class EventStream(Response):
     """Sends the events of a feed until it ends, fails, or the client leaves; then closes the feed."""
 
     def __init__(
-        self, feed: Feed, first: list[IndexedEvent] | None, chunks: Chunks, ping_seconds: float, framing: Framing
+        self, feed: Feed, first: list[IndexedEvent] | None, chunks: Chunks, limits: ApiLimits, framing: Framing
     ) -> None:
         super().__init__(headers=sse.HEADERS)
         del self.headers["content-length"]
         self._feed = feed
         self._first = first
         self._chunks = chunks
-        self._ping_seconds = ping_seconds
+        self._ping_seconds = limits.ping_seconds
+        self._stall_seconds = limits.stall_seconds
         self._framing = framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = scope.get("state", {}).get("request_id", "")
+        record = record_of(scope)
+        record.is_stream = True
+        patience = Patience(send, self._stall_seconds)
         try:
-            await unless_disconnected(receive, self._send(send, request_id))
+            await unless_disconnected(receive, self._send(patience, record), patience)
         except (ClientLeft, OSError):
-            logger.info("request %s: the client left in the middle of the answer", request_id)
+            record.is_aborted = True
+            logger.info("request %s: the client left in the middle of the answer", record.request_id)
         finally:
             await self._feed.close()
 
-    async def _send(self, send: Send, request_id: str) -> None:
+    async def _send(self, send: Send, record: RequestRecord) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         events = self._first
         try:
@@ -98,10 +104,11 @@ class EventStream(Response):
             last = self._framing.encode(self._chunks.end()) + self._framing.done
         except OSError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # the status line is gone: the failure has to travel in the stream, which then ends without [DONE]
             failure = from_exception(error)
-            logger.error("request %s failed in its stream with %s", request_id, failure, exc_info=error)
+            record.error_code = failure.code
+            logger.error("request %s failed in its stream with %s%s", record.request_id, failure, trace(error, failure))
             last = self._framing.fail(failure)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -168,13 +168,18 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after its current step; requests in flight get EngineStopped."""
+    def stop(self, max_seconds: float | None = None) -> None:
+        """End the thread after its current step; requests in flight get EngineStopped.
+
+        max_seconds: do not wait longer than this for the step; the requests are told nevertheless.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(max_seconds)
+        if self._thread.is_alive():
+            self.give_up()
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

@@ -1,0 +1,156 @@
+"""What keeps one worker going: the gate, the door, the way out, and the watch. Composition from settings, no rules."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from serving.api.access_log import AccessLog
+from serving.api.admission import Admission, AdmissionLimits
+from serving.api.auth import KeyFileError, Keys
+from serving.api.connections import Connections, allow_many_connections
+from serving.api.drain import Drain
+from serving.api.gate import METRICS_PATH, Guard, RouteNames
+from serving.api.monitor import Monitor
+from serving.api.record import RequestRecord
+from serving.api.served import Served
+from serving.settings import Settings, SettingsError
+
+CUT_SECONDS = 5.0
+CORS_HEADERS = [
+    "x-request-id", "retry-after", "x-should-retry", "openai-processing-ms",
+    *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One worker's."""
+
+    admission: Admission
+    drain: Drain
+    monitor: Monitor
+    keys: Keys
+    settings: Settings
+    finished: Callable[[RequestRecord, float], None]
+    close_traces: Callable[[], None]
+
+    @property
+    def metrics_route(self) -> Route:
+        return Route(METRICS_PATH, self.monitor.exposition, methods=["GET"])
+
+    def guard(self, apps: Iterable[Starlette]) -> Guard:
+        """For the gate in front of these applications."""
+        routes = [route for app in apps for route in app.routes if isinstance(route, Route)]
+        return Guard(
+            self.keys,
+            self.drain,
+            RouteNames(routes),
+            self.settings.public_metrics,
+            self.settings.public_docs,
+            self.finished,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Signals taken over and the watch kept, while a worker serves."""
+        allow_many_connections()
+        connections = Connections()
+        self.drain.install()
+        watching = asyncio.create_task(self.monitor.run(connections.sweep))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            await asyncio.to_thread(self.close_traces)
+
+
+def prepare(settings: Settings, served: Served, logger: logging.Logger) -> Operations:
+    """Raises SettingsError for keys that cannot be read or traces that cannot be sent."""
+    try:
+        keys = Keys(settings.api_key_list, Path(settings.api_keys_file) if settings.api_keys_file else None)
+    except KeyFileError as error:
+        raise SettingsError(f"CHATGLM_API_KEYS: {error}") from None
+    admission = Admission(
+        AdmissionLimits(
+            settings.max_queued_requests,
+            settings.max_queued_tokens,
+            settings.client_requests_per_minute,
+            settings.client_tokens_per_minute,
+            settings.client_max_concurrent,
+        )
+    )
+
+    def cut() -> None:
+        if served.model is not None:
+            served.model.engine.stop(CUT_SECONDS)
+
+    drain = Drain(settings.grace_seconds, cut)
+    log = AccessLog(settings.access_log, logger.getChild("access"))
+    trace, close_traces = _tracing(settings, served)
+
+    def finished(record: RequestRecord, seconds: float) -> None:
+        log(record, seconds)
+        if trace is not None:
+            trace(record, seconds)
+
+    monitor = Monitor(served, admission, drain, settings.step_seconds)
+    return Operations(admission, drain, monitor, keys, settings, finished, close_traces)
+
+
+def _tracing(
+    settings: Settings, served: Served
+) -> tuple[Callable[[RequestRecord, float], None] | None, Callable[[], None]]:
+    if not settings.otlp_endpoint:
+        return None, lambda: None
+    from serving.tracing import TracingError, start_tracing  # costs nothing where it is off
+
+    try:
+        tracing = start_tracing(settings.otlp_endpoint, "chatglm2", served.name)
+    except TracingError as error:
+        raise SettingsError(f"CHATGLM_OTLP_ENDPOINT: {error}") from None
+    return tracing, tracing.flush
+
+
+def pass_on_second_signal() -> None:
+    """In the parent process of `bentoml serve`: a second SIGTERM or SIGINT reaches the workers.
+
+    BentoML's process manager forgets every signal after the first. It takes signals with `signal.signal`, so the
+    wake-up descriptor is free for a reader that only counts.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    writing.detach()  # it belongs to the interpreter from here on
+
+    def count() -> None:
+        seen = 0
+        while numbers := reading.recv(64):
+            for number in numbers:
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    seen += 1
+                    if seen > 1:
+                        _signal_children(signal.SIGTERM)
+
+    threading.Thread(target=count, name="signals", daemon=True).start()
+
+
+def _signal_children(number: int) -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            os.kill(child.pid, number)
