@@ -51,6 +51,8 @@ REFUSED = {
     "conversation": "Conversations are not stored here: send the whole conversation as 'input' instead.",
     "prompt": "Prompt templates are not stored here: send 'instructions' and 'input' instead.",
     "context_management": "A conversation is never compacted in silence: 'context_management' is not supported.",
+    "access_programs": "There are no access programs here: 'access_programs' is not supported.",
+    "image": "This model has no eyes: 'image' is not supported.",
     "background_options": "'background_options' is not supported: answers are given at once or streamed.",
 }
 
