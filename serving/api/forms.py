@@ -120,7 +120,7 @@ def check_tools(tools: Sequence[ToolDefinition], choice: Any) -> None:
     """Names are unique, and `tool_choice` names one of them."""
     names = [tool.function.name for tool in tools]
     _check_names("tools", names)
-    if choice not in (None, "none") and not tools:
+    if choice not in (None, "none", "auto") and not tools:
         raise conflict("tool_choice", "'tool_choice' is only allowed when 'tools' are specified.")
     chosen = [choice] if isinstance(choice, NamedTool) else []
     if isinstance(choice, AllowedToolsChoice):

@@ -38,9 +38,10 @@ class Answer:
         stop: tuple[str, ...],
         num_prompt_tokens: int,
         ends: frozenset[int],
+        before: Sequence[int] = (),
     ) -> None:
-        """ends: the token ids that end the answer and have no text."""
-        self._detokenizer = Detokenizer(decode)
+        """ends: the token ids that end the answer and have no text; before: the ids that its text goes on from."""
+        self._detokenizer = Detokenizer(decode, before)
         self._reader = reader
         self._stop = StopStrings(stop)
         self._ends = ends

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.chat.json_schema import check_pattern, check_schema
+from serving.chat.json_schema import check_pattern, check_schema, without_annotations
 from serving.chat.types import PromptError, Tool, ToolSyntax
 
 MAX_CALLS = 16  # of one answer
@@ -131,7 +131,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    return json.dumps({**without_annotations(dict(schema)), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def _text_grammar(pattern: str) -> str:

@@ -13,10 +13,13 @@ class Detokenizer:
     """Decodes a sliding window, because the text of a run of ids is not the sum of its tokens' texts: the first
     piece loses its leading space, and several byte tokens make one character."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """before: the ids that the text goes on from, the last few at least. Their text is not returned."""
         self._decode = decode
         self._ids: list[int] = []  # the window
         self._num_sent = 0  # characters of the window's text that were returned
+        for token_id in before[-WINDOW:]:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token; often ''."""

@@ -22,6 +22,16 @@ MAX_MULTIPLE = 20_000  # least common multiple of all `multipleOf`; the states o
 MAX_REPEATS = 5000  # product of nested bounds in a pattern
 MAX_PATTERN = 2000  # characters
 
+# draft 2020-12, and what earlier drafts called the same; some of them the compiler refuses by name
+FORMATS = frozenset(
+    (
+        *("date-time", "time", "date", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+        *("uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+        *("relative-json-pointer", "regex", "ip-address", "host-name", "color", "utc-millisec"),
+    )
+)
+DIALECTS = ("2020-12", "2019-09", "draft-07", "draft-06", "draft-04", "json-schema.org/schema")
+
 Schema = Mapping[str, Any]
 
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -48,6 +58,21 @@ def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
         multiple = math.lcm(multiple, _numerator(node.get("multipleOf")))
     if multiple > MAX_MULTIPLE:
         raise refuse("'multipleOf' needs too large an automaton.")
+
+
+def without_annotations(schema: Any) -> Any:
+    """The schema without what restricts nothing: `uniqueItems: false`, formats that JSON Schema does not define."""
+    if isinstance(schema, list):
+        return [without_annotations(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    node = cast("dict[str, Any]", schema)
+    return {
+        key: value if key in ("enum", "const", "default", "examples") else without_annotations(value)
+        for key, value in node.items()
+        if not (key == "uniqueItems" and value is False)
+        and not (key == "format" and isinstance(value, str) and value not in FORMATS)
+    }
 
 
 def check_pattern(pattern: str) -> str | None:
@@ -96,6 +121,9 @@ def schemas_in(schema: Any, path: str = "") -> Iterator[tuple[str, Schema]]:
 
 
 def _objection(node: Schema) -> str | None:
+    dialect = node.get("$schema", "2020-12")
+    if not any(known in str(dialect) for known in DIALECTS):
+        return f"'$schema' must be one of the drafts {', '.join(DIALECTS)}."
     properties = node.get("properties")
     if isinstance(properties, dict) and len(cast("dict[str, Any]", properties)) > MAX_PROPERTIES:
         return f"'properties' has more than {MAX_PROPERTIES} entries."

@@ -237,7 +237,8 @@ def _random_bit(mask: int, num_bits: int, choose: random.Random) -> int:
 
 def _reason(error: str) -> str:
     """The library's message in one line, without its places in a grammar that the client never saw."""
-    line = _PLACE.sub("", error.strip().split("\n")[0])
+    lines = error.strip().split("\n")
+    line = _PLACE.sub("", next((line for line in lines if line.startswith("error: ")), lines[0]))
     for prefix in _PREFIXES:
         line = line.removeprefix(prefix)
     return line[:300].rstrip(".") + "."

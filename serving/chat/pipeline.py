@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
-from serving.chat import tool_prompt
+from serving.chat import rounds, tool_prompt
 from serving.chat.answer import Answer, PlainReader
 from serving.chat.constraint import USE_IF_WANTED, AnswerConstraint, ToolUse
+from serving.chat.detokenizer import WINDOW
 from serving.chat.masks import Grammars
 from serving.chat.plan import AnswerPlan, plan_answer
 from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError
@@ -27,6 +28,11 @@ class ChatJob:
     ignore_eos: bool = False
     constraint: AnswerConstraint | None = None
     tool_use: ToolUse = USE_IF_WANTED  # of the conversation's tools
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the answers, if the client gave one."""
+        return self.conversation.messages[-1].content if self.conversation.continue_final else ""
 
     @property
     def needs_grammar(self) -> bool:
@@ -57,6 +63,8 @@ class Prompt:
     stop: tuple[str, ...]
     n: int
     plan: AnswerPlan
+    before: tuple[int, ...] = ()  # the last of `token_ids` whose text the answers go on from
+    num_dropped_rounds: int = 0
 
 
 class ContextOverflow(PromptError):
@@ -82,6 +90,7 @@ class ServedModel:
     engine: Engine
     chat_format: ChatFormat
     context_length: int  # tokens of prompt and answer together
+    drops_oldest_rounds: bool = False  # of a conversation that does not fit, instead of refusing it
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +108,9 @@ class ServedModel:
         if not token_ids:
             raise PromptError("The prompt must hold at least one token.", param)
         self._check_bias(job.sampling)
+        num_dropped = 0
+        if self.drops_oldest_rounds and isinstance(job, ChatJob):
+            token_ids, num_dropped = self._without_oldest_rounds(job, token_ids)
         room = self.context_length - len(token_ids)
         max_tokens = job.sampling.max_tokens
         if job.max_tokens_is_default:
@@ -108,7 +120,30 @@ class ServedModel:
         ends = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
         sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=ends)
         n = max(job.n, job.best_of) if isinstance(job, TextJob) else job.n
-        return Prompt(tuple(token_ids), sampling, job.stop, n, self._plan(job))
+        before = self._before(job, token_ids)
+        return Prompt(tuple(token_ids), sampling, job.stop, n, self._plan(job), before, num_dropped)
+
+    def _without_oldest_rounds(self, job: ChatJob, token_ids: list[int]) -> tuple[list[int], int]:
+        """(the prompt, rounds left out of it). A length that the client did not name is worth leaving rounds out for
+        up to a quarter of the context: else the answers of a long conversation would shrink to one token first."""
+        wanted = job.sampling.max_tokens
+        if job.max_tokens_is_default:
+            wanted = min(wanted, self.context_length // 4)
+        if len(token_ids) + wanted <= self.context_length:
+            return token_ids, 0
+        shorter = rounds.drop_oldest(
+            job.conversation, lambda some: len(self.render(some)) + wanted <= self.context_length
+        )
+        return (token_ids, 0) if shorter is None else (self.render(shorter[0]), shorter[1])
+
+    def _before(self, job: ChatJob | TextJob, token_ids: list[int]) -> tuple[int, ...]:
+        """The text tokens at the prompt's end, if the answer goes on from their text: its first space counts then."""
+        if isinstance(job, ChatJob) and not job.begun:
+            return ()
+        count = 0
+        while count < min(WINDOW, len(token_ids)) and self.chat_format.token_bytes(token_ids[-1 - count]):
+            count += 1
+        return tuple(token_ids[len(token_ids) - count :])
 
     def render(self, conversation: Conversation) -> list[int]:
         """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
@@ -132,12 +167,13 @@ class ServedModel:
 
     def _answer(self, prompt: Prompt) -> Answer:
         plan, ends = prompt.plan, prompt.sampling.stop_token_ids
-        return Answer(plan.decode, plan.reader(), prompt.stop, len(prompt.token_ids), ends)
+        return Answer(plan.decode, plan.reader(), prompt.stop, len(prompt.token_ids), ends, prompt.before)
 
     def _plan(self, job: ChatJob | TextJob) -> AnswerPlan:
         if isinstance(job, TextJob):
             return AnswerPlan(PlainReader, self.chat_format.decode)
-        return plan_answer(self.chat_format, self.grammars, job.constraint, job.conversation.tools, job.tool_use)
+        tools = job.conversation.tools
+        return plan_answer(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
         unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)

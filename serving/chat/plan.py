@@ -37,14 +37,18 @@ def plan_answer(
     constraint: AnswerConstraint | None,
     tools: tuple[Tool, ...],
     use: ToolUse,
+    begun: str = "",
 ) -> AnswerPlan:
-    """Compiles what has to be compiled: for a worker thread, if there is a constraint or a tool. Raises PromptError."""
+    """Compiles what has to be compiled: for a worker thread, if there is a constraint or a tool. Raises PromptError.
+
+    begun: the beginning of the answer, if the client gave one.
+    """
     if constraint is not None:
         grammar = grammars.compile(answer_grammar(constraint), _what(constraint), constraint.param)
         if not tools:
             return AnswerPlan(ConstrainedText, _decode_bytes(chat_format), grammar.walk)
     if not tools:
-        return AnswerPlan(chat_format.reader, chat_format.decode)
+        return AnswerPlan(lambda: chat_format.reader(begun), chat_format.decode)
     syntax = chat_format.tool_syntax or PLAIN
     names = tuple(tool.name for tool in tools)
     kept = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
@@ -65,7 +69,7 @@ def plan_answer(
         )
     by_opening = {opening: _compile(grammars, text) for opening, text in call_grammars(syntax, kept, use).items()}
     return AnswerPlan(
-        lambda: ToolCallReader(syntax, names, chat_format.reader(), is_forced=False),
+        lambda: ToolCallReader(syntax, names, chat_format.reader(begun), is_forced=False),
         chat_format.decode,
         lambda: CallMask(by_opening, grammars.vocabulary, syntax.is_at_start),
     )

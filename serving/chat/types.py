@@ -152,8 +152,11 @@ class ChatFormat(Protocol):
         """The text of a run of ids. Special tokens give ''; an incomplete character gives U+FFFD."""
         ...
 
-    def reader(self) -> AnswerReader:
-        """A fresh reader for the text of one answer; calls of tools are read by `tool_syntax`."""
+    def reader(self, begun: str = "") -> AnswerReader:
+        """A fresh reader for the text of one answer; calls of tools are read by `tool_syntax`.
+
+        begun: what stands in front of that text, for an answer whose beginning the client has: its white space counts.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -1,0 +1,157 @@
+"""Calls are read out of answers however these are cut, and tools become plain words for models that know none."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from models.answers import ExactAnswer, TrimmedAnswer
+from models.chatglm2 import round_prompt
+from models.chatglm3 import CALL
+from models.hf import HERMES
+from serving.chat.tool_calls import JsonEnd, ToolCallReader
+from serving.chat.tool_prompt import PLAIN, without_tools
+from serving.chat.types import (
+    AnswerPart,
+    AnswerReader,
+    Conversation,
+    Message,
+    TextDelta,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolSyntax,
+)
+
+ARGUMENTS = '{"city": "a \\"}{ b\\\\", "days": [1, {"x": "</tool_call>"}]}'
+SYNTAXES = {"plain": PLAIN, "hermes": HERMES, "chatglm3": CALL}
+NAMES = ("weather", "weather_now")
+
+
+def call(syntax: ToolSyntax, name: str, arguments: str) -> str:
+    begin = (syntax.opening + syntax.before).replace("{name}", name)
+    return f"{begin}{arguments}{syntax.after}"
+
+
+def cuts(text: str, choose: random.Random) -> Iterable[str]:
+    while text:
+        size = choose.randint(1, 6)
+        yield text[:size]
+        text = text[size:]
+
+
+def read(reader: AnswerReader, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+    """What is shown as text, and (name, arguments) of the calls."""
+    parts: list[AnswerPart] = [part for piece in pieces for part in reader.push(piece)] + reader.flush()
+    calls: list[tuple[str, str]] = []
+    for part in parts:
+        match part:
+            case ToolCallDelta(index, str(call_id), str(name), arguments):
+                assert index == len(calls)
+                assert call_id.startswith("call_")
+                calls.append((name, arguments))
+            case ToolCallDelta(index, None, None, arguments):
+                assert index == len(calls) - 1
+                calls[-1] = (calls[-1][0], calls[-1][1] + arguments)
+            case TextDelta():
+                assert not calls, "no text comes after a call"
+    return "".join(part.text for part in parts if isinstance(part, TextDelta)), calls
+
+
+@pytest.mark.parametrize("kind", SYNTAXES)
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_calls_are_read_however_the_answer_is_cut(kind: str, is_forced: bool) -> None:
+    syntax = SYNTAXES[kind]
+    text = syntax.separator.join([call(syntax, "weather_now", ARGUMENTS), call(syntax, "weather", "{}")])
+    choose = random.Random(3)
+    for _ in range(50):
+        reader = ToolCallReader(syntax, NAMES, TrimmedAnswer(), is_forced)
+        assert read(reader, cuts(f" {text}", choose)) == ("", [("weather_now", ARGUMENTS), ("weather", "{}")])
+
+
+@pytest.mark.parametrize("syntax", [PLAIN, HERMES])
+def test_text_in_front_of_a_call_is_shown_without_the_white_space_between(syntax: ToolSyntax) -> None:
+    choose = random.Random(4)
+    for _ in range(50):
+        reader = ToolCallReader(syntax, NAMES, ExactAnswer(), is_forced=False)
+        shown = read(reader, cuts(f"a < b, <tool \n\n{call(syntax, 'weather', ARGUMENTS)}", choose))
+        assert shown == ("a < b, <tool", [("weather", ARGUMENTS)])
+
+
+@pytest.mark.parametrize("kind", SYNTAXES)
+@pytest.mark.parametrize("text", ["Hello", "1 < 2 <tool_cal", "weather is fine", "weather", "x\nweather\n", "<<<", ""])
+def test_what_is_no_call_is_text_and_nothing_is_lost(kind: str, text: str) -> None:
+    choose = random.Random(5)
+    for _ in range(20):
+        reader = ToolCallReader(SYNTAXES[kind], NAMES, ExactAnswer(), is_forced=False)
+        assert read(reader, cuts(text, choose)) == (text, [])
+
+
+def test_text_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
+    reader = ToolCallReader(CALL, NAMES, ExactAnswer(), is_forced=False)
+    assert reader.push("wea") == []
+    assert reader.push("ry") == [TextDelta("weary")]
+    reader = ToolCallReader(PLAIN, NAMES, ExactAnswer(), is_forced=False)
+    assert reader.push("a <") == [TextDelta("a")]
+    assert reader.push("b") == [TextDelta(" <b")]
+
+
+def test_arguments_go_out_as_they_come() -> None:
+    reader = ToolCallReader(PLAIN, NAMES, ExactAnswer(), is_forced=True)
+    (begun,) = reader.push('<tool_call>{"name": "weather", "arguments": ')
+    assert isinstance(begun, ToolCallDelta)
+    assert (begun.name, begun.arguments) == ("weather", "")
+    assert reader.push('{"ci') == [ToolCallDelta(0, None, None, '{"ci')]
+    assert reader.push('ty": 1}}') == [ToolCallDelta(0, None, None, 'ty": 1}')]
+
+
+@pytest.mark.parametrize("document", [ARGUMENTS, "{}", '{"a": "\\\\"}', '{"a": "\\u0022}"}', "[[], {}]"])
+def test_the_end_of_a_document_is_found_in_pieces(document: str) -> None:
+    choose = random.Random(6)
+    for _ in range(50):
+        end, seen = JsonEnd(), 0
+        for piece in cuts(document + "}}]]", choose):
+            size = end.push(piece)
+            if size is not None:
+                assert document.startswith((document + "}}]]")[: seen + size])
+                assert seen + size == len(document)
+                break
+            seen += len(piece)
+
+
+WEATHER = Tool("weather", "Tells the weather.", {"type": "object", "properties": {"city": {"type": "string"}}})
+HISTORY = (
+    Message("system", "Be brief."),
+    Message("user", "Weather?"),
+    Message("assistant", "Wait.", tool_calls=(ToolCall("1", "weather", '{"city": "x"}'), ToolCall("2", "weather", "{}"))),
+    Message("tool", "sunny", tool_call_id="1"),
+    Message("tool", "rainy", tool_call_id="2"),
+    Message("user", "And now?"),
+)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_conversation_with_tools_becomes_one_that_alternates(language: str) -> None:
+    plain = without_tools(Conversation(HISTORY, (WEATHER,)), "zh" if language == "zh" else "en")
+    assert not plain.tools
+    assert [message.role for message in plain.messages] == ["system", "user", "assistant", "user"]
+    assert not any(message.tool_calls for message in plain.messages)
+    system, _, asked, told = (message.content for message in plain.messages)
+    assert system.startswith("Be brief.")
+    described = next(line for line in system.split("\n") if line.startswith("{"))
+    assert json.loads(described)["parameters"] == WEATHER.parameters
+    assert asked == (
+        'Wait.\n<tool_call>{"name": "weather", "arguments": {"city": "x"}}</tool_call>\n'
+        '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    )
+    assert [word for word in told.split() if word in ("sunny", "rainy", "And")] == ["sunny", "rainy", "And"]
+    assert "问：" in round_prompt(plain)
+
+
+def test_earlier_calls_are_told_without_tools_too() -> None:
+    plain = without_tools(Conversation(HISTORY[1:5]), "en")
+    assert [message.role for message in plain.messages] == ["user", "assistant", "user"]
+    assert "sunny" in plain.messages[2].content
