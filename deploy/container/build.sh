@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# bentoml build + bentoml containerize + one last layer. What `make container` runs; wants bentoml in PATH.
+#
+#   DEVICE=cpu|cuda   which torch the image gets (default cpu)
+#   MODEL=TAG         puts this model of the store into the image; without it the image serves a mounted store
+#   IMAGE=NAME:TAG    what the image is called (default chatglm2:cpu or chatglm2:cuda)
+#   TORCH=NAME        uv's torch backend, where DEVICE's is not the right one (cu126 for older drivers); may be empty
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+device=${DEVICE:-cpu}
+case $device in
+    cpu) torch=${TORCH-cpu} ;;
+    cuda) torch=${TORCH-} ;;
+    *) echo "DEVICE must be cpu or cuda, not '$device'" >&2; exit 1 ;;
+esac
+image=${IMAGE:-chatglm2:$device}
+engine=$(deploy/container/engine.sh) || { echo "neither docker nor podman can be used here" >&2; exit 1; }
+
+bundle=false
+if [ -n "${MODEL:-}" ]; then bundle=true; fi
+started=$SECONDS
+bento=$(bentoml build --output tag --arg "model=${MODEL:-}" --arg "bundle=$bundle" --arg "torch=$torch" | sed -n 's/^__tag__://p')
+echo "Bento $bento: $((SECONDS - started)) s"
+
+stage=$image-bento
+started=$SECONDS
+bentoml containerize "$bento" --backend "$engine" --image-tag "$stage"
+"$engine" image inspect "$stage" >/dev/null  # bentoml does not fail if the engine does
+format=()
+if [ "$engine" = podman ]; then format=(--format docker --pull=never); fi  # podman's own format has no health check
+"$engine" build "${format[@]}" --build-arg "BENTO=$stage" --tag "$image" --file deploy/container/Containerfile deploy/container
+bytes=$("$engine" image inspect --format '{{.Size}}' "$image")
+echo "image $image: $((SECONDS - started)) s, $((bytes / 1000000)) MB"
