@@ -18,7 +18,7 @@ from serving.api.errors import APIError
 RATE_SECONDS = 30.0  # memory of the drain rate
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 300
 OWN_SHARE = 0.75  # of everything in flight that one client may have
-MAX_IDLE_CLIENTS = 4096  # remembered for their place in virtual time; the rest is forgotten
+MAX_IDLE_CLIENTS = 4096  # remembered; past it those with nothing in flight are forgotten
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Admission:
     num_answers: int = 0  # in flight
     num_tokens: int = 0
     _virtual_time: int = 0
+    _forget_at: int = MAX_IDLE_CLIENTS
     _clients: dict[str, _Client] = field(default_factory=dict[str, _Client])
     _answer_rate: Rate = field(default_factory=Rate)
     _token_rate: Rate = field(default_factory=Rate)
@@ -237,21 +238,22 @@ class Admission:
         )  # fmt: skip
 
     def _new_client(self, name: str, now: float) -> _Client:
-        if len(self._clients) >= MAX_IDLE_CLIENTS:
+        if len(self._clients) >= self._forget_at:
             self._forget(now)
+            self._forget_at = max(MAX_IDLE_CLIENTS, 2 * len(self._clients))
         per_minute = (self.limits.requests_per_minute, self.limits.tokens_per_minute)
         requests, tokens = (Bucket(limit, limit, now) if limit else None for limit in per_minute)
         client = self._clients[name] = _Client(requests, tokens)
         return client
 
     def _forget(self, now: float) -> None:
-        """Drop the clients about whom nothing is left to know."""
+        """Drop the clients about whom nothing is left to know but their place in virtual time."""
         for name, client in list(self._clients.items()):
             buckets = [bucket for bucket in (client.requests, client.tokens) if bucket]
             for bucket in buckets:
                 bucket.refill(now)
             is_full = all(bucket.level >= bucket.per_minute for bucket in buckets)
-            if not client.num_requests and client.ends <= self._virtual_time and is_full:
+            if not client.num_requests and is_full:
                 del self._clients[name]
 
 

@@ -1,0 +1,89 @@
+"""Keys: plain and hashed, from a variable and from a file that changes, and never to be seen."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from serving.api import auth
+from serving.api.auth import KeyFileError, Keys
+from serving.api.errors import APIError
+
+SECRET = "sk-secret-0123456789"
+
+
+def refused(keys: Keys, authorization: str | None) -> APIError:
+    with pytest.raises(APIError) as caught:
+        keys.name_of(authorization)
+    assert caught.value.status == 401
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.headers["www-authenticate"].startswith("Bearer")
+    return caught.value
+
+
+def test_without_keys_nobody_needs_one() -> None:
+    assert not Keys().are_required
+
+
+def test_plain_and_hashed_keys_open_and_have_names() -> None:
+    hashed = hashlib.sha256(b"sk-other").hexdigest()
+    keys = Keys([f"{SECRET} alice", f"sha256:{hashed}"])
+    assert keys.are_required
+    assert keys.name_of(f"Bearer {SECRET}") == "alice"
+    assert keys.name_of("bearer  sk-other") == f"key-{hashed[:8]}"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", f"Basic {SECRET}", f"Bearer {SECRET}x", f"Bearer {SECRET[:-1]}", "Bearer \xff\x00"],
+)
+def test_what_is_not_the_key_is_refused_without_repeating_it(authorization: str | None) -> None:
+    error = refused(Keys([SECRET]), authorization)
+    assert SECRET[:-1] not in error.message
+
+
+def test_no_key_and_a_wrong_key_are_told_apart() -> None:
+    keys = Keys([SECRET])
+    assert refused(keys, None).message.startswith("You didn't provide an API key.")
+    assert refused(keys, "Bearer no").message.startswith("Incorrect API key provided")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n\n{SECRET} alice # the first\n")
+    keys = Keys(file=file)
+    assert keys.name_of(f"Bearer {SECRET}") == "alice"
+    file.write_text("sk-new bob\n")
+    os.utime(file, ns=(1, 1))
+    assert keys.name_of("Bearer sk-new") == "bob"
+    refused(keys, f"Bearer {SECRET}")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "a b c\n", "sha256:12\n", "sk-x two/names\n", b"\xff\xfe"])
+def test_a_file_that_became_wrong_changes_nothing_and_the_log_does_not_quote_it(
+    content: str | bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    file.write_text(SECRET)
+    keys = Keys(file=file)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.utime(file, ns=(1, 1))
+    with caplog.at_level(logging.ERROR):
+        keys.name_of(f"Bearer {SECRET}")
+    assert "the API keys stay as they were" in caplog.text
+    assert "sk-x" not in caplog.text
+
+
+def test_a_wrong_file_at_the_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="cannot be read"):
+        Keys(file=tmp_path / "missing")
+
+
+def test_keys_are_held_as_digests_only() -> None:
+    assert SECRET not in repr(vars(Keys([SECRET])))
