@@ -37,7 +37,7 @@ def import_network(
     """What the three families on this network have in common: weights, tokenizer and metadata. Raises ImportRefused.
 
     What rope_ratio means is the person's choice, else what the checkpoint's own code says, else `default_rope`.
-    A folder without a tokenizer gives a stored model that other programs can load and that this server refuses to serve.
+    A folder without a tokenizer gives a stored model that other programs can load and that this server refuses.
     """
     from models import checkpoint, glm_checkpoint  # torch: the command line must answer without it
 
@@ -64,12 +64,10 @@ def load_network(
     chat_format: ChatFormat,
 ) -> LoadedModel:
     """Open what `import_network` wrote."""
-    from models.native import NativeDecoder, load_native
+    from models.native import open_native
 
-    network = NativeDecoder(
-        load_native(folder, device, precision, progress),
-        num_tokens=chat_format.num_tokens,
-        max_positions=int(metadata["context_length"]),
+    network = open_native(
+        folder, device, precision, progress, chat_format.num_tokens, max_positions=int(metadata["context_length"])
     )
     return LoadedModel(network, chat_format)
 
@@ -106,8 +104,8 @@ class ChatGLM2Format:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self) -> AnswerReader:
-        return TrimmedAnswer()
+    def reader(self, begun: str = "") -> AnswerReader:
+        return TrimmedAnswer(bool(begun))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
@@ -123,12 +121,7 @@ def round_prompt(conversation: Conversation) -> str:
     question, as in the public openai_api.py; where that server silently dropped history, this refuses.
     Source: tokenization_chatglm.py, build_prompt.
     """
-    if conversation.tools:
-        raise PromptError("This model was not trained to call tools.", "tools")
-    messages = conversation.messages
-    system = messages[0].content if messages and messages[0].role == "system" else ""
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    _check_turns(turns, len(messages) - len(turns), conversation.continue_final)
+    system, turns = check_rounds(conversation)
     last_question = len(turns) - (2 if conversation.continue_final else 1)
     parts: list[str] = []
     for i, message in enumerate(turns):
@@ -140,8 +133,22 @@ def round_prompt(conversation: Conversation) -> str:
     return "".join(parts)
 
 
+def check_rounds(conversation: Conversation) -> tuple[str, tuple[Message, ...]]:
+    """(system message, or '', and the questions and answers in turn, the last waiting for its answer).
+
+    Raises PromptError for what is not such a conversation.
+    """
+    if conversation.tools:
+        raise PromptError("This model was not trained to call tools.", "tools")
+    messages = conversation.messages
+    has_system = bool(messages) and messages[0].role == "system"
+    system, turns = (messages[0].content, messages[1:]) if has_system else ("", messages)
+    _check_turns(turns, len(messages) - len(turns), conversation.continue_final)
+    return system, turns
+
+
 def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) -> None:
-    """Questions and answers in turn, the last waiting for its answer. `offset`: index of the first in the request."""
+    """Alternating roles. `offset`: index of the first turn in the request."""
     for i, message in enumerate(turns):
         where = f"messages[{offset + i}]"
         if message.role == "tool" or message.tool_calls:
@@ -167,11 +174,14 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
     return import_network(source, target, options, progress)
 
 
+def open_format(folder: Path) -> ChatGLM2Format:
+    return ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
+
+
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
-    chat_format = ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
-    return load_network(folder, metadata, device, precision, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, open_format(folder))
 
 
 FAMILY = Family(
@@ -180,4 +190,5 @@ FAMILY = Family(
     import_checkpoint=_import_checkpoint,
     load=_load,
     options=(ROPE,),
+    open_format=open_format,
 )

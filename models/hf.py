@@ -50,7 +50,7 @@ class HFFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self) -> AnswerReader:
+    def reader(self, begun: str = "") -> AnswerReader:
         return ExactAnswer()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -100,13 +100,11 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
-    from models.native import NativeDecoder, load_native
+    from models.native import open_native
 
     chat_format = open_format(folder)
-    network = NativeDecoder(
-        load_native(folder, device, precision, progress),
-        num_tokens=chat_format.num_tokens,
-        max_positions=int(metadata["context_length"]),
+    network = open_native(
+        folder, device, precision, progress, chat_format.num_tokens, max_positions=int(metadata["context_length"])
     )
     return LoadedModel(network, chat_format)
 
@@ -117,4 +115,5 @@ FAMILY = Family(
     import_checkpoint=_import_checkpoint,
     load=_load,
     options=(TEMPLATE,),
+    open_format=open_format,
 )

@@ -20,7 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from models import linears
 from models.family import ImportRefused, Precision, Progress
-from serving.engine.types import CAUSAL, Attend, NetworkShape, PromptLayout, RaggedBatch
+from models.flat import FlatDecoder, can_flatten
+from serving.engine.types import CAUSAL, Attend, CausalLM, NetworkShape, PromptLayout, RaggedBatch
 
 ATTENTION = "engine"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -184,8 +185,19 @@ def _rotary_types(rope_parameters: object) -> set[str]:
     return {str(values.get("rope_type"))}.union(*nested)
 
 
+def open_native(
+    folder: Path, device: torch.device, precision: Precision, progress: Progress, num_tokens: int, max_positions: int
+) -> CausalLM:
+    """A transformers folder as the engine's CausalLM, in the fastest form there is. See `load_native` for errors."""
+    model = load_native(folder, device, precision, progress)
+    if can_flatten(model):
+        return FlatDecoder(model, precision, num_tokens, max_positions, progress)
+    linears.pack(model, precision, device, progress)
+    return NativeDecoder(model, num_tokens, max_positions)
+
+
 def load_native(folder: Path, device: torch.device, precision: Precision, progress: Progress) -> PreTrainedModel:
-    """Open a transformers folder: weights mapped from safetensors straight to `device`, packed, frozen.
+    """Open a transformers folder: weights mapped from safetensors straight to `device`, frozen, not packed yet.
 
     No network access, no code of the folder. Raises OSError or ValueError if transformers cannot load it by itself.
     """
@@ -203,6 +215,4 @@ def load_native(folder: Path, device: torch.device, precision: Precision, progre
         use_safetensors=True,
     )
     progress(total, total, "weights")
-    model.requires_grad_(False)
-    linears.pack(model, precision, device, progress)
-    return cast("PreTrainedModel", model)
+    return cast("PreTrainedModel", model.requires_grad_(False))
