@@ -23,6 +23,7 @@ HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
 METRICS_PATH = "/metrics"
 BENTOML_PATHS = ("/", "/generate", "/docs.json", "/schema.json")
 DOCUMENTS = ("/docs", "/docs.json", "/schema.json", "/openapi.json", "/v1/docs", "/v1/openapi.json", "/static_content/")
+CHAT_PAGE, PAGE_FILES = "/chat", "/page/"  # they hold no secret, and ask for the key themselves
 MAX_HEADER_BYTES, MAX_HEADERS = 32 * 1024, 100
 CLIENT_LEFT = 499  # the status that access logs know for it; nobody reads it
 
@@ -109,6 +110,8 @@ class Gate:
         return None
 
     def _is_public(self, path: str) -> bool:
+        if path == CHAT_PAGE or path.startswith(PAGE_FILES):
+            return True
         if path == METRICS_PATH:
             return self._guard.metrics_are_public
         return self._guard.documents_are_public and (path == "/" or path.startswith(DOCUMENTS))

@@ -19,6 +19,7 @@ from serving.api.responses_protocol import ResponsesRequest
 PREFIX = "/v1"
 VERSION = "3.1.0"  # the schemas are JSON Schema of 2020, which 3.0 is not
 REF = "#/components/schemas/{model}"
+DESCRIPTION = "ChatGLM2 and its relatives behind OpenAI's API. Every path under `/v1` also works without that prefix."
 NULL_MEANS_ABSENT = (
     *(ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, StreamOptions),
 )
@@ -144,7 +145,14 @@ class DescribedService(Service[Any]):
         for kind, entries in own["components"].items():
             merged.setdefault(kind, {}).update(entries)
         items = {path: PathItem(**item) for path, item in own["paths"].items()}
-        changed = attr.evolve(spec, openapi=VERSION, paths={**items, **spec.paths}, components=cast("Any", merged))
+        changed = attr.evolve(
+            spec,
+            openapi=VERSION,
+            # BentoML's own text shows pictures from elsewhere
+            info=attr.evolve(spec.info, description=DESCRIPTION),
+            paths={**items, **spec.paths},
+            components=cast("Any", merged),
+        )
         return cast("OpenAPISpecification", changed)
 
 
