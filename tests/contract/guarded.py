@@ -1,0 +1,143 @@
+"""The application behind its gate, on a real engine of a chosen size, and clients with keys of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from starlette.types import Message
+
+from serving.api.admission import Admission, AdmissionLimits
+from serving.api.app import create_app
+from serving.api.auth import Keys
+from serving.api.drain import Drain
+from serving.api.gate import Gate, Guard, RouteNames
+from serving.api.monitor import Monitor
+from serving.api.record import RequestRecord
+from serving.api.served import ApiLimits, Served
+from serving.chat.pipeline import ServedModel
+from serving.engine.engine import Engine
+from serving.engine.types import EngineLimits
+from tests.contract.tiny import CONTEXT, NAME, Meddled, chat_format, random_network
+
+KEYS = ["sk-alice alice", "sk-bob bob"]
+CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Everything of one worker."""
+
+    app: Gate
+    engine: Engine
+    admission: Admission
+    drain: Drain
+    monitor: Monitor
+    records: list[RequestRecord]
+
+
+@contextmanager
+def guarded(
+    folder: Path,
+    before: Callable[[], None] | None = None,
+    engine_limits: EngineLimits | None = None,
+    door: AdmissionLimits | None = None,
+    limits: ApiLimits | None = None,
+    keys: list[str] | None = None,
+    max_step_seconds: float = 60.0,
+) -> Iterator[Guarded]:
+    """A worker without BentoML around it, for as long as the block lasts."""
+    form = chat_format(folder, "chatglm2")
+    network = random_network(form.num_tokens)
+    engine = Engine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
+    engine.start()
+    served = Served(NAME, model=ServedModel(engine, form, CONTEXT))
+    admission = Admission(door or AdmissionLimits())
+    drain = Drain(1.0, lambda: engine.stop(1.0))
+    app = create_app(served, limits, admission=admission)
+    records: list[RequestRecord] = []
+    guard = Guard(
+        Keys(KEYS if keys is None else keys), drain, RouteNames([]), finished=lambda record, _: records.append(record)
+    )
+    mounted = Prefixed(app)
+    try:
+        yield Guarded(
+            Gate(mounted, guard), engine, admission, drain, Monitor(served, admission, drain, max_step_seconds), records
+        )
+    finally:
+        engine.stop(5.0)
+
+
+class Prefixed:
+    """Mounts the application at /v1, as BentoML does."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app({**scope, "root_path": "/v1"}, receive, send)
+
+
+def body(content: str = "你好", **fields: Any) -> dict[str, Any]:
+    return {"model": NAME, "messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
+
+
+@asynccontextmanager
+async def client(worker: Guarded, name: str = "alice") -> AsyncIterator[httpx2.AsyncClient]:
+    headers = {"authorization": f"Bearer sk-{name}"}
+    transport = httpx2.ASGITransport(worker.app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test", headers=headers, timeout=60) as http:
+        yield http
+
+
+async def at_rest(worker: Guarded, seconds: float = 10.0) -> None:
+    """Wait until nothing is held; fail if that does not happen."""
+    async with asyncio.timeout(seconds):
+        while True:
+            stats = worker.engine.stats()
+            held = (stats.num_running, stats.num_waiting, stats.kv_tokens_used, worker.admission.num_answers)
+            if not any(held) and not worker.drain.num_in_flight:
+                return
+            await asyncio.sleep(0.01)
+
+
+class SlowReader:
+    """An ASGI client that takes the head and a few pieces of a stream and then lets every send wait."""
+
+    def __init__(self, worker: Guarded, payload: bytes, num_taken: int = 3) -> None:
+        self._worker = worker
+        self._payload = payload
+        self._num_taken = num_taken
+        self.num_pieces = 0
+        self.resume = asyncio.Event()
+        self.last = b""
+
+    async def run(self) -> None:
+        sent = False
+        never = asyncio.Event()
+
+        async def receive() -> Message:
+            nonlocal sent
+            if sent:
+                await never.wait()
+            sent = True
+            return {"type": "http.request", "body": self._payload, "more_body": False}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                self.num_pieces += 1
+                self.last = message["body"]
+                if self.num_pieces > self._num_taken:
+                    await self.resume.wait()
+
+        headers = [(b"authorization", b"Bearer sk-alice"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": CHAT, "root_path": "", "query_string": b"", "headers": headers,
+            "client": ("192.0.2.1", 1), "server": ("test", 80), "scheme": "http", "http_version": "1.1",
+        }  # fmt: skip
+        await self._worker.app(scope, receive, send)
