@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STATE := .state
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: serve setup test test-setup lint format demo clean
+.PHONY: serve setup test test-setup container test-container test-vllm lint format demo clean
 
 serve: setup  ## set up, put the demonstration model into the store, serve on port 8000
 	$(BIN)/bentoml serve
@@ -25,6 +25,12 @@ lint: test-setup
 
 format: test-setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+container: setup  ## build the image; DEVICE=cpu|cuda, MODEL=TAG puts a model into it
+	PATH="$(CURDIR)/$(BIN):$$PATH" DEVICE="$(DEVICE)" MODEL="$(MODEL)" deploy/container/build.sh
+
+test-container: test-setup  ## build, run and call the image, where a container engine can be used
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/container/test.sh $(ARGS)
 
 demo: test-setup  ## train the demonstration model again (minutes)
 	$(BIN)/python -m models.demo.build

@@ -22,15 +22,22 @@ from serving.api.gate import Gate
 from serving.api.generation import Generations
 from serving.api.native import Question, ask
 from serving.api.openapi import DescribedService
+from serving.api.pages import page_routes
 from serving.api.served import ApiLimits, Served
+from serving.image import BuildArguments, container_image
 from serving.operations import CORS_HEADERS, CUT_SECONDS, pass_on_second_signal, prepare
 from serving.settings import Settings, SettingsError
 
 logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that its handler prints it
 
+built = bentoml.use_arguments(BuildArguments)
+
 try:
-    settings = Settings.from_environment(os.environ)
+    settings = Settings.from_environment({**built.environment, **os.environ})
     stored = servable(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
+    family = FAMILIES[stored.family]
+    if settings.engine == "vllm" and family.open_format is None:
+        raise SettingsError(f"vLLM does not have the network of the family {stored.family}: use CHATGLM_ENGINE=native")
     name, _, version = stored.tag.partition(":")
     served = Served(
         name=name,
@@ -54,7 +61,11 @@ limits = ApiLimits(
 generations = Generations(operations.admission, limits)
 at_v1 = create_app(served, limits, admission=operations.admission)
 at_root = create_app(
-    served, limits, catch_all=False, admission=operations.admission, more_routes=[operations.metrics_route]
+    served,
+    limits,
+    catch_all=False,
+    admission=operations.admission,
+    more_routes=[operations.metrics_route, *page_routes(settings.chat_page)],
 )
 
 
@@ -62,8 +73,9 @@ at_root = create_app(
     name="chatglm2",
     service_class=DescribedService,
     http={"port": 8000},
-    resources={"gpu": 1},
-    workers=1,
+    image=container_image(built.torch),
+    resources={"gpu": settings.workers * settings.gpus_per_worker},
+    workers=settings.workers,
     traffic={"timeout": 86400},  # limits live inside the app, where errors have OpenAI's shape
     tracing={"excluded_urls": "."},  # a span for every token costs more than the token; serving/tracing.py has ours
     metrics={"enabled": False},  # a series for every path that anybody asks for; /metrics is our own route
@@ -74,7 +86,7 @@ at_root = create_app(
 class ChatGLM2:
     """ChatGLM2 and its relatives behind OpenAI's chat completion API."""
 
-    model = BentoModel(stored.tag)
+    model = BentoModel(stored.tag) if built.bundle else stored.tag
 
     def __init__(self) -> None:
         self._running = AsyncExitStack()
@@ -82,10 +94,16 @@ class ChatGLM2:
         threading.Thread(target=self._load, name="loading", daemon=True).start()
 
     def _load(self) -> None:
-        from serving.start import start_model  # imports torch, which the parent process never needs
-
+        worker = (bentoml.server_context.worker_index or 1) - 1  # BentoML counts from 1
         try:
-            served.model = start_model(FAMILIES[stored.family].load, stored.path, stored.metadata, settings, logger)
+            if settings.engine == "vllm" and family.open_format is not None:
+                from serving.start_vllm import start_on_vllm
+
+                served.model = start_on_vllm(family.open_format, stored.path, stored.metadata, settings, logger, worker)
+            else:
+                from serving.start import start_model  # imports torch, which the parent process never needs
+
+                served.model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
             logger.info("%s is ready at http://localhost:8000/v1", stored.tag)
         except Exception as error:
             logger.exception("%s could not be loaded", stored.tag)

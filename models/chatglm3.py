@@ -65,8 +65,8 @@ class ChatGLM3Format:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self) -> AnswerReader:
-        return TrimmedAnswer()
+    def reader(self, begun: str = "") -> AnswerReader:
+        return TrimmedAnswer(bool(begun))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
@@ -137,11 +137,14 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
     return import_network(source, target, options, progress, num_specials=NUM_SPECIALS + NUM_ROLES, default_rope="base")
 
 
+def open_format(folder: Path) -> ChatGLM3Format:
+    return ChatGLM3Format(SentencePieceTokenizer(folder / TOKENIZER_FILE, NUM_SPECIALS + NUM_ROLES))
+
+
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
-    chat_format = ChatGLM3Format(SentencePieceTokenizer(folder / TOKENIZER_FILE, NUM_SPECIALS + NUM_ROLES))
-    return load_network(folder, metadata, device, precision, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, open_format(folder))
 
 
 FAMILY = Family(
@@ -150,4 +153,5 @@ FAMILY = Family(
     import_checkpoint=_import_checkpoint,
     load=_load,
     options=(ROPE,),
+    open_format=open_format,
 )

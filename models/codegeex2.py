@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.chatglm2 import ROPE, TOKENIZER_FILE, ChatGLM2Format, import_network, load_network
+from models.chatglm2 import ROPE, import_network, load_network, open_format
 from models.family import Family, LoadedModel, Precision, Progress
-from models.sentencepiece import SentencePieceTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +24,14 @@ if TYPE_CHECKING:
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedModel:
-    chat_format = ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
-    return load_network(folder, metadata, device, precision, progress, chat_format)
+    return load_network(folder, metadata, device, precision, progress, open_format(folder))
 
 
 FAMILY = Family(
-    name="codegeex2", title="CodeGeeX2-6B, also -int4", import_checkpoint=import_network, load=_load, options=(ROPE,)
+    name="codegeex2",
+    title="CodeGeeX2-6B, also -int4",
+    import_checkpoint=import_network,
+    load=_load,
+    options=(ROPE,),
+    open_format=open_format,
 )

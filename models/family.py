@@ -52,6 +52,8 @@ class Family:
     server needs into the empty folder `target` and returns the metadata that `load` will want (JSON values only).
     Raises ImportRefused. `options` holds only names listed in `options` below.
     load(folder, metadata, device, precision, progress): opens such a folder again. No network access, no remote code.
+    open_format(folder): the chat format alone, for an engine of another kind that loads the network by itself, from
+    the transformers folder that the import wrote. None where the network is not transformers' own.
     """
 
     name: str
@@ -59,3 +61,4 @@ class Family:
     import_checkpoint: Callable[[Path, Path, Mapping[str, str], Progress], dict[str, Any]]
     load: Callable[[Path, Mapping[str, Any], torch.device, Precision, Progress], LoadedModel]
     options: tuple[ImportOption, ...] = ()
+    open_format: Callable[[Path], ChatFormat] | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,10 +31,28 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
         "auto", description="Format of the weights; `auto` takes 16 bits for all but small models."
     )
+    engine: Literal["native", "vllm"] = Field(
+        "native", description="`vllm` runs the network in vLLM, which needs the environment of `requirements-vllm.txt`."
+    )
+    vllm_options: str = Field(
+        "", description='vLLM\'s own engine arguments as a JSON object, like `{"pipeline_parallel_size": 2}`.'
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that each serve a copy of the model, on a GPU of their own; all limits are for each.",
+    )
+    gpus_per_worker: int = Field(
+        1, ge=1, le=64, description="GPUs that one copy is split over; above 1 only `ENGINE=vllm`."
+    )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes the cores this process may use.")
     kv_cache_gib: float = Field(0.0, ge=0, description="Memory for keys and values in GiB; 0 picks by free memory.")
     max_sequences: int = Field(64, ge=1, le=1024, description="Answers generated at once; others wait.")
     max_batch_tokens: int = Field(512, ge=16, le=65536, description="Rows of one engine step, prompts included.")
+    drop_oldest_rounds: bool = Field(
+        False, description="Leave the oldest rounds of a too long conversation out instead of refusing it; says so."
+    )
     max_n: int = Field(128, ge=1, le=128, description="Largest `n` of one request.")
     max_body_mib: float = Field(4.0, gt=0, description="Largest request body in MiB; larger ones get 413.")
     ping_seconds: float = Field(15.0, gt=0, description="Silence after which a stream sends a comment to stay open.")
@@ -60,6 +79,7 @@ class Settings(BaseModel):
     api_keys_file: str = Field("", description="The same in a file, one a line; read again when it changes.")
     public_metrics: bool = Field(False, description="`/metrics` needs no key, though the API does.")
     public_docs: bool = Field(False, description="The documentation pages need no key, though the API does.")
+    chat_page: bool = Field(True, description="A chat page for browsers at `/chat`, linked from `/`.")
     cors_origins: str = Field("", description="Web origins that browsers may call from, by commas; `*` is all.")
     access_log: Literal["text", "json", "off"] = Field("text", description="One line for each request on stdout.")
     otlp_endpoint: str = Field(
@@ -83,13 +103,40 @@ class Settings(BaseModel):
         """Read CHATGLM_* variables. Raises SettingsError for a bad value or a name that does not exist."""
         values = {name[len(PREFIX) :].lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             if first["type"] == "extra_forbidden":
                 raise SettingsError(f"{name} is not a setting; README.md lists them") from None
             raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from None
+        settings._check_engine()
+        return settings
+
+    def _check_engine(self) -> None:
+        """Raises SettingsError for what only the other engine has."""
+        if self.engine == "native":
+            if self.gpus_per_worker > 1:
+                raise SettingsError("CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm")
+            if self.vllm_options:
+                raise SettingsError("CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm")
+            return
+        if self.precision in ("int8", "int4"):
+            raise SettingsError(
+                f"CHATGLM_PRECISION={self.precision} is not for CHATGLM_ENGINE=vllm, which takes 16 or 32 bits"
+            )
+        self.vllm_arguments  # noqa: B018
+
+    @property
+    def vllm_arguments(self) -> dict[str, object]:
+        """CHATGLM_VLLM_OPTIONS, read. Raises SettingsError."""
+        try:
+            options: object = json.loads(self.vllm_options or "{}")
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            raise SettingsError("CHATGLM_VLLM_OPTIONS is not a JSON object")
+        return cast("dict[str, object]", options)
 
 
 def _listed(text: str) -> tuple[str, ...]:

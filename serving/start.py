@@ -37,13 +37,21 @@ Loader = Callable[
 
 
 def start_model(
-    load: Loader, folder: Path, metadata: Mapping[str, Any], settings: Settings, logger: logging.Logger
+    load: Loader,
+    folder: Path,
+    metadata: Mapping[str, Any],
+    settings: Settings,
+    logger: logging.Logger,
+    worker: int = 0,
 ) -> ServedModel:
-    """Load the weights and start the engine; logs the facts of the running model in one line."""
+    """Load the weights and start the engine; logs the facts of the running model in one line.
+
+    worker: which of `settings.workers` this is, counted from 0; GPUs and cores are shared out by it.
+    """
     started = time.monotonic()
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, worker)
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or num_usable_cores())
+        torch.set_num_threads(settings.threads or max(1, num_usable_cores() // settings.workers))
     num_parameters = int(metadata["parameters"])
     precision = choose_precision(device, num_parameters) if settings.precision == "auto" else settings.precision
     loaded = load(folder, metadata, device, precision, _Progress(logger))
@@ -74,7 +82,7 @@ def start_model(
         kv_tokens * KVMemory.bytes_per_token(shape, dtype) / GIB,
         time.monotonic() - started,
     )
-    return ServedModel(engine, loaded.chat_format, context_length)
+    return ServedModel(engine, loaded.chat_format, context_length, settings.drop_oldest_rounds)
 
 
 class _Progress:

@@ -26,6 +26,8 @@ class EmbeddedText:
 
 def prepare(model: ServedModel, inputs: Sequence[str | tuple[int, ...]]) -> list[EmbeddedText]:
     """Everything that may be refused. Raises PromptError. Pure; any thread."""
+    if not model.engine.abilities.has_embeddings:
+        raise PromptError("The engine of this server has no embeddings.", "input")
     return [_prepare(model, value, "input" if len(inputs) == 1 else f"input[{i}]") for i, value in enumerate(inputs)]
 
 

@@ -12,7 +12,7 @@ from serving.chat.detokenizer import WINDOW
 from serving.chat.masks import Grammars
 from serving.chat.plan import AnswerPlan, plan_answer
 from serving.chat.types import ChatEvent, ChatFormat, Conversation, PromptError
-from serving.engine.engine import Engine
+from serving.engine.port import EnginePort
 from serving.engine.types import SamplingParams
 
 
@@ -87,7 +87,7 @@ class ContextOverflow(PromptError):
 class ServedModel:
     """A loaded model and the engine that runs it."""
 
-    engine: Engine
+    engine: EnginePort
     chat_format: ChatFormat
     context_length: int  # tokens of prompt and answer together
     drops_oldest_rounds: bool = False  # of a conversation that does not fit, instead of refusing it
@@ -173,6 +173,9 @@ class ServedModel:
         if isinstance(job, TextJob):
             return AnswerPlan(PlainReader, self.chat_format.decode)
         tools = job.conversation.tools
+        if job.needs_grammar and not self.engine.abilities.has_masks:
+            param = "tools" if job.constraint is None else job.constraint.param
+            raise PromptError("The engine of this server cannot hold answers to a form.", param)
         return plan_answer(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:

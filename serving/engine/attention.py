@@ -53,7 +53,7 @@ class AttentionSpan:
 
 
 class StepAttention:
-    """Attention for one forward pass: stores each layer's new keys and values, then lets every row see its own sequence.
+    """Attention for one forward pass: stores each layer's keys and values, then lets every row see its own sequence.
 
     Implements serving.engine.types.Attend.
     """
@@ -63,31 +63,43 @@ class StepAttention:
         self._memory = memory
         self._spans = spans
         self._places = places
+        # cut out for all layers at once: for a small model, slicing layer by layer takes as long as attending
+        self._past = [
+            tuple(
+                kept[:, None, :, span.place : span.place + span.length].unbind(0)
+                for kept in (memory.keys, memory.values)
+            )
+            for span in spans
+        ]
         self._masks: dict[tuple[AttentionSpan, int | None], Tensor | None] = {}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        keys, values = self._memory.keys[layer], self._memory.values[layer]  # [kv_heads, places, head_dim]
-        keys.index_copy_(1, self._places, key.transpose(0, 1))
-        values.index_copy_(1, self._places, value.transpose(0, 1))
-        out = torch.empty_like(query)
-        for span in self._spans:
-            begin = span.place + (max(0, span.length - window) if window and span.num_rows == 1 else 0)
-            end = span.place + span.length
-            past_keys, past_values = keys[None, :, begin:end], values[None, :, begin:end]
+        self._memory.keys[layer].index_copy_(1, self._places, key.transpose(0, 1))
+        self._memory.values[layer].index_copy_(1, self._places, value.transpose(0, 1))
+        # the query heads that share a key head become rows of one small matrix, since the kernel would otherwise read
+        # the keys once for each query head: [rows, 1, kv_heads, heads of each, head_dim]
+        grouped = query.reshape(len(query), 1, key.shape[1], -1, query.shape[-1])
+        outs: list[Tensor] = []
+        for span, (keys, values) in zip(self._spans, self._past, strict=True):
+            past_keys, past_values = keys[layer], values[layer]  # [1, kv_heads, length, head_dim]
             if span.num_rows == 1:
-                out[span.first] = _attend_one(query[span.first], past_keys, past_values, scale)
+                if window and span.length > window:
+                    past_keys, past_values = past_keys[:, :, -window:], past_values[:, :, -window:]
+                one = scaled_dot_product_attention(grouped[span.first], past_keys, past_values, scale=scale)
+                outs.append(one.reshape(1, *query.shape[1:]))
             else:
                 rows = query[None, span.first : span.last].transpose(1, 2)  # [1, heads, rows, head_dim]
                 mask = self._mask(span, window)
-                out[span.first : span.last] = scaled_dot_product_attention(
+                many = scaled_dot_product_attention(
                     rows, past_keys, past_values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-                )[0].transpose(0, 1)
-        return out
+                )
+                outs.append(many[0].transpose(0, 1))
+        return torch.cat(outs)
 
     def _mask(self, span: AttentionSpan, window: int | None) -> Tensor | None:
-        """[rows, length] of what each row may see; None where plain causal attention from the first token on will do."""
+        """[rows, length] of what each row may see; None where causal attention from the first token on will do."""
         if span.length == span.num_rows and span.layout.num_two_way == 0 and not window:
             return None
         known = self._masks.get((span, window))
@@ -95,14 +107,6 @@ class StepAttention:
             known = _visible(span, window, self._places.device)
             self._masks[span, window] = known
         return known
-
-
-def _attend_one(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """One row against all keys. The query heads that share a key head become rows of one small matrix, since the
-    kernel would otherwise read the keys once per query head. [heads, head_dim] -> [heads, head_dim]"""
-    num_kv_heads, head_dim = keys.shape[1], query.shape[-1]
-    grouped = query.view(1, num_kv_heads, -1, head_dim)
-    return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(-1, head_dim)
 
 
 def _visible(span: AttentionSpan, window: int | None, device: torch.device) -> Tensor:

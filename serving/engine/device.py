@@ -18,21 +18,33 @@ CPU_CACHE_LIMIT = 8 * GIB
 GPU_CACHE_SHARE = 0.85
 
 
-def choose_device(setting: str) -> torch.device:
-    """`auto` takes the fastest there is. Raises ValueError with one clear line if the wanted device is missing."""
+def choose_device(setting: str, worker: int = 0) -> torch.device:
+    """`auto` takes the fastest there is; of several GPUs, each worker takes its own (worker: counted from 0).
+
+    Raises ValueError with one clear line if the wanted device is missing.
+    """
     if setting == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return _gpu_of(worker)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(setting)
     except RuntimeError:
         raise ValueError(f"{setting!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and device.index is None:
+        return _gpu_of(worker)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no CUDA device {device.index or 0} here ({torch.cuda.device_count()} found)")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("there is no MPS device here")
     return device
+
+
+def _gpu_of(worker: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if worker >= count:
+        raise ValueError(f"worker {worker + 1} has no GPU: there are {count}, and each worker needs one of its own")
+    return torch.device("cuda", worker)
 
 
 def choose_precision(device: torch.device, num_parameters: int) -> Literal["float32", "bfloat16", "float16"]:

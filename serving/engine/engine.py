@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar, cast
 
 from serving.engine.isolation import is_out_of_memory
+from serving.engine.port import Abilities
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
 from serving.engine.scheduler import Scheduler, Work
@@ -141,6 +142,8 @@ class EngineStats:
 
 class Engine:
     """Continuous batching over one network. `start` before the first `generate`, `stop` at the end."""
+
+    abilities = Abilities()
 
     def __init__(self, network: CausalLM, limits: EngineLimits) -> None:
         self.limits = limits
@@ -308,6 +311,7 @@ class Engine:
         if not plan.work:
             return False
         self._note_first_rows(plan.work)
+        begun = time.monotonic()
         try:
             results = self._runner.run(plan)
         except Exception as error:  # noqa: BLE001
@@ -315,6 +319,7 @@ class Engine:
             self._fail(plan.work, error)
             return True
         self._failed_steps = 0
+        self._scheduler.pacer.observe(len(plan.decoding), plan.num_prompt_rows, time.monotonic() - begun)
         for work in plan.work:
             self._scheduler.computed(work)
         for work, result in results:

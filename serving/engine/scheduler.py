@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.engine.cache import BLOCK, GRANULE, Move, PrefixIndex, PrefixMatch, TokenSpace, round_up
+from serving.engine.pacing import Pacer
 from serving.engine.sequence import Extent, Sequence
 
 
@@ -31,7 +32,17 @@ class StepPlan:
     """Cache moves to carry out in order, then the rows of one forward pass."""
 
     moves: tuple[Move, ...]
-    work: tuple[Work, ...]
+    decoding: tuple[Work, ...]  # one row each
+    chunks: tuple[Work, ...]  # of prompts
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """All rows, in the order of the forward pass."""
+        return self.decoding + self.chunks
+
+    @property
+    def num_prompt_rows(self) -> int:
+        return sum(work.num_rows for work in self.chunks)
 
 
 @dataclass
@@ -49,7 +60,7 @@ class Scheduler:
 
     def __init__(self, max_sequences: int, max_batch_tokens: int, kv_tokens: int) -> None:
         self.max_sequences = max_sequences
-        self.max_batch_tokens = max_batch_tokens
+        self.pacer = Pacer(max_batch_tokens)
         self.space = TokenSpace(kv_tokens)
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []
@@ -74,13 +85,12 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step. Empty work means that there is nothing to do."""
         self._moves = []
-        work = self._decode_rows()
-        budget = self.max_batch_tokens - len(work)
+        decoding = self._decode_rows()
         self._admit_waiting()
-        decoding = {item.sequence for item in work}
-        prefilling = [s for s in self.running if s not in decoding and not s.is_paused]
-        work += self._prompt_chunks(prefilling, budget)
-        return StepPlan(tuple(self._moves), tuple(work))
+        busy = {work.sequence for work in decoding}
+        prefilling = [s for s in self.running if s not in busy and not s.is_paused]
+        chunks = self._prompt_chunks(prefilling, self.pacer.num_prompt_rows(len(decoding)))
+        return StepPlan(tuple(self._moves), tuple(decoding), tuple(chunks))
 
     def computed(self, work: Work) -> None:
         """Record that the rows of `work` are in the cache. Call before the sampled token is appended."""
