@@ -11,13 +11,14 @@ REPLACEMENT = "2023年"
 class TrimmedAnswer:
     """Reads an answer and gives it without outer white space, the training date filled in.
 
-    The whole is `text.strip().replace(PLACEHOLDER, REPLACEMENT)`, however the text was cut into pieces.
+    The whole is `text.strip().replace(PLACEHOLDER, REPLACEMENT)`, however the text was cut into pieces. has_begun: the
+    text goes on from something, and its leading white space belongs in between.
     Source: process_response in modeling_chatglm.py of ChatGLM2 and ChatGLM3.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_begun: bool = False) -> None:
         self._held = ""
-        self._has_begun = False
+        self._has_begun = has_begun
 
     def push(self, text: str) -> list[AnswerPart]:
         self._held += text

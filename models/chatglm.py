@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.answers import TrimmedAnswer
-from models.chatglm2 import round_prompt
+from models.chatglm2 import check_rounds
 from models.chatglm_answers import ChatGLMReader
 from models.chatglm_tokenizer import ChatGLMTokenizer
 from models.family import Family, LoadedModel, Precision, Progress
@@ -46,8 +46,8 @@ class ChatGLMFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
-    def reader(self) -> AnswerReader:
-        return ChatGLMReader(TrimmedAnswer())
+    def reader(self, begun: str = "") -> AnswerReader:
+        return ChatGLMReader(TrimmedAnswer(bool(begun)), begun[-1:])
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
@@ -60,10 +60,8 @@ def prompt_text(conversation: Conversation) -> tuple[str, str]:
     stands directly before the last question, as ChatGLM2's public server has it; v1's own had no system message.
     Source: chatglm-6b modeling_chatglm.py, chat.
     """
-    round_prompt(conversation)  # refuses what ChatGLM2 refuses: the same conversations fit
-    messages = conversation.messages
-    system = messages[0].content if messages[0].role == "system" else ""
-    turns = [message.content for message in (messages[1:] if messages[0].role == "system" else messages)]
+    system, messages = check_rounds(conversation)
+    turns = [message.content for message in messages]
     start = turns.pop() if conversation.continue_final else ""
     *history, question = turns
     if not history:

@@ -66,12 +66,15 @@ def _is_chinese(characters: str) -> bool:
 
 @dataclass
 class ChatGLMReader:
-    """Reads one answer: `inner` strips it and fills in the placeholder, between the two steps that v1 adds to that."""
+    """Reads one answer: `inner` strips it and fills in the placeholder, between the two steps that v1 adds to that.
+
+    last: the character in front of the answer, if it goes on from something.
+    """
 
     inner: AnswerReader
+    last: str = ""  # the character in front of `_settled`, as the model wrote it
     _raw: str = ""
     _settled: str = ""
-    _last: str = ""  # the character in front of `_settled`, as the model wrote it
 
     def push(self, text: str) -> list[AnswerPart]:
         self._raw += text
@@ -89,6 +92,6 @@ class ChatGLMReader:
         limit = limit_of(self._settled)
         if not limit:
             return []
-        widened = widen(self._last + self._settled)[len(self._last) :][:limit]
-        self._last, self._settled = self._settled[limit - 1], self._settled[limit:]
+        widened = widen(self.last + self._settled)[len(self.last) :][:limit]
+        self.last, self._settled = self._settled[limit - 1], self._settled[limit:]
         return [TextDelta(widened)]

@@ -22,6 +22,7 @@ from serving.api.auth import KeyFileError, Keys
 from serving.api.connections import Connections, allow_many_connections
 from serving.api.drain import Drain
 from serving.api.gate import METRICS_PATH, Guard, RouteNames
+from serving.api.generation import DROPPED_ROUNDS_HEADER
 from serving.api.monitor import Monitor
 from serving.api.record import RequestRecord
 from serving.api.served import Served
@@ -29,7 +30,7 @@ from serving.settings import Settings, SettingsError
 
 CUT_SECONDS = 5.0
 CORS_HEADERS = [
-    "x-request-id", "retry-after", "x-should-retry", "openai-processing-ms",
+    "x-request-id", "retry-after", "x-should-retry", "openai-processing-ms", DROPPED_ROUNDS_HEADER,
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ from serving.chat.pipeline import Prompt, ServedModel
 from serving.chat.types import ChatEvent, Finished
 
 TIMEOUT_HEADER = b"x-request-timeout"
+DROPPED_ROUNDS_HEADER = "x-chatglm-dropped-rounds"
 
 
 class Generations:
@@ -41,6 +42,9 @@ class Generations:
             num_answers=sum(prompt.n for prompt in prompts),
             num_tokens=sum(len(prompt.token_ids) + prompt.n * prompt.sampling.max_tokens for prompt in prompts),
         )
+        num_dropped = sum(prompt.num_dropped_rounds for prompt in prompts)
+        if num_dropped:
+            record.headers[DROPPED_ROUNDS_HEADER] = str(num_dropped)
         meter = Meter(record, ticket, num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
         sources = [model.complete(prompt, ticket.priority) for prompt in prompts]
         return Feed(sources, prompts[0].n, self._limits.max_ready_events, meter, deadline)

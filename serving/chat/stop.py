@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back what could be the beginning of one."""
+    """Lets text through up to the stop string that is complete first; holds back what could be the beginning of one."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
@@ -16,10 +16,11 @@ class StopStrings:
         if self.hit or not self._stop:
             return "" if self.hit else text
         self._held += text
-        found = [place for word in self._stop if (place := self._held.find(word)) >= 0]
+        # the first to be complete, not the first to begin: the same text then, however it is cut
+        found = [(place + len(word), place) for word in self._stop if (place := self._held.find(word)) >= 0]
         if found:
             self.hit = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max(_overlap(self._held, word) for word in self._stop)
         split = len(self._held) - keep

@@ -57,6 +57,27 @@ class Meddled:
         return self.network.logits(hidden)
 
 
+class Scripted:
+    """A network that is really another one, but sure of the first tokens that it is asked for."""
+
+    def __init__(self, network: CausalLM, token_ids: Sequence[int]) -> None:
+        self.shape, self.device, self.dtype = network.shape, network.device, network.dtype
+        self._network = network
+        self._left = list(token_ids)
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        return self._network.layout(prompt_ids)
+
+    def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
+        return self._network.forward(batch, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._network.logits(hidden)
+        if self._left:
+            logits[:, self._left.pop(0)] += 1000.0
+        return logits
+
+
 def train_tokenizer(path: Path) -> None:
     """A SentencePiece model of 400 pieces with ChatGLM2's settings, in a few milliseconds."""
     texts = ["你好，世界。我是人工智能助理。", "Hello world, how are you today?", "The quick brown fox 0123456789"]
@@ -86,7 +107,7 @@ def chat_format(folder: Path, family: str) -> ChatFormat:
     return ChatGLM2Format(SentencePieceTokenizer(file))
 
 
-def random_network(num_tokens: int) -> CausalLM:
+def random_network(num_tokens: int, context: int = CONTEXT) -> CausalLM:
     torch.set_num_threads(1)
     torch.manual_seed(11)
     config = GlmConfig(
@@ -97,11 +118,11 @@ def random_network(num_tokens: int) -> CausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.4,
         pad_token_id=0,
     )
-    return NativeDecoder(GlmForCausalLM(config), num_tokens=num_tokens, max_positions=CONTEXT)
+    return NativeDecoder(GlmForCausalLM(config), num_tokens=num_tokens, max_positions=context)
 
 
 @contextmanager
@@ -110,18 +131,32 @@ def serving(
     family: str = "chatglm2",
     before: Callable[[], None] | None = None,
     limits: ApiLimits | None = None,
+    context: int = CONTEXT,
+    script: str = "",
+    drops_oldest_rounds: bool = False,
 ) -> Iterator[Starlette]:
-    """The application with a model behind it, for as long as the block lasts."""
+    """The application with a model behind it, for as long as the block lasts.
+
+    script: what the model's first answer begins with, unless a mask forbids it.
+    """
     form = chat_format(folder, family)
-    network = random_network(form.num_tokens)
-    engine = Engine(network if before is None else Meddled(network, before), EngineLimits(kv_tokens=4096))
+    network = random_network(form.num_tokens, context)
+    if script:
+        network = Scripted(network, form.encode(script)[2:])  # without the prefix of a prompt
+    engine = Engine(network if before is None else Meddled(network, before), EngineLimits(kv_tokens=max(4096, context)))
     engine.start()
-    served = Served(NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test")
-    served.model = ServedModel(engine, form, CONTEXT)
+    with in_front_of(ServedModel(engine, form, context, drops_oldest_rounds), limits) as app:
+        yield app
+
+
+@contextmanager
+def in_front_of(model: ServedModel, limits: ApiLimits | None = None) -> Iterator[Starlette]:
+    """The application with this started model behind it; ends the model's engine with the block."""
+    served = Served(NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test", model=model)
     try:
         yield create_app(served, limits)
     finally:
-        engine.stop()
+        model.engine.stop()
 
 
 def sdk(app: Starlette, work: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:

@@ -59,5 +59,11 @@ def test_only_what_can_still_change_is_held_back(text: str, settled: str) -> Non
     assert pushed(text) == settled
 
 
+def test_an_answer_that_goes_on_from_a_beginning_keeps_the_space_in_between() -> None:
+    reader = TrimmedAnswer(has_begun=True)
+    parts = [*reader.push("\n"), *reader.push(" 好 "), *reader.flush()]
+    assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == "\n 好"
+
+
 def test_an_answer_that_is_cut_inside_the_placeholder_keeps_what_was_said() -> None:
     assert said(["到[[训练"]) == "到[[训练"
