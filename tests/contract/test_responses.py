@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from starlette.applications import Starlette
 
 from serving.api.responses_events import ResponseEvents, response_head, to_response
@@ -278,3 +278,57 @@ def test_errors_are_the_sdks_own_classes(app: Starlette) -> None:
 
     with pytest.raises(openai.BadRequestError, match="not stored"):
         sdk(app, ask)
+
+
+class Weather(BaseModel):
+    """What the model is made to say."""
+
+    city: Literal["Paris", "Rome"]
+    warm: bool
+
+
+def test_the_sdk_parses_a_schema_and_a_forced_call(folder: Path) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    flat: Any = {"type": "function", "name": "f", "parameters": parameters, "strict": True}
+
+    async def text(client: AsyncOpenAI) -> Any:
+        return await client.responses.parse(model=NAME, input="hello", text_format=Weather)
+
+    async def call(client: AsyncOpenAI) -> Any:
+        return await client.responses.parse(
+            model=NAME, input="hello", tools=[flat], tool_choice={"type": "function", "name": "f"}
+        )
+
+    async def streamed(client: AsyncOpenAI) -> Any:
+        async with client.responses.stream(model=NAME, input="hi", tools=[flat], tool_choice="required") as stream:
+            kinds = {event.type async for event in stream}
+            assert "response.function_call_arguments.delta" in kinds
+            return await stream.get_final_response()
+
+    with serving(folder, context=1024) as roomy:
+        assert isinstance(sdk(roomy, text).output_parsed, Weather)
+        called = [sdk(roomy, call), sdk(roomy, streamed)]
+    for response in called:
+        assert response.status == "completed"
+        assert response.output
+        for item in response.output:  # a model that must call may call more than once
+            assert item.type == "function_call"
+            assert json.loads(item.arguments)["a"] in (True, False)
+
+
+def test_bad_forms_are_named_as_this_endpoint_names_them(app: Starlette) -> None:
+    def error_of(change: dict[str, Any]) -> tuple[Any, Any]:
+        error = assert_openai_error(post(app, "/responses", {**ASK, **change}), 400)
+        return error["param"], error["code"]
+
+    tool = {"type": "function", "name": "f"}
+    assert error_of({"tools": [tool, tool]})[0] == "tools"
+    assert error_of({"tools": [tool], "tool_choice": {"type": "function", "name": "g"}})[0] == "tool_choice"
+    assert error_of({"text": {"format": {"type": "json_schema", "name": "x"}}})[0] == "text.format.schema"
+    unsupported = {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}
+    assert error_of({"text": {"format": unsupported}})[0].startswith("text.format")
