@@ -26,6 +26,7 @@ from serving.api.edge import Edge
 from serving.api.embeddings import EmbeddingRequest, check_dimensions, to_embedding_list
 from serving.api.generation import Generations
 from serving.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
+from serving.api.record import record_of
 from serving.api.responses_convert import in_own_words, to_chat_request
 from serving.api.responses_events import ResponseEvents, response_head, to_response
 from serving.api.responses_protocol import ResponsesRequest
@@ -101,8 +102,11 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in OpenAI's shape."""
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if "Allow" in headers:
-        return errors.error_response(errors.method_not_allowed(request.method, request.url.path, headers["Allow"]))
-    return errors.error_response(errors.unknown_url(request.method, request.url.path))
+        failure = errors.method_not_allowed(request.method, request.url.path, headers["Allow"])
+    else:
+        failure = errors.unknown_url(request.method, request.url.path)
+    record_of(request.scope).error_code = failure.code
+    return errors.error_response(failure)
 
 
 class _Api:
