@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.chat.json_schema import check_pattern, check_schema, without_annotations
+from serving.chat.json_schema import check_pattern, check_schema, compilable, portable
 from serving.chat.types import PromptError, Tool, ToolSyntax
 
 MAX_CALLS = 16  # of one answer
@@ -72,7 +72,7 @@ def answer_grammar(constraint: AnswerConstraint) -> str:
             reason = check_pattern(pattern)
             if reason:
                 raise PromptError(f"Invalid '{param}': {reason}", param)
-            return _text_grammar(_slashed(_without_anchors(pattern)))
+            return _text_grammar(_slashed(portable(_without_anchors(pattern))))
         case ChoiceAnswer(choices, param):
             if len(choices) > MAX_CHOICES:
                 raise PromptError(f"Invalid '{param}': more than {MAX_CHOICES} choices.", param)
@@ -131,7 +131,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**without_annotations(dict(schema)), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    return json.dumps({**compilable(dict(schema)), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def _text_grammar(pattern: str) -> str:

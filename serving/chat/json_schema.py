@@ -15,6 +15,7 @@ from typing import Any, cast
 from serving.chat.types import PromptError
 
 MAX_NODES = 20_000  # objects, arrays and values of a schema together
+MAX_NESTING = 100  # of its text; the library's own reader ends at 128
 MAX_DEPTH = 500  # schemas inside schemas, references followed once; the compiler's stack ends at about 1,600
 MAX_PROPERTIES = 1000  # of one object
 MAX_ENUM = 2000  # values of one enum
@@ -37,6 +38,14 @@ Schema = Mapping[str, Any]
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
+_ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_CLASS = re.compile(r"\\.", re.DOTALL)
+# each class as few characters as any language means by it, and as many
+_FEWEST = {r"\d": "0-9", r"\w": r"0-9A-Za-z_\x{4E00}-\x{9FFF}", r"\s": r" \t\n\r"}
+_MOST = {r"\d": r"\p{N}", r"\w": r"\p{L}\p{M}\p{N}_", r"\s": r"\s\x{1C}-\x{1F}\x{FEFF}"}
+_INSIDE = _FEWEST | {name.upper(): f"[^{text}]" for name, text in _MOST.items()}
+_INSIDE_NEGATED = _MOST | {name.upper(): f"[^{text}]" for name, text in _FEWEST.items()}
+_OUTSIDE = {name: text if text.startswith("[^") else f"[{text}]" for name, text in _INSIDE.items()}
 _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\((?:\?[^()]*?:)?|\)|\{(\d{1,9})(?:,(\d{0,9}))?\}", re.DOTALL)
 
 
@@ -46,10 +55,15 @@ def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
     def refuse(reason: str) -> PromptError:
         return PromptError(f"Invalid {what}: {reason}", param)
 
-    if _count(schema) > MAX_NODES:
+    count, nesting = _measure(schema)
+    if count > MAX_NODES:
         raise refuse(f"it has more than {MAX_NODES} nodes.")
+    if nesting > MAX_NESTING:
+        raise refuse(f"it is nested more than {MAX_NESTING} levels deep.")
     if _depth(schema) > MAX_DEPTH:
         raise refuse(f"it is nested more than {MAX_DEPTH} levels deep, references followed.")
+    if _refers_to_itself(schema):
+        raise refuse("A '$ref' leads back to itself with nothing in between.")
     multiple = 1
     for path, node in schemas_in(schema):
         reason = _objection(node) or (_strict_objection(node) if strict else None)
@@ -60,19 +74,43 @@ def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
         raise refuse("'multipleOf' needs too large an automaton.")
 
 
-def without_annotations(schema: Any) -> Any:
-    """The schema without what restricts nothing: `uniqueItems: false`, formats that JSON Schema does not define."""
+def compilable(schema: Any) -> Any:
+    """The schema without what restricts nothing (`uniqueItems: false`, formats that JSON Schema does not define), and
+    with patterns that mean the same everywhere."""
     if isinstance(schema, list):
-        return [without_annotations(item) for item in schema]
+        return [compilable(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    node = cast("dict[str, Any]", schema)
-    return {
-        key: value if key in ("enum", "const", "default", "examples") else without_annotations(value)
-        for key, value in node.items()
-        if not (key == "uniqueItems" and value is False)
-        and not (key == "format" and isinstance(value, str) and value not in FORMATS)
-    }
+    out: dict[str, Any] = {}
+    for key, value in cast("dict[str, Any]", schema).items():
+        if (key == "uniqueItems" and value is False) or (
+            key == "format" and isinstance(value, str) and value not in FORMATS
+        ):
+            continue
+        if key in ("enum", "const", "default", "examples"):
+            out[key] = value
+        elif key == "pattern" and isinstance(value, str):
+            out[key] = portable(value)
+        elif key == "patternProperties" and isinstance(value, dict):
+            named = cast("dict[str, Any]", value)
+            out[key] = {portable(pattern): compilable(item) for pattern, item in named.items()}
+        else:
+            out[key] = compilable(value)
+    return out
+
+
+def portable(pattern: str) -> str:
+    """The pattern with \\d, \\w and \\s as the characters that every language takes for them, and \\D, \\W and \\S as
+    those that none does: what they mean depends on the Unicode version, and in JavaScript on ASCII."""
+
+    def replaced(found: re.Match[str]) -> str:
+        text = found.group()
+        if text.startswith("["):
+            inside = _INSIDE_NEGATED if text.startswith("[^") else _INSIDE
+            return _CLASS.sub(lambda inner: inside.get(inner.group(), inner.group()), text)
+        return _OUTSIDE.get(text, text)
+
+    return _ATOM.sub(replaced, pattern)
 
 
 def check_pattern(pattern: str) -> str | None:
@@ -132,6 +170,9 @@ def _objection(node: Schema) -> str | None:
         return f"'enum' has more than {MAX_ENUM} values."
     required = node.get("required")
     num_required = len(set(map(str, required))) if isinstance(required, list) else 0
+    multiple = node.get("multipleOf")
+    if isinstance(multiple, float) and Fraction(multiple) != Fraction(repr(multiple)):
+        return f"'multipleOf' {multiple} is not supported: validators divide in binary, where it has no exact value."
     least = node.get("minProperties", 0)
     if isinstance(least, int | float) and least > max(1, num_required):
         return "'minProperties' greater than 1 is not supported beyond what 'required' names."
@@ -161,12 +202,19 @@ def _strict_objection(node: Schema) -> str | None:
     return None
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + sum(_count(item) for item in cast("dict[str, Any]", value).values())
-    if isinstance(value, list):
-        return 1 + sum(_count(item) for item in value)
-    return 1
+def _measure(schema: Schema) -> tuple[int, int]:
+    """Values in it, and how deep the text is nested."""
+    count = deepest = 0
+    stack: list[tuple[Any, int]] = [(schema, 1)]
+    while stack:
+        value, depth = stack.pop()
+        count += 1
+        deepest = max(deepest, depth)
+        if isinstance(value, dict):
+            stack += [(item, depth + 1) for item in cast("dict[str, Any]", value).values()]
+        elif isinstance(value, list):
+            stack += [(item, depth + 1) for item in value]
+    return count, deepest
 
 
 def _depth(schema: Schema) -> int:
@@ -192,8 +240,37 @@ def _depth(schema: Schema) -> int:
     return deepest
 
 
+def _refers_to_itself(schema: Schema) -> bool:
+    """Whether some schema is a part of itself by references and combinations alone: nothing can begin to satisfy it."""
+    done: set[int] = set()
+    open_: set[int] = set()
+    stack: list[tuple[Any, bool]] = [(node, False) for _, node in schemas_in(schema)]
+    while stack:
+        node, is_left = stack.pop()
+        if not isinstance(node, dict) or (id(node) in done and not is_left):
+            continue
+        if is_left:
+            open_.discard(id(node))
+            done.add(id(node))
+            continue
+        if id(node) in open_:
+            return True
+        open_.add(id(node))
+        stack.append((node, True))
+        same = cast("dict[str, Any]", node)
+        reference = same.get("$ref")
+        if isinstance(reference, str):
+            stack.append((_target(schema, reference), False))
+        for key in ("allOf", "anyOf", "oneOf"):
+            inner = same.get(key)
+            stack += [(item, False) for item in inner] if isinstance(inner, list) else []
+    return False
+
+
 def _target(schema: Schema, reference: str) -> Any:
     """What a local reference points to; None for any other."""
+    if reference == "#":
+        return schema
     if not reference.startswith("#/"):
         return None
     value: Any = schema

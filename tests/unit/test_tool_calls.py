@@ -126,7 +126,9 @@ WEATHER = Tool("weather", "Tells the weather.", {"type": "object", "properties":
 HISTORY = (
     Message("system", "Be brief."),
     Message("user", "Weather?"),
-    Message("assistant", "Wait.", tool_calls=(ToolCall("1", "weather", '{"city": "x"}'), ToolCall("2", "weather", "{}"))),
+    Message(
+        "assistant", "Wait.", tool_calls=(ToolCall("1", "weather", '{"city": "x"}'), ToolCall("2", "weather", "{}"))
+    ),
     Message("tool", "sunny", tool_call_id="1"),
     Message("tool", "rainy", tool_call_id="2"),
     Message("user", "And now?"),

@@ -1,0 +1,286 @@
+"""Random answers under a mask: every one that ends is what was asked for, whatever the vocabulary is made of."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from models.chatglm2 import ChatGLM2Format
+from models.chatglm3 import CALL
+from models.sentencepiece import SentencePieceTokenizer
+from serving.chat.constraint import (
+    AnswerConstraint,
+    ChoiceAnswer,
+    JsonAnswer,
+    RegexAnswer,
+    ToolUse,
+    answer_grammar,
+    call_grammars,
+    forced_grammar,
+)
+from serving.chat.masks import CallMask, Grammar, Grammars, MaskFailed
+from serving.chat.tool_calls import ConstrainedText, ToolCallReader
+from serving.chat.tool_prompt import PLAIN
+from serving.chat.types import AnswerReader, TextDelta, Tool, ToolCallDelta
+from serving.engine.types import TokenMask
+from tests.contract.tiny import chat_format
+from tests.golden_data import GOLDEN
+
+REAL = GOLDEN / "tokenizer" / "chatglm2-tokenizer.model"
+ENDINGS = (b'"', b"}", b"]", b'"}', b'"]', b",", b"0", b" ")  # sampled more often, so that answers end
+
+
+class Answers:
+    """Random answers in one vocabulary."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        if kind == "real" and not REAL.exists():
+            pytest.skip("the real tokenizer is not part of the project")
+        self.format = (
+            ChatGLM2Format(SentencePieceTokenizer(REAL)) if kind == "real" else chat_format(folder, "chatglm2")
+        )
+        self.grammars = Grammars(self.format)
+        self.tokens = self.grammars.vocabulary.tokens
+        self._endings = np.array([t in ENDINGS or i in self.format.stop_token_ids for i, t in enumerate(self.tokens)])
+
+    def compile(self, constraint: AnswerConstraint) -> Grammar:
+        return self.grammars.compile(answer_grammar(constraint), "schema", "response_format")
+
+    def allowed(self, mask: TokenMask) -> np.ndarray[Any, Any]:
+        words = mask.allowed()
+        if words is None:
+            return np.arange(len(self.tokens))
+        bits = np.unpackbits(words.numpy().view(np.uint8), bitorder="little")[: len(self.tokens)].astype(bool)
+        return bits.nonzero()[0]
+
+    def random(self, mask: TokenMask, choose: random.Random, length: int = 300) -> list[int] | None:
+        """The tokens of an answer, None if it did not end."""
+        token_ids: list[int] = []
+        for _ in range(length):
+            ids = self.allowed(mask)
+            ending = ids[self._endings[ids]]
+            ids = ending if len(ending) and choose.random() < 0.3 else ids
+            token_id = int(ids[choose.randrange(len(ids))])
+            mask.accept(token_id)
+            if token_id in self.format.stop_token_ids:
+                return token_ids
+            token_ids.append(token_id)
+        return None
+
+    def text(self, token_ids: list[int]) -> str:
+        return b"".join(self.tokens[i] for i in token_ids).decode()
+
+    def texts(self, constraint: AnswerConstraint, count: int) -> list[str]:
+        """What clients see of `count` answers, those left out that did not end."""
+        grammar, choose = self.compile(constraint), random.Random(1)
+        answers = [self.random(grammar.walk(), choose) for _ in range(count)]
+        return [shown(ConstrainedText(), self.text(ids)) for ids in answers if ids is not None]
+
+
+def shown(reader: AnswerReader, text: str) -> str:
+    return "".join(part.text for part in [*reader.push(text), *reader.flush()] if isinstance(part, TextDelta))
+
+
+@pytest.fixture(scope="module", params=["tiny", "real"])
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(request.param, tmp_path_factory.mktemp("pieces"))
+
+
+TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {"v": {"type": "number"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+            "required": ["v", "next"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+SCHEMAS: list[dict[str, Any]] = [
+    {},
+    {"type": "object"},
+    TREE,
+    {"type": "integer", "minimum": -5, "exclusiveMaximum": 12},
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 2.5},
+    {"type": "integer", "multipleOf": 7},
+    {"type": "string", "pattern": "^[A-Z]{2}[0-9]{1,3}$"},
+    {"type": "string", "pattern": r"^\W\S\D\w\d[\W\d]$"},
+    {"type": "string", "minLength": 2, "maxLength": 4},
+    {"type": "string", "format": "date-time"},
+    {"type": "string", "format": "uuid"},
+    {"enum": [1, "a", None, True, {"x": [1]}, 1.5, '"q"\n', "é😀", ""]},
+    {"type": ["string", "null"], "maxLength": 5},
+    {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3},
+    {"type": "array", "prefixItems": [{"type": "boolean"}], "items": {"type": "integer"}},
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "boolean"}},
+    {"type": "object", "patternProperties": {"^x": {"type": "null"}}, "additionalProperties": False},
+    {"type": "object", "properties": {"": {}, 'a"b': {"type": "null"}, "é": False}, "required": ["", 'a"b']},
+    {"allOf": [{"type": "string", "minLength": 2}, {"maxLength": 4, "pattern": "^[a-z]*$"}]},
+    {"oneOf": [{"type": "object", "properties": {"k": {"const": c}}, "required": ["k"]} for c in ("a", "b")]},
+    {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}, "maxItems": 2}]},
+]
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_random_answers_parse_and_validate(answers: Answers, number: int) -> None:
+    schema = SCHEMAS[number]
+    validator = jsonschema.Draft202012Validator(schema)
+    texts = answers.texts(JsonAnswer(schema, "response_format"), 20)
+    assert texts
+    for text in texts:
+        validator.validate(json.loads(text))
+        assert not re.search(r"\s{26}", text)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("yes", "no"),
+        ("a", "ab", "abc"),
+        (" x", "x", "  x"),
+        ("你好，", "é😀", "/[a-z]{2}$"),
+        ("\n", "\t", '"\\'),
+        ("True",),
+    ],
+)
+def test_a_choice_is_exactly_one_of_the_choices(answers: Answers, choices: tuple[str, ...]) -> None:
+    assert set(answers.texts(ChoiceAnswer(choices, "guided_choice"), 60)) == set(choices)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\d{3}-\d{4}",
+        r"^(a|b/c){1,3}$",
+        r" ?x",
+        r" {2}y?",
+        r"[^\n]{1,4}",
+        r"\W\S\D\s\w",
+        r"[\W\d]{3}[^\w]",
+        r"\$\d\\",
+        "你|好",
+        r"(?i)yes",
+        "a\nb",
+    ],
+)
+def test_what_is_shown_matches_the_pattern(answers: Answers, pattern: str) -> None:
+    texts = answers.texts(RegexAnswer(pattern, "guided_regex"), 30)
+    assert texts
+    for text in texts:
+        assert re.fullmatch(pattern, text), text
+
+
+def test_an_answer_may_begin_with_the_space_that_decoding_drops(answers: Answers) -> None:
+    ids = {answers.tokens[i] for i in answers.allowed(answers.compile(ChoiceAnswer(("H",), "c")).walk())}
+    assert b"H" in ids
+    assert ids <= {b"H", b" ", b" H"}
+
+
+def test_every_spelling_of_a_text_is_allowed(answers: Answers) -> None:
+    """A grammar that forces tokens would force the spelling of a greedy tokenizer, which no model was trained on."""
+    grammar = answers.compile(ChoiceAnswer(("你好",), "c"))
+    spelled = [answers.tokens.index(bytes([byte])) for byte in "你好".encode()]
+    walk = grammar.walk()
+    for token_id in spelled:
+        assert token_id in answers.allowed(walk)
+        walk.accept(token_id)
+    assert set(answers.allowed(walk)) == answers.format.stop_token_ids
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["x", "y"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = (Tool("weather", "", CITY), Tool("weather_now", "", {"type": "object", "additionalProperties": False}))
+
+
+@pytest.mark.parametrize("syntax", [PLAIN, CALL])
+def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: Any) -> None:
+    grammar = answers.grammars.compile(forced_grammar(syntax, TOOLS, ToolUse(is_required=True)), "", "")
+    choose, numbers = random.Random(2), set[int]()
+    for _ in range(40):
+        ids = answers.random(grammar.walk(), choose, 2000)
+        assert ids is not None
+        calls = called(ToolCallReader(syntax, ("weather", "weather_now"), ConstrainedText(), True), answers.text(ids))
+        numbers.add(len(calls))
+        for name, arguments in calls:
+            schema = next(tool.parameters for tool in TOOLS if tool.name == name)
+            jsonschema.validate(json.loads(arguments), schema)
+    assert min(numbers) == 1
+    assert max(numbers) > 1
+    named = forced_grammar(syntax, TOOLS, ToolUse(is_required=True, name="weather", is_parallel=False))
+    ids = answers.random(answers.grammars.compile(named, "", "").walk(), choose)
+    assert ids is not None
+    assert [
+        name for name, _ in called(ToolCallReader(syntax, ("weather",), ConstrainedText(), True), answers.text(ids))
+    ] == ["weather"]
+
+
+def called(reader: ToolCallReader, text: str) -> list[tuple[str, str]]:
+    calls: list[tuple[str, str]] = []
+    for part in [*reader.push(text), *reader.flush()]:
+        assert isinstance(part, ToolCallDelta), part
+        if part.name is not None:
+            calls.append((part.name, ""))
+        calls[-1] = (calls[-1][0], calls[-1][1] + part.arguments)
+    return calls
+
+
+@pytest.mark.parametrize("syntax", [PLAIN, CALL])
+def test_a_call_that_the_model_begins_is_held_to_its_schema(answers: Answers, syntax: Any) -> None:
+    grammars = {
+        opening: answers.grammars.compile(text, "", "")
+        for opening, text in call_grammars(syntax, TOOLS, ToolUse(is_parallel=False)).items()
+    }
+    mask = CallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+    opening = syntax.opening.replace("{name}", "weather_now")
+    begun = " " + opening if syntax.is_at_start else "So: a < b. " + opening
+    token_ids = [answers.tokens.index(bytes([byte])) for byte in begun.encode()]
+    for token_id in token_ids:
+        assert token_id in answers.allowed(mask)
+        mask.accept(token_id)
+    rest = answers.random(mask, random.Random(3))
+    assert rest is not None
+    after = answers.text(rest)
+    assert after.startswith(syntax.before[:3])
+    assert after.endswith(syntax.after)
+
+
+def test_text_without_a_call_is_never_masked(answers: Answers) -> None:
+    for syntax in (PLAIN, CALL):
+        grammars = {
+            opening: answers.grammars.compile(text, "", "")
+            for opening, text in call_grammars(syntax, TOOLS, ToolUse()).items()
+        }
+        mask = CallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+        for byte in b"1 < 2, weather_then\nweather\n<tool_ca> ":
+            words = mask.allowed()
+            forbidden = set(range(len(answers.tokens))) - set(answers.allowed(mask).tolist())
+            assert words is None or all(len(answers.tokens[i]) > 1 for i in forbidden)
+            mask.accept(answers.tokens.index(bytes([byte])))
+        assert len(answers.allowed(mask)) == len(answers.tokens)
+
+
+def test_a_token_that_was_not_allowed_fails_the_walk(answers: Answers) -> None:
+    walk = answers.compile(ChoiceAnswer(("a",), "c")).walk()
+    with pytest.raises(MaskFailed):
+        walk.accept(answers.tokens.index(b"z"))
+
+
+def test_compiled_grammars_are_kept_and_walks_do_not_share_their_state(answers: Answers) -> None:
+    one = answers.compile(ChoiceAnswer(("ab", "c"), "c"))
+    first, second = one.walk(), answers.compile(ChoiceAnswer(("ab", "c"), "c")).walk()
+    before = answers.allowed(second).tolist()
+    first.accept(answers.tokens.index(b"a"))
+    assert answers.allowed(second).tolist() == before
+    assert answers.allowed(first).tolist() != before
