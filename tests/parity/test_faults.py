@@ -167,7 +167,7 @@ def test_whoever_waits_for_a_hanging_step_is_told_and_the_engine_may_come_back()
 def test_a_broken_scheduler_ends_the_engine_and_nobody_waits_for_ever() -> None:
     async def run() -> None:
         with meddled(lambda: None) as engine:
-            engine._scheduler.max_batch_tokens = None  # type: ignore[assignment]
+            engine._scheduler.pacer = None  # type: ignore[assignment]
             with pytest.raises(EngineStopped):
                 await asyncio.wait_for(generate(engine, PROMPT, SamplingParams(4)), 5)
             assert not engine.is_alive
