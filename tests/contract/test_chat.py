@@ -9,8 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.applications import Starlette
@@ -218,43 +216,6 @@ def test_errors_are_the_sdks_own_classes(app: Starlette) -> None:
         sdk(app, too_long)
     assert (too_large.value.code, too_large.value.param) == ("context_length_exceeded", "messages")
     assert too_large.value.type == "invalid_request_error"
-
-
-samplings = st.fixed_dictionaries(
-    {"seed": st.integers(0, 99), "max_tokens": st.integers(1, 14)},
-    optional={
-        "temperature": st.sampled_from([0, 0.5, 1.5]),
-        "top_p": st.sampled_from([0, 0.5, 1]),
-        "top_k": st.sampled_from([-1, 0, 3]),
-        "min_p": st.sampled_from([0.0, 0.05]),
-        "repetition_penalty": st.sampled_from([0.8, 1.3]),
-        "presence_penalty": st.sampled_from([-1, 1.5]),
-        "frequency_penalty": st.sampled_from([-0.5, 1]),
-        "n": st.integers(1, 3),
-        "stop": st.sampled_from(["o", ["fo", "。"], ["\ufffd"], "助理", ["助", "理"]]),
-        "logprobs": st.just(True),
-        "min_tokens": st.just(1),
-        "ignore_eos": st.booleans(),
-    },
-)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(samplings)
-def test_streaming_and_not_streaming_say_the_same(app: Starlette, sampling: dict[str, Any]) -> None:
-    body = {"model": NAME, "messages": USER, **sampling}
-    response = post(app, "/chat/completions", body)
-    assert response.status_code == 200, response.text
-    whole = response.json()
-    parts = chunks(post(app, "/chat/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}))
-    assert parts[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
-    for choice in whole["choices"]:
-        own = [c for part in parts for c in part["choices"] if c["index"] == choice["index"]]
-        assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
-        assert own[-1]["finish_reason"] == choice["finish_reason"]
-        if sampling.get("logprobs"):
-            told = [entry["token"] for c in own if c["logprobs"] for entry in c["logprobs"]["content"]]
-            assert told == [entry["token"] for entry in choice["logprobs"]["content"]]
 
 
 def test_running_usage_reaches_the_total(app: Starlette) -> None:
