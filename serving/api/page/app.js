@@ -145,6 +145,7 @@ function reloadFromOtherTab() {
 function ask(question) {
   const conversation = state.current;
   if (state.running.has(conversation.id)) return;
+  setPreference("current", conversation.id);
   conversation.turns.push({ question, answer: newAnswer() });
   answer(conversation);
 }
