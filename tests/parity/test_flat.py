@@ -15,7 +15,13 @@ SIZES = {"vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hid
 
 def glm(**changes: object) -> GlmForCausalLM:
     config = GlmConfig(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, attention_bias=True, rms_norm_eps=1e-3, pad_token_id=0
+        **SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+        pad_token_id=0,
     )
     for name, value in changes.items():
         setattr(config, name, value)

@@ -1,0 +1,137 @@
+"""The engine without HTTP, beside the machine's own limits measured in the same run.
+
+    python -m benchmarks.engine --shape quarter --precision float16 int8 --batch 1 16 --prompt 64
+
+Prints decode steps and prefill as tokens per second, and the fraction of what memory bandwidth (decode, one sequence)
+and the best matrix product of that precision (prefill) would allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.shapes import SHAPES, random_model
+from models.family import Precision
+from models.flat import FlatDecoder
+from models.linears import compute_dtype, packed_linear
+from models.progress import no_progress
+from serving.engine.device import num_usable_cores
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Sequence
+from serving.engine.types import SamplingParams
+
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores read together from memory."""
+    values = torch.ones(256 * 2**20 // 4)
+    return values.nbytes / _best_seconds(lambda: values.sum())
+
+
+def product_flops(precision: Precision) -> float:
+    """Operations a second of one large product in this precision, weights packed."""
+    rows, inputs, outputs = 512, 2048, 4096
+    linear = packed_linear(nn.Linear(inputs, outputs, bias=False), precision)
+    x = torch.randn(rows, inputs).to(compute_dtype(precision, torch.device("cpu")))
+    return 2 * rows * inputs * outputs / _best_seconds(lambda: linear(x))
+
+
+def _best_seconds(run: Callable[[], object], rounds: int = 7) -> float:
+    with torch.inference_mode():
+        run()
+        times: list[float] = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def measure(network: FlatDecoder, batch: int, prompt_tokens: int, num_steps: int) -> tuple[float, float]:
+    """(prefill tokens a second, median seconds of a decode step) for `batch` sequences at once."""
+    rng = random.Random(0)
+    scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
+    runner = Runner(network, scheduler.space.size)
+    for seed in range(batch):
+        ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
+        scheduler.add(Sequence(ids, SamplingParams(max_tokens=num_steps + 8, temperature=0.0), seed=seed))
+
+    def step() -> float:
+        plan = scheduler.schedule()
+        begun = time.perf_counter()
+        results = runner.run(plan)
+        seconds = time.perf_counter() - begun
+        for work in plan.work:
+            scheduler.computed(work)
+        for work, sampled in results:
+            work.sequence.append(sampled.token_id)
+        return seconds
+
+    prefill = 0.0
+    while scheduler.waiting or not all(s.num_generated for s in scheduler.running):
+        prefill += step()
+    return batch * prompt_tokens / prefill, statistics.median(step() for _ in range(num_steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="quarter")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
+    parser.add_argument("--precision", nargs="+", default=["float16", "int8"], choices=BYTES_PER_WEIGHT)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(num_usable_cores())
+    read = bandwidth()
+    print(f"{torch.get_num_threads()} threads, {read / 1e9:.1f} GB/s read from memory")
+    results: list[dict[str, object]] = []
+    for precision in arguments.precision:
+        peak = product_flops(precision)
+        model = random_model(arguments.shape, torch.bfloat16, arguments.layers)
+        weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
+        network = FlatDecoder(model, precision, model.config.vocab_size, 8192, no_progress)
+        del model
+        gc.collect()
+        for batch in arguments.batch:
+            prefill, seconds = measure(network, batch, arguments.prompt, arguments.steps)
+            of_bandwidth = weights * BYTES_PER_WEIGHT[precision] / seconds / read
+            of_peak = 2 * weights * prefill / peak
+            print(
+                f"{precision:9} batch {batch:<3} decode {batch / seconds:8.1f} tokens/s ({1000 * seconds:.1f} ms a step, "
+                f"{of_bandwidth:.0%} of bandwidth)   prefill {prefill:8.1f} tokens/s ({of_peak:.0%} of the product's peak)",
+                flush=True,
+            )
+            results.append(
+                {
+                    "precision": precision,
+                    "batch": batch,
+                    "decode_tokens_per_second": batch / seconds,
+                    "of_bandwidth": of_bandwidth,
+                    "prefill_tokens_per_second": prefill,
+                    "of_product_peak": of_peak,
+                }
+            )
+        del network
+        gc.collect()
+    if arguments.json:
+        head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "shape": arguments.shape, "bandwidth": read}
+        arguments.json.write_text(json.dumps(head | {"results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Load from outside: any OpenAI-shaped server, or two of them A B A B in one run, with ratios.
+
+    python -m benchmarks.load --a http://127.0.0.1:8000/v1 --b http://127.0.0.1:8001/v1 --model quarter \\
+        --concurrency 1 4 16 64 --prompt-tokens 64 --new-tokens 64 --rounds 3 --json benchmarks/results/DATE-vllm.json
+
+Prompts are token ids through /completions, so that every server reads the same number of tokens; --chat sends words
+through /chat/completions to servers that have nothing else. Closed loop: as many requests under way as --concurrency.
+Open loop: --rate requests a second, whatever the server does. Times are seen by the client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import psutil
+
+VOCABULARY = range(1000, 60_000)
+
+
+@dataclass
+class Sample:
+    """One request as its client saw it: seconds since it was sent, of every piece of text."""
+
+    arrivals: list[float] = field(default_factory=list[float])
+    num_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server."""
+
+    model: str
+    num_requests: int
+    concurrency: int
+    prompt_tokens: int
+    new_tokens: int
+    rate: float | None
+    chat: bool
+
+
+async def measure(base_url: str, load: Load, seed: int) -> tuple[list[Sample], float]:
+    """All requests of one round, and the seconds it took."""
+    rng = random.Random(seed)
+    bodies = [_body(load, rng) for _ in range(load.num_requests)]
+    path = "/chat/completions" if load.chat else "/completions"
+    gate = asyncio.Semaphore(load.concurrency if load.rate is None else load.num_requests)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.concurrency)
+    async with httpx.AsyncClient(base_url=base_url, timeout=3600, limits=limits) as client:
+
+        async def one(number: int, body: dict[str, object]) -> Sample:
+            if load.rate is not None:
+                await asyncio.sleep(number / load.rate)
+            async with gate:
+                return await _request(client, path, body)
+
+        begun = time.perf_counter()
+        samples = await asyncio.gather(*(one(i, body) for i, body in enumerate(bodies)))
+        return list(samples), time.perf_counter() - begun
+
+
+def _body(load: Load, rng: random.Random) -> dict[str, object]:
+    ids = rng.choices(VOCABULARY, k=load.prompt_tokens)
+    common: dict[str, object] = {
+        "model": load.model,
+        "max_tokens": load.new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if load.chat:
+        return common | {"messages": [{"role": "user", "content": " ".join(f"w{i}" for i in ids)}]}
+    return common | {"prompt": ids, "ignore_eos": True}
+
+
+async def _request(client: httpx.AsyncClient, path: str, body: dict[str, object]) -> Sample:
+    sample = Sample()
+    begun = time.perf_counter()
+    try:
+        async with client.stream("POST", path, json=body) as reply:
+            if reply.status_code != 200:
+                sample.error = f"{reply.status_code} {(await reply.aread())[:200]!r}"
+                return sample
+            async for line in reply.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if chunk.get("usage"):
+                    sample.num_tokens = chunk["usage"]["completion_tokens"]
+                if chunk["choices"] and _has_text(chunk["choices"][0]):
+                    sample.arrivals.append(time.perf_counter() - begun)
+    except httpx.HTTPError as error:
+        sample.error = repr(error)
+    return sample
+
+
+def _has_text(choice: dict[str, object]) -> bool:
+    delta = choice.get("delta")
+    return bool(choice.get("text") or (isinstance(delta, dict) and delta.get("content")))
+
+
+def summary(samples: list[Sample], seconds: float, cpu_seconds: float, memory: int) -> dict[str, float]:
+    """The figures of one round. Times in milliseconds."""
+    good = [s for s in samples if s.error is None and s.arrivals]
+    first = [s.arrivals[0] * 1000 for s in good]
+    per_token = [1000 * (s.arrivals[-1] - s.arrivals[0]) / (s.num_tokens - 1) for s in good if s.num_tokens > 1]
+    gaps = [1000 * (b - a) for s in good for a, b in zip(s.arrivals, s.arrivals[1:], strict=False)]
+    return {
+        "tokens_per_second": sum(s.num_tokens for s in good) / seconds,
+        "ttft_ms_p50": _quantile(first, 0.5),
+        "ttft_ms_p99": _quantile(first, 0.99),
+        "tpot_ms_p50": _quantile(per_token, 0.5),
+        "gap_ms_p50": _quantile(gaps, 0.5),
+        "gap_ms_p99": _quantile(gaps, 0.99),
+        "errors": float(len(samples) - len(good)),
+        "cpu_seconds": cpu_seconds,
+        "memory_gib": memory / 2**30,
+    }
+
+
+def _quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+def _usage(process: psutil.Process | None) -> tuple[float, int]:
+    """CPU seconds and resident bytes of a process and its children."""
+    if process is None:
+        return 0.0, 0
+    family = [process, *process.children(recursive=True)]
+    return sum(sum(p.cpu_times()[:2]) for p in family), sum(p.memory_info().rss for p in family)
+
+
+def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: int) -> dict[str, dict[str, float]]:
+    """Rounds in turn; the median of each figure by server, after one warm-up round each."""
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    for number in range(rounds + 1):
+        for name, url in servers.items():
+            process = psutil.Process(pids[name]) if name in pids else None
+            cpu_before, _ = _usage(process)
+            samples, seconds = asyncio.run(measure(url, load, seed=number))
+            cpu_after, memory = _usage(process)
+            if number:
+                figures[name].append(summary(samples, seconds, cpu_after - cpu_before, memory))
+            for error in {s.error for s in samples if s.error}:
+                print(f"  {name}: {error}")
+    return {
+        name: {key: statistics.median(one[key] for one in many) for key in many[0]} for name, many in figures.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--a", required=True, help="base URL of our server")
+    parser.add_argument("--b", help="base URL of the other one")
+    parser.add_argument("--pid-a", type=int, help="its process, for CPU and memory")
+    parser.add_argument("--pid-b", type=int)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests-each", type=int, default=2, help="requests of a round, for each one under way")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=float, help="open loop: requests a second")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    servers = {"a": arguments.a} | ({"b": arguments.b} if arguments.b else {})
+    pids = {name: pid for name, pid in (("a", arguments.pid_a), ("b", arguments.pid_b)) if pid}
+    results: list[dict[str, object]] = []
+    for concurrency in arguments.concurrency:
+        load = Load(
+            arguments.model,
+            concurrency * arguments.requests_each,
+            concurrency,
+            arguments.prompt_tokens,
+            arguments.new_tokens,
+            arguments.rate,
+            arguments.chat,
+        )
+        figures = compare(servers, pids, load, arguments.rounds)
+        for name, values in figures.items():
+            print(f"c={concurrency:<3} {name}: " + "  ".join(f"{key} {value:.1f}" for key, value in values.items()))
+        ratio = None
+        if "b" in figures:
+            ratio = figures["a"]["tokens_per_second"] / figures["b"]["tokens_per_second"]
+            print(f"c={concurrency:<3} a/b tokens per second: {ratio:.2f}", flush=True)
+        results.append({"concurrency": concurrency, "figures": figures, "ratio": ratio})
+    if arguments.json:
+        report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "load": vars(arguments) | {"json": None}}
+        arguments.json.write_text(json.dumps(report | {"results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
