@@ -99,8 +99,8 @@ def write_checkpoint(
 
 
 @functools.cache
-def tiny_tokenizer() -> bytes:
-    """A SentencePiece model of 400 pieces with ChatGLM2's settings."""
+def tiny_tokenizer(add_dummy_prefix: bool = True) -> bytes:
+    """A SentencePiece model of 400 pieces with ChatGLM2's settings; CodeGeeX2's has no dummy prefix."""
     words = [
         "你好",
         "世界",
@@ -126,6 +126,7 @@ def tiny_tokenizer() -> bytes:
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
+        add_dummy_prefix=add_dummy_prefix,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,

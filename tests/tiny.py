@@ -13,7 +13,7 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from models.native import NativeDecoder
 from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits, SamplingParams, Step
+from serving.engine.types import CausalLM, EngineLimits, SamplingParams, Step
 
 VOCABULARY = 300
 
@@ -69,7 +69,7 @@ def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, head_dim: int =
 
 
 @contextmanager
-def running(network: NativeDecoder, limits: EngineLimits) -> Iterator[Engine]:
+def running(network: CausalLM, limits: EngineLimits) -> Iterator[Engine]:
     engine = Engine(network, limits)
     engine.start()
     try:
