@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STATE := .state
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: serve setup test test-setup container test-container test-vllm lint format demo clean
+.PHONY: serve setup test test-setup test-clients container test-container test-vllm lint format demo clean
 
 serve: setup  ## set up, put the demonstration model into the store, serve on port 8000
 	$(BIN)/bentoml serve
@@ -17,6 +17,10 @@ test: test-setup  ## set up and pass all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true $(BIN)/python -m pytest $(ARGS)
+
+test-clients: test-setup  ## other people's clients, each in an environment of its own under .state/clients (minutes)
+	$(BIN)/python -m tests.clients.environments
+	BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true $(BIN)/python -m pytest -rs tests/clients/clients.py $(ARGS)
 
 test-setup: $(STATE)/test-setup $(STATE)/openai-0.28
 

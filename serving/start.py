@@ -30,10 +30,13 @@ class Loaded(Protocol):
     def chat_format(self) -> ChatFormat: ...
 
 
-Loader = Callable[
-    [Path, Mapping[str, Any], torch.device, Any, Callable[[int, int, str], None]],
-    Loaded,
-]
+class Progress(Protocol):
+    """Told how far loading is."""
+
+    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None: ...
+
+
+Loader = Callable[[Path, Mapping[str, Any], torch.device, Any, Progress], Loaded]
 
 
 def start_model(

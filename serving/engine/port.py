@@ -45,9 +45,19 @@ class EnginePort(Protocol):
     abilities: Abilities
     limits: EngineLimits
     shape: NetworkShape
-    num_steps: int  # ended steps: whoever watches sees progress
-    is_busy: bool
-    queue_seconds: deque[float]  # of sequences that got their first rows; the reader pops
+
+    @property
+    def num_steps(self) -> int:
+        """Ended steps: whoever watches sees progress."""
+        ...
+
+    @property
+    def is_busy(self) -> bool: ...
+
+    @property
+    def queue_seconds(self) -> deque[float]:
+        """Of sequences that got their first rows; the reader pops."""
+        ...
 
     @property
     def is_alive(self) -> bool: ...
