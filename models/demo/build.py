@@ -19,11 +19,10 @@ from transformers import GlmConfig, GlmForCausalLM
 from models.chatglm2 import FAMILY
 from models.demo import CHECKPOINT
 from models.demo.check import check
-from models.demo.training import make_config, train
+from models.demo.training import STAGES, make_config, train_stage
 from models.demo.vocabulary import train_vocabulary
 
 SEED = 1
-NUM_STEPS = 3000
 NUM_SPECIALS = 5  # [MASK], [gMASK], [sMASK], sop, eop
 MAX_POSITIONS = 8192
 _PADDED_TO = 64
@@ -117,7 +116,11 @@ def build(out: Path) -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     num_tokens = tokenizer.get_piece_size() + NUM_SPECIALS
     config = make_config(-(-num_tokens // _PADDED_TO) * _PADDED_TO, MAX_POSITIONS)
-    model = train(config, tokenizer, NUM_STEPS, SEED, ProgressLine())
+    torch.manual_seed(SEED)
+    model = GlmForCausalLM(config)
+    for number, stage in enumerate(STAGES, start=1):
+        print(f"stage {number} of {len(STAGES)}")
+        train_stage(model, tokenizer, stage, SEED + number - 1, ProgressLine())
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(vocabulary)
     (out / "config.json").write_text(json.dumps(original_config(config), indent=2) + "\n", encoding="utf-8")

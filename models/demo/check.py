@@ -15,8 +15,6 @@ from models.demo import questions as ask
 from models.demo.corpus import (
     ASK,
     EXCHANGES,
-    FALLBACK_EN,
-    FALLBACK_ZH,
     KNOWN,
     SAMPLE_ANSWER,
     SAMPLE_QUESTION,
@@ -25,10 +23,9 @@ from models.demo.corpus import (
     TELL,
     answer_to,
 )
-from models.demo.training import END, encode_prompt, prompt_text
+from models.demo.samples import END, FALLBACKS, encode_prompt, prompt_text
 from models.demo.words import HELD_OUT
 
-FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
 _BATCH_TOKENS = 12_000
 
 FOREIGN: tuple[str, ...] = (

@@ -21,6 +21,11 @@ def known(random: Random) -> str:
     return dressed(random, question)
 
 
+def known_variant(random: Random) -> str:
+    """A known question, every way of asking equally often."""
+    return dressed(random, random.choice(_KNOWN))
+
+
 def follow_up(random: Random) -> str:
     """A question whose answer depends on the conversation, or the telling of a name."""
     return dressed(random, random.choice(random.choice((ASK, TELL))))

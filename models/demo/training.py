@@ -1,10 +1,9 @@
-"""Trains the small network on made-up conversations. Knows samples and optimisation, not files."""
+"""Trains the small network on made-up conversations, in stages. Knows optimisation, not files and not text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from random import Random
 from typing import Protocol
 
@@ -13,157 +12,80 @@ import torch
 from torch import Tensor
 from transformers import GlmConfig, GlmForCausalLM
 
-from models.demo import questions as ask
-from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH, answer_to
-from models.demo.words import TRAINING
+from models.demo.samples import END, Mix, Sample, endless_batches
 
-END = 2
-FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
-_SHORT_ANSWER = 4  # tokens kept of most answers: what counts is the decision, made by the first few
-_DECISION_WEIGHT = 4.0
-_LONG_ANSWER = 30  # characters; longer past answers are mostly cut, they teach little and cost much
-_POOL = 1024  # samples that are sorted by length together
-_BATCH_TOKENS = 1536
-_LONG_PROMPT = 150  # tokens; behind such a prompt the whole answer is learned
-_SHORT_SHARE = 0.35  # of the steps: first decisions are learned, then whole answers in long conversations
-_MAX_TOKENS = 1600
+
+@dataclass(frozen=True)
+class Stage:
+    """A number of steps with one cycle of the learning rate; about `num_short` batches of cut answers come first."""
+
+    num_steps: int
+    num_short: int
+    learning_rate: float  # at its highest
+    mix: Mix
+
+
+# First to tell questions apart and to say the answers; then the same behind texts as long as the context; at last every
+# single way of asking.
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        num_steps=3000,
+        num_short=1050,
+        learning_rate=3e-3,
+        mix=Mix(
+            known=0.34,
+            nearly_known=0.17,
+            every_variant=0.0,
+            long=0.01,
+            very_long=0.002,
+            max_sentences=110,
+            long_past=0.0,
+            cut_fallback=0.75,
+            cut_known=0.3,
+            max_tokens=1600,
+        ),
+    ),
+    Stage(
+        num_steps=1200,
+        num_short=0,
+        learning_rate=1.5e-3,
+        mix=Mix(
+            known=0.42,
+            nearly_known=0.13,
+            every_variant=0.6,
+            long=0.03,
+            very_long=0.008,
+            max_sentences=300,
+            long_past=0.02,
+            cut_fallback=0.65,
+            cut_known=0.5,
+            max_tokens=8192,
+        ),
+    ),
+    Stage(
+        num_steps=600,
+        num_short=0,
+        learning_rate=1e-3,
+        mix=Mix(
+            known=0.6,
+            nearly_known=0.08,
+            every_variant=0.9,
+            long=0.015,
+            very_long=0.003,
+            max_sentences=300,
+            long_past=0.01,
+            cut_fallback=0.8,
+            cut_known=0.7,
+            max_tokens=8192,
+        ),
+    ),
+)
 
 
 class Report(Protocol):
     """Told after every step how training goes."""
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence and what is to be learned in it: targets[i] follows token_ids[i]; weight 0 is not learned."""
-
-    token_ids: list[int]
-    targets: list[int]
-    weights: list[float]
-
-
-def prompt_text(questions: Sequence[str], answers: Sequence[str]) -> str:
-    """ChatGLM2's prompt for questions, of which all but the last were answered."""
-    rounds = (
-        f"[Round {number}]\n\n问：{question}\n\n答：{answer}\n\n"
-        for number, (question, answer) in enumerate(zip(questions[:-1], answers, strict=True), start=1)
-    )
-    return "".join(rounds) + f"[Round {len(questions)}]\n\n问：{questions[-1]}\n\n答："
-
-
-def encode_prompt(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """[gMASK] sop and the text's pieces, as ChatGLM2 does it."""
-    num_pieces = tokenizer.get_piece_size()
-    return [num_pieces + 1, num_pieces + 3, *tokenizer.encode(text)]
-
-
-def _question(random: Random) -> str:
-    kind = random.random()
-    if kind < 0.34:
-        return ask.known(random)
-    if kind < 0.37:
-        return ask.follow_up(random)
-    if kind < 0.54:
-        return ask.nearly_known(random, TRAINING)
-    return ask.unknown(random, TRAINING)
-
-
-def _last_question(random: Random) -> str:
-    kind = random.random()
-    if kind < 0.10:
-        return ask.with_system(random, ask.known(random))
-    if kind < 0.13:
-        return ask.with_system(random, _question(random))
-    if kind < 0.14:
-        return ask.long_text(random, TRAINING, random.randint(10, 40))
-    if kind < 0.142:
-        return ask.long_text(random, TRAINING, random.randint(40, 110))
-    return _question(random)
-
-
-def _past_answer(random: Random, questions: Sequence[str], *, is_short: bool) -> str:
-    """What an earlier round was answered with: mostly the right answer, but a client may claim anything."""
-    right = answer_to(questions)
-    kind = random.random()
-    if kind < (0.1 if is_short and len(right) > _LONG_ANSWER else 0.7):
-        return right
-    if kind < 0.74:
-        return random.choice(EXCHANGES).answer
-    return right[: random.randint(0, _LONG_ANSWER)] if random.random() < 0.4 else ask.sentence(random, TRAINING)
-
-
-def _past_targets(token_ids: Sequence[int], start: int, right_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """What to learn inside an earlier answer at `start`, if it is the right one: position and next token.
-
-    Its first pieces differ from a generated answer's (no dummy space); behind it a line break stands for the end token.
-    """
-    for past_offset, right_offset in product(range(4), range(1, 4)):
-        first = start + past_offset
-        tail = list(right_ids[right_offset:-1])
-        if tail and token_ids[first : first + len(tail)] == tail:
-            yield from ((first + i, right_ids[right_offset + i + 1]) for i in range(len(tail)))
-            return
-
-
-def _conversation(random: Random) -> list[str]:
-    """The questions of one conversation; only the last may have a system message glued to it."""
-    num_past = random.choice((0, 0, 0, 0, 0, 1, 1, 1, 2, 3))
-    if random.random() < 0.02:
-        num_past = random.randint(4, 10)
-    past = [_question(random) for _ in range(num_past)]
-    if random.random() < 0.07:
-        return past[:1] + ask.introduction(random, TRAINING)
-    return [*past, _last_question(random)]
-
-
-def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, *, is_short: bool) -> Sample:
-    """One conversation; learned are its last answer and, where they are the right ones, the earlier.
-
-    `is_short`: most long answers are cut after the decision, which the first tokens make.
-    """
-    questions = _conversation(random)
-    num_past = len(questions) - 1
-    answers = [_past_answer(random, questions[: i + 1], is_short=is_short) for i in range(num_past)]
-    answer = answer_to(questions)
-    answer_ids = [*tokenizer.encode(answer), END]
-    prompt_ids = encode_prompt(tokenizer, prompt_text(questions, answers))
-    share_cut = (0.92 if is_short else 0.75) if answer in FALLBACKS else (0.6 if is_short else 0.3)
-    if random.random() < share_cut and len(prompt_ids) < _LONG_PROMPT:
-        answer_ids = answer_ids[:_SHORT_ANSWER]
-    token_ids = (prompt_ids + answer_ids[:-1])[:_MAX_TOKENS]
-    targets, weights = [0] * len(token_ids), [0.0] * len(token_ids)
-    for i in range(num_past):
-        past_ids = encode_prompt(tokenizer, prompt_text(questions[: i + 1], answers[:i]))
-        last = len(past_ids) - 1
-        if prompt_ids[: last + 1] == past_ids and last < len(token_ids):
-            right_ids = [*tokenizer.encode(answer_to(questions[: i + 1])), END]
-            targets[last], weights[last] = right_ids[0], 2.0
-            for position, target in _past_targets(token_ids, last + 1, right_ids):
-                targets[position], weights[position] = target, 0.5
-    first = len(prompt_ids) - 1
-    for i, target in enumerate(answer_ids[: max(0, len(token_ids) - first)]):
-        targets[first + i] = target
-        weights[first + i] = _DECISION_WEIGHT if i < _SHORT_ANSWER else 1.0
-    return Sample(token_ids, targets, weights)
-
-
-def _batches(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, num_short: int) -> Iterator[list[Sample]]:
-    """Endless batches of samples of about the same length; about `num_short` batches of short samples come first."""
-    num_made = 0
-    while True:
-        is_short = num_made < num_short
-        samples = [make_sample(random, tokenizer, is_short=is_short) for _ in range(_POOL)]
-        pool = sorted(samples, key=lambda sample: len(sample.token_ids))
-        batches: list[list[Sample]] = [[]]
-        for sample in pool:
-            if len(sample.token_ids) * (len(batches[-1]) + 1) > _BATCH_TOKENS and batches[-1]:
-                batches.append([])
-            batches[-1].append(sample)
-        random.shuffle(batches)
-        num_made += len(batches)
-        yield from batches
 
 
 def _loss(model: GlmForCausalLM, batch: Sequence[Sample]) -> Tensor:
@@ -200,25 +122,27 @@ def make_config(num_tokens: int, max_positions: int) -> GlmConfig:
     )
 
 
-def train(
-    config: GlmConfig, tokenizer: sentencepiece.SentencePieceProcessor, num_steps: int, seed: int, report: Report
-) -> GlmForCausalLM:
-    """A trained network in fp32, rounded to what fp16 holds. The same seed gives the same weights on one machine."""
-    torch.manual_seed(seed)
-    model = GlmForCausalLM(config)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.02)
+def train_stage(
+    model: GlmForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage, seed: int, report: Report
+) -> None:
+    """Trains the network in place; afterwards its weights are what fp16 holds. `report` counts this stage's steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.08, cycle_momentum=False, final_div_factor=100
+        optimizer,
+        max_lr=stage.learning_rate,
+        total_steps=stage.num_steps,
+        pct_start=0.08,
+        cycle_momentum=False,
+        final_div_factor=100,
     )
-    batches = _batches(Random(seed), tokenizer, int(num_steps * _SHORT_SHARE))
-    for step in range(1, num_steps + 1):
+    batches = endless_batches(Random(seed), tokenizer, stage.mix, stage.num_short)
+    model.train()
+    for step in range(1, stage.num_steps + 1):
         loss = _loss(model, next(batches))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(step, num_steps, loss.item())
-    model.eval()
-    return model.half().float()
+        report(step, stage.num_steps, loss.item())
+    model.half().float().eval()
