@@ -112,8 +112,9 @@ def main() -> None:
             of_bandwidth = weights * BYTES_PER_WEIGHT[precision] / seconds / read
             of_peak = 2 * weights * prefill / peak
             print(
-                f"{precision:9} batch {batch:<3} decode {batch / seconds:8.1f} tokens/s ({1000 * seconds:.1f} ms a step, "
-                f"{of_bandwidth:.0%} of bandwidth)   prefill {prefill:8.1f} tokens/s ({of_peak:.0%} of the product's peak)",
+                f"{precision:9} batch {batch:<3} decode {batch / seconds:8.1f} tokens/s ({1000 * seconds:.1f} ms, "
+                f"{of_bandwidth:.0%} of bandwidth)   prefill {prefill:8.1f} tokens/s "
+                f"({of_peak:.0%} of the product's peak)",
                 flush=True,
             )
             results.append(

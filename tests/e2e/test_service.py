@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -98,13 +99,10 @@ def test_a_client_that_leaves_costs_nothing_afterwards(server: Server) -> None:
         "n": 8,
     }
     for stream in (True, False):
-        with pytest.raises(requests.ReadTimeout):
-            reply = requests.post(
-                f"{server.base_url}/chat/completions", json={**body, "stream": stream}, stream=stream, timeout=1
-            )
-            next(reply.iter_lines())
-            reply.close()
-            raise requests.ReadTimeout
+        with contextlib.suppress(requests.ReadTimeout), requests.Session() as session:
+            url = f"{server.base_url}/chat/completions"
+            reply = session.post(url, json={**body, "stream": stream}, stream=stream, timeout=1)
+            assert next(reply.iter_lines()).startswith(b"data:")
     assert _cpu_share(server, seconds=1.0) < 0.3
 
 
