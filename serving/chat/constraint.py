@@ -131,7 +131,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**compilable(dict(schema)), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    return json.dumps({**compilable(schema), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def _text_grammar(pattern: str) -> str:

@@ -74,11 +74,25 @@ def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
         raise refuse("'multipleOf' needs too large an automaton.")
 
 
-def compilable(schema: Any) -> Any:
-    """The schema without what restricts nothing (`uniqueItems: false`, formats that JSON Schema does not define), and
-    with patterns that mean the same everywhere."""
+def compilable(schema: Schema) -> dict[str, Any]:
+    """A schema that fits fewer documents or the same, as the compiler wants it.
+
+    Without what restricts nothing (`uniqueItems: false`, formats that JSON Schema does not define); with patterns that
+    mean the same everywhere; and where it does not say whether an object may have more properties than it lists, it may
+    not: a model that is allowed to invent some does.
+    """
+    closes = not any(_combines(node) for _, node in schemas_in(schema))
+    return cast("dict[str, Any]", _compilable(dict(schema), closes))
+
+
+def _combines(node: Schema) -> bool:
+    """Whether an object's description may be spread over several schemas, so that none of them can be closed."""
+    return bool(node.keys() & {"allOf", "oneOf"}) or ("properties" in node and bool(node.keys() & {"$ref", "anyOf"}))
+
+
+def _compilable(schema: Any, closes: bool) -> Any:
     if isinstance(schema, list):
-        return [compilable(item) for item in schema]
+        return [_compilable(item, closes) for item in schema]
     if not isinstance(schema, dict):
         return schema
     out: dict[str, Any] = {}
@@ -91,12 +105,24 @@ def compilable(schema: Any) -> Any:
             out[key] = value
         elif key == "pattern" and isinstance(value, str):
             out[key] = portable(value)
-        elif key == "patternProperties" and isinstance(value, dict):
-            named = cast("dict[str, Any]", value)
-            out[key] = {portable(pattern): compilable(item) for pattern, item in named.items()}
+        elif key in _IN_MAPS and isinstance(value, dict):
+            named = cast("dict[str, Any]", value).items()
+            is_by_pattern = key == "patternProperties"
+            out[key] = {portable(k) if is_by_pattern else k: _compilable(item, closes) for k, item in named}
         else:
-            out[key] = compilable(value)
+            out[key] = _compilable(value, closes)
+    if closes and _is_open(out):
+        out["additionalProperties"] = False
     return out
+
+
+def _is_open(node: Schema) -> bool:
+    """Whether an object lists properties and leaves open whether there may be others."""
+    properties, required = node.get("properties"), node.get("required", [])
+    if not isinstance(properties, dict) or not properties or not isinstance(required, list):
+        return False
+    says = node.keys() & {"additionalProperties", "patternProperties", "minProperties"}
+    return not says and all(name in properties for name in required)
 
 
 def portable(pattern: str) -> str:

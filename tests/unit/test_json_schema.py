@@ -78,8 +78,23 @@ def test_formats_that_restrict_nothing_are_ignored(grammars: Grammars) -> None:
         "properties": {"format": {"type": "integer", "format": "int32"}},
         "const": {"format": "x"},
     }
-    assert compilable(value) == {**value, "properties": {"format": {"type": "integer"}}}
+    expected = {**value, "properties": {"format": {"type": "integer"}}, "additionalProperties": False}
+    assert compilable(value) == expected
     grammars.compile(answer_grammar(schema({"type": "string", "format": "password"})), "", "")
+
+
+def test_an_object_that_leaves_it_open_gets_no_more_properties_than_it_lists() -> None:
+    open_ = {"type": "object", "properties": {"a": {}}, "required": ["a"]}
+    assert compilable(open_)["additionalProperties"] is False
+    for value in (
+        {**open_, "additionalProperties": True},
+        {**open_, "required": ["a", "b"]},
+        {"allOf": [open_, {"properties": {"b": {}}, "required": ["b"]}]},
+        {"oneOf": [open_]},
+        {**open_, "anyOf": [{"required": ["b"]}]},
+        {"type": "object"},
+    ):
+        assert compilable(value) == value
 
 
 def nested(depth: int) -> dict[str, Any]:
