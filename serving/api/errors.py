@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from serving.chat.pipeline import ContextOverflow
 from serving.chat.types import PromptError
-from serving.engine.types import EngineStopped, OutOfMemory, RequestTooLarge
+from serving.engine.types import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -87,6 +87,15 @@ def internal_error() -> APIError:
     return APIError(500, "The server had an error while processing your request.", SERVER_ERROR, None, "server_error")
 
 
+def not_finite() -> APIError:
+    """500: the network gave NaN or infinity for this request; it would do so again."""
+    message = (
+        "The model produced numbers that are not finite (NaN or infinity) for this request, so it has no answer. "
+        "Other requests are not affected."
+    )
+    return APIError(500, message, SERVER_ERROR, None, "numbers_not_finite", {"x-should-retry": "false"})
+
+
 def deadline_passed(status: int, seconds: float) -> APIError:
     """408 for the client's own deadline, 504 for the server's. Another try would only cost the same again."""
     message = f"The request was not answered within {seconds:g} seconds."
@@ -139,6 +148,8 @@ def from_exception(error: Exception) -> APIError:
             return shutting_down()
         case OutOfMemory():
             return out_of_memory()
+        case NotFinite():
+            return not_finite()
         case _:
             return internal_error()
 

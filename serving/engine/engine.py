@@ -27,6 +27,7 @@ from serving.engine.types import (
     EngineError,
     EngineLimits,
     EngineStopped,
+    NotFinite,
     OutOfMemory,
     Pooled,
     RequestFailed,
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 Mail = Step | Pooled | EngineError
 ResultT = TypeVar("ResultT", Step, Pooled)
 
-NOT_FINITE = "the model produced numbers that are not finite"
 News = Literal["new", "leave", "pause", "resume"]
 MAX_UNREAD = 512  # steps that wait for one generation's reader
 STUCK_SECONDS = 0.05  # between looks when only a reader can bring things forward
@@ -337,13 +337,13 @@ class Engine:
 
     def _hand_over(self, sequence: Sequence, pooled: Pooled) -> None:
         is_finite = math.isfinite(sum(pooled.vector))
-        self._post(self._requests[sequence], pooled if is_finite else RequestFailed(NOT_FINITE))
+        self._post(self._requests[sequence], pooled if is_finite else NotFinite())
         self._drop(sequence)
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
         request = self._requests[sequence]
         if sampled.token_id is None:
-            self._post(request, RequestFailed("its sampler raised" if sampled.is_fault else NOT_FINITE))
+            self._post(request, RequestFailed("its sampler raised") if sampled.is_fault else NotFinite())
             self._drop(sequence, keep_prefix=False)
             return
         if sequence.mask is not None:

@@ -30,17 +30,17 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[tuple[Work, Sampled | Pooled]]:
-        """Carry out a plan; a token or a vector for every work item that reaches its sequence's end."""
+        """Carry out a plan; a token or a vector for every work item that reaches its sequence's end or fails."""
         self._memory.carry_out(plan.moves)
         step = batch.build(plan.work, self._network.device)
         attend = StepAttention(self._memory, step.spans, step.places)
         hidden = self._network.forward(step.ragged, attend)
-        pooled = self._pool(hidden, step.pooled)
+        done: list[tuple[Work, Sampled | Pooled]] = [*self._pool(hidden, step.pooled), *_broken(hidden, plan.work)]
         if not step.sampled:
-            return [*pooled]
+            return done
         logits = self._network.logits(hidden[step.last_rows])
         sampled = sample_isolated(self._sampler, logits, [work.sequence for work in step.sampled])
-        return [*zip(step.sampled, sampled, strict=True), *pooled]
+        return [*zip(step.sampled, sampled, strict=True), *done]
 
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
@@ -64,3 +64,21 @@ class Runner:
             if rows.work.samples and sequence.pooled is not None:
                 done.append((rows.work, Pooled(tuple((total / len(sequence.pooled)).tolist()))))
         return done
+
+
+def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, Sampled]]:
+    """The chunks of unfinished prompts after which numbers are not finite.
+
+    They fail here, before other requests can take over what the chunk left in the cache: where a later token is NaN,
+    attention kernels give NaN for earlier ones too (0 * NaN), and those may be a beginning that others share.
+    """
+    rows, parts, stop = list[int](), list[Work](), 0
+    for item in work:
+        stop += item.num_rows
+        if not item.samples:
+            rows.append(stop - 1)
+            parts.append(item)
+    if not parts:
+        return []
+    finite = torch.isfinite(hidden[rows]).all(dim=-1).tolist()
+    return [(item, Sampled(None)) for item, is_finite in zip(parts, finite, strict=True) if not is_finite]

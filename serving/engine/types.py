@@ -85,7 +85,11 @@ class EngineError(Exception):
 
 
 class RequestFailed(EngineError):
-    """This one request cannot be answered (non-finite logits, a fault in its own step)."""
+    """This one request cannot be answered (numbers that are not finite, a fault in its own step)."""
+
+
+class NotFinite(RequestFailed):
+    """The network produced NaN or infinity for this request: broken weights, or a precision too narrow for them."""
 
 
 class OutOfMemory(RequestFailed):

@@ -107,7 +107,7 @@ def chat_format(folder: Path, family: str) -> ChatFormat:
     return ChatGLM2Format(SentencePieceTokenizer(file))
 
 
-def random_network(num_tokens: int, context: int = CONTEXT) -> CausalLM:
+def random_glm(num_tokens: int, context: int = CONTEXT) -> GlmForCausalLM:
     torch.set_num_threads(1)
     torch.manual_seed(11)
     config = GlmConfig(
@@ -122,7 +122,11 @@ def random_network(num_tokens: int, context: int = CONTEXT) -> CausalLM:
         initializer_range=0.4,
         pad_token_id=0,
     )
-    return NativeDecoder(GlmForCausalLM(config), num_tokens=num_tokens, max_positions=context)
+    return GlmForCausalLM(config)
+
+
+def random_network(num_tokens: int, context: int = CONTEXT) -> CausalLM:
+    return NativeDecoder(random_glm(num_tokens, context), num_tokens=num_tokens, max_positions=context)
 
 
 @contextmanager
