@@ -85,7 +85,9 @@ def start_model(
         kv_tokens * KVMemory.bytes_per_token(shape, dtype) / GIB,
         time.monotonic() - started,
     )
-    return ServedModel(engine, loaded.chat_format, context_length, settings.drop_oldest_rounds)
+    model = ServedModel(engine, loaded.chat_format, context_length, settings.drop_oldest_rounds)
+    model.grammars.prepare()  # now, while nobody waits for an answer
+    return model
 
 
 class _Progress:

@@ -14,12 +14,13 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Protocol
 
 import llguidance
 import torch
 from torch import Tensor
 
-from serving.chat.types import ChatFormat, PromptError
+from serving.chat.types import PromptError
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,22 @@ class MaskFailed(Exception):
     """A grammar came to a state in which it can say nothing more."""
 
 
+class Spelling(Protocol):
+    """The part of a chat format that a grammar needs."""
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
 class Vocabulary:
     """The bytes of every token, in the library's own form. Building it takes 0.8 s for 65,000 tokens."""
 
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self.tokens = [chat_format.token_bytes(i) for i in range(chat_format.num_tokens)]
-        self.stop_token_ids = chat_format.stop_token_ids
+    def __init__(self, spelling: Spelling) -> None:
+        self.tokens = [spelling.token_bytes(i) for i in range(spelling.num_tokens)]
+        self.stop_token_ids = spelling.stop_token_ids
         self.library = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Bytes(self.tokens, min(self.stop_token_ids))),
             n_vocab=len(self.tokens),
@@ -79,8 +90,8 @@ class _Bytes:
 class Grammars:
     """Compiles grammars for one model. Thread-safe; to be called in worker threads, for compiling takes its time."""
 
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self._chat_format = chat_format
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
         self._lock = threading.Lock()
         self._building = threading.Lock()
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
@@ -102,7 +113,11 @@ class Grammars:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self._chat_format)
+        return Vocabulary(self._spelling)
+
+    def prepare(self) -> None:
+        """Build the vocabulary, before anybody needs it."""
+        _ = self.vocabulary
 
     def compile(self, grammar: str, what: str, param: str) -> Grammar:
         """Raises PromptError for a grammar that the library refuses, that is too complex, or that nothing fits."""
