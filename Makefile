@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STATE := .state
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: serve setup test test-setup test-clients container test-container test-vllm lint format demo clean
+.PHONY: serve setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
 
 serve: setup  ## set up, put the demonstration model into the store, serve on port 8000
 	$(BIN)/bentoml serve
@@ -36,8 +36,26 @@ container: setup  ## build the image; DEVICE=cpu|cuda, MODEL=TAG puts a model in
 test-container: test-setup  ## build, run and call the image, where a container engine can be used
 	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/container/test.sh $(ARGS)
 
+test-vllm: $(STATE)/vllm-setup  ## vLLM behind the same port: the same tokens through the same SDK (an environment of 6 GB)
+	@.venv-vllm/bin/python -c "import vllm, vllm.platforms; assert vllm.platforms.current_platform.is_cpu()" 2>/dev/null || \
+		{ echo "test-vllm: SKIPPED, vLLM cannot run on this machine's processor"; exit 0; }; \
+	TEST_ENGINE=vllm TEST_START_SECONDS=900 BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true \
+		.venv-vllm/bin/python -m pytest -o timeout=1200 tests/vllm tests/e2e/test_clients.py $(ARGS)
+
 demo: test-setup  ## train the demonstration model again (minutes)
 	$(BIN)/python -m models.demo.build
+
+screenshots: test-setup  ## take the READMEs' pictures of the chat page (wants Chromium)
+	$(BIN)/python -m tests.e2e.screenshots
+
+plots: test-setup  ## draw benchmarks/results/*.json into docs/images/
+	$(BIN)/python -m benchmarks.plots
+
+docs: $(STATE)/docs-setup  ## build the documentation into site/, links checked
+	.venv-docs/bin/mkdocs build --strict
+
+page-vendor:  ## build the chat page's third-party bundle again (wants Node.js)
+	cd web && npm ci --no-audit --no-fund && npm run build
 
 clean:
 	rm -rf $(VENV) .venv-* $(STATE)
@@ -53,6 +71,17 @@ $(STATE)/setup: requirements.txt | $(BIN)/python
 $(STATE)/test-setup: requirements.txt requirements-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@mkdir -p $(STATE) && touch $@ $(STATE)/setup
+
+$(STATE)/vllm-setup: requirements-vllm-test.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm-test.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for other torches
+	@mkdir -p $(STATE) && touch $@
+
+$(STATE)/docs-setup: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@mkdir -p $(STATE) && touch $@
 
 $(STATE)/openai-0.28:  ## the documented client of 2023, which cannot live beside today's
 	$(PYTHON) -m venv .venv-openai-0.28

@@ -36,7 +36,7 @@ def start_on_vllm(
     """
     started = time.monotonic()
     arguments = _arguments(settings)
-    _take_devices(worker, settings)
+    take_devices(worker, settings)
     try:
         from serving.engine.vllm_engine import VllmEngine, engine_arguments
     except ImportError as error:
@@ -71,7 +71,7 @@ def _arguments(settings: Settings) -> dict[str, Any]:
     return arguments | settings.vllm_arguments
 
 
-def _take_devices(worker: int, settings: Settings) -> None:
+def take_devices(worker: int, settings: Settings) -> None:
     """Leave this worker's GPUs visible to vLLM's processes, and no others. BentoML shows all to all workers."""
     visible = [name for name in os.environ.get(VISIBLE_DEVICES, "").split(",") if name]
     first, count = worker * settings.gpus_per_worker, settings.gpus_per_worker

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bentoml build + bentoml containerize + one last layer. What `make container` runs; wants bentoml in PATH.
 #
-#   DEVICE=cpu|cuda   which torch the image gets (default cpu)
+#   DEVICE=cpu|cuda   which torch the image gets (default cpu); DEVICE=vllm is CUDA with vLLM's engine
 #   MODEL=TAG         puts this model of the store into the image; without it the image serves a mounted store
 #   IMAGE=NAME:TAG    what the image is called (default chatglm2:cpu or chatglm2:cuda)
 #   TORCH=NAME        uv's torch backend, where DEVICE's is not the right one (cu126 for older drivers); may be empty
@@ -11,8 +11,8 @@ cd "$(dirname "$0")/../.."
 device=${DEVICE:-cpu}
 case $device in
     cpu) torch=${TORCH-cpu} ;;
-    cuda) torch=${TORCH-} ;;
-    *) echo "DEVICE must be cpu or cuda, not '$device'" >&2; exit 1 ;;
+    cuda | vllm) torch=${TORCH-} ;;
+    *) echo "DEVICE must be cpu, cuda or vllm, not '$device'" >&2; exit 1 ;;
 esac
 image=${IMAGE:-chatglm2:$device}
 engine=$(deploy/container/engine.sh) || { echo "neither docker nor podman can be used here" >&2; exit 1; }
@@ -20,7 +20,9 @@ engine=$(deploy/container/engine.sh) || { echo "neither docker nor podman can be
 bundle=false
 if [ -n "${MODEL:-}" ]; then bundle=true; fi
 started=$SECONDS
-bento=$(bentoml build --output tag --arg "model=${MODEL:-}" --arg "bundle=$bundle" --arg "torch=$torch" | sed -n 's/^__tag__://p')
+file=(--bentofile bentofile.yaml)
+if [ "$device" = vllm ]; then file=(--bentofile bentofile.vllm.yaml --arg engine=vllm); fi
+bento=$(bentoml build "${file[@]}" --output tag --arg "model=${MODEL:-}" --arg "bundle=$bundle" --arg "torch=$torch" | sed -n 's/^__tag__://p')
 echo "Bento $bento: $((SECONDS - started)) s"
 
 stage=$image-bento

@@ -18,7 +18,13 @@ import requests
 from tests.golden_data import REPOSITORY
 
 BENTOML = [sys.executable, "-m", "bentoml"]
-START_SECONDS = 120
+START_SECONDS = int(os.environ.get("TEST_START_SECONDS", "120"))
+VLLM = {
+    "CHATGLM_ENGINE": "vllm",
+    "CHATGLM_PRECISION": "float32",
+    "CHATGLM_KV_CACHE_GIB": "0.25",
+    "CHATGLM_VLLM_OPTIONS": '{"enforce_eager": true, "max_model_len": 4096}',
+}
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,223 @@
-"""Dashboards and alerts ask for series that exist."""
+"""The files under deploy/ fit their schemas, each other, and the server that they describe."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
+import pytest
 import yaml
 
 from serving import metrics
+from serving.operations import CUT_SECONDS
+from serving.settings import PREFIX, Settings
 from tests.golden_data import REPOSITORY
 
-SERIES = re.compile(r"\b(?:chatglm|bentoml)_\w+")
-SUFFIX = re.compile(r"_(?:bucket|sum|count)$")
+DEPLOY = REPOSITORY / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = ("cpu", "gpu")
+VERSIONS = ("1.30", "1.37")
 
 
-def dashboard() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((REPOSITORY / "deploy/grafana/dashboard.json").read_text(encoding="utf-8"))
-    return content
+def read(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
 
 
-def rules() -> list[dict[str, Any]]:
-    content = yaml.safe_load((REPOSITORY / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8"))
-    return [rule for group in content["groups"] for rule in group["rules"]]
+def rendered(overlay: str) -> list[dict[str, Any]]:
+    """What kustomize makes of an overlay, as far as these use it: JSON patches and image tags."""
+    folder = KUBERNETES / "overlays" / overlay
+    (kustomization,) = read(folder / "kustomization.yaml")
+    (base,) = read(KUBERNETES / "base" / "kustomization.yaml")
+    documents = [document for name in base["resources"] for document in read(KUBERNETES / "base" / name)]
+    for patch in kustomization["patches"]:
+        (target,) = [
+            d
+            for d in documents
+            if d["kind"] == patch["target"]["kind"] and d["metadata"]["name"] == patch["target"]["name"]
+        ]
+        for operation in yaml.safe_load(patch["patch"]):
+            apply(target, operation)
+    (image,) = kustomization["images"]
+    for container in containers(documents):
+        assert container["image"] == image["name"]
+        container["image"] += f":{image['newTag']}"
+    return documents
 
 
-def expressions() -> list[str]:
-    targets = [target for panel in dashboard()["panels"] for target in panel["targets"]]
-    return [target["expr"] for target in targets] + [rule["expr"] for rule in rules()]
+def apply(document: dict[str, Any], operation: dict[str, Any]) -> None:
+    *parents, last = [part.replace("~1", "/") for part in operation["path"].strip("/").split("/")]
+    place: Any = document
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    assert (last in place) == (operation["op"] == "replace")
+    place[last] = operation["value"]
 
 
-def test_every_series_of_dashboard_and_alerts_exists() -> None:
-    known = set(metrics.names())
-    asked = {SUFFIX.sub("", name) for expression in expressions() for name in SERIES.findall(expression)}
-    assert asked <= known, asked - known
+def pods(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [d["spec"]["template"]["spec"] for d in documents if d["kind"] in ("Deployment", "Job")]
 
 
-def test_every_metric_of_the_engine_is_on_the_dashboard() -> None:
-    shown = " ".join(expressions())
-    hidden = {name for name in metrics.names() if name.startswith("chatglm_") and name not in shown}
-    assert hidden <= {"chatglm_kv_cache_tokens", "chatglm_kv_cache_used_tokens"}
+def containers(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [c for pod in pods(documents) for c in [*pod["containers"], *pod.get("initContainers", [])]]
 
 
-def test_panels_and_rules_are_complete() -> None:
-    panels = dashboard()["panels"]
-    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
-    for rule in rules():
-        assert rule["annotations"]["summary"]
-        assert rule["labels"]["severity"] in ("warning", "critical")
-        assert re.fullmatch(r"\d+m", rule["for"])
+def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [document for document in documents if document["kind"] == kind]
+    return found
 
 
-def test_labels_have_few_values() -> None:
-    for name in ("REQUEST_SUCCESS", "ERRORS", "HTTP_REQUESTS", "HTTP_SECONDS"):
-        labels = set(getattr(metrics, name)._labelnames)
-        assert labels <= {"finished_reason", "code", "endpoint", "http_response_code"}
+def server(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    (container,) = one(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_manifest_fits_the_schema_of_its_kind(overlay: str, version: str) -> None:
+    documents = rendered(overlay)
+    assert {d["kind"] for d in documents} >= {
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Job", "NetworkPolicy", "PersistentVolumeClaim",
+        "PodDisruptionBudget", "Service",
+    }  # fmt: skip
+    for document in documents:
+        kubernetes_validate.validate(copy.deepcopy(document), version, strict=True)
+
+
+def test_a_misspelled_field_would_be_noticed() -> None:
+    deployment = one(rendered("gpu"), "Deployment")
+    deployment["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, VERSIONS[-1], strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, whose kustomize this compares with, is not here")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_makes_the_same_of_an_overlay(overlay: str) -> None:
+    result = subprocess.run(
+        ["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, timeout=60, check=True
+    )
+    theirs = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(result.stdout)}
+    ours = {(d["kind"], d["metadata"]["name"]): d for d in rendered(overlay)}
+    assert theirs.keys() == ours.keys()
+    for key, document in theirs.items():
+        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
+        assert without_names(document) == without_names(ours[key])
+
+
+def without_names(value: Any) -> Any:
+    """Without the label that kustomize adds to everything, and the maps that held nothing else."""
+    if isinstance(value, dict):
+        kept = {k: without_names(v) for k, v in value.items() if k != "app.kubernetes.io/name"}
+        return {k: v for k, v in kept.items() if not (k in ("labels", "matchLabels", "podSelector") and v == {})}
+    return [without_names(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_are_as_closed_as_can_be(overlay: str) -> None:
+    documents = rendered(overlay)
+    for pod in pods(documents):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+    for container in containers(documents):
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_server_may_finish_what_it_began(overlay: str) -> None:
+    """Kubernetes kills at the end of the grace period, which begins before preStop does."""
+    documents = rendered(overlay)
+    settings = Settings.from_environment(one(documents, "ConfigMap")["data"])
+    pause = int(server(documents)["lifecycle"]["preStop"]["exec"]["command"][1])
+    allowed = one(documents, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert allowed >= pause + settings.grace_seconds + CUT_SECONDS
+
+
+def test_probes_ask_what_the_server_has() -> None:
+    """A start may take half an hour; tests/e2e/test_operations.py sends these probes to a server."""
+    container = server(rendered("gpu"))
+    paths = {
+        probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+    }
+    assert paths == {"startupProbe": "/readyz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    start = container["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] >= 1800
+
+
+def test_the_gpu_overlay_asks_for_one_and_the_cpu_overlay_for_none() -> None:
+    assert server(rendered("gpu"))["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in json.dumps(rendered("cpu"))
+
+
+def test_the_model_that_is_served_is_the_one_that_is_imported_and_waited_for() -> None:
+    documents = rendered("gpu")
+    tag = one(documents, "ConfigMap")["data"]["CHATGLM_MODEL"]
+    place = f"models/{tag.replace(':', '/')}/model.yaml"
+    deployment = one(documents, "Deployment")["spec"]["template"]["spec"]
+    assert place in " ".join(deployment["initContainers"][0]["command"])
+    (importing,) = one(documents, "Job")["spec"]["template"]["spec"]["containers"]
+    assert place in importing["command"][-1]
+    assert f"--name {tag}" in importing["command"][-1]
+
+
+def test_the_autoscaler_follows_metrics_that_exist() -> None:
+    asked = {m["pods"]["metric"]["name"] for m in one(rendered("gpu"), "HorizontalPodAutoscaler")["spec"]["metrics"]}
+    assert asked == {"chatglm_num_requests_running", "chatglm_num_requests_waiting"}
+    assert asked <= set(metrics.names())
+    (adapter,) = read(KUBERNETES / "prometheus-adapter.yaml")
+    pattern = re.search(r'__name__=~"([^"]+)"', adapter["rules"]["custom"][0]["seriesQuery"])
+    assert pattern is not None
+    assert all(re.fullmatch(pattern[1], name) for name in asked)
+
+
+def test_compose_mounts_what_there_is_and_sets_what_exists() -> None:
+    (compose,) = read(DEPLOY / "compose.yaml")
+    for name in ("cpu", "cuda"):
+        service = compose["services"][name]
+        assert service["profiles"] == [name]
+        assert service["image"] == f"chatglm2:{name}"
+        assert service["read_only"] is True
+        assert {
+            n for n in service["environment"] if n.removeprefix(PREFIX).lower() not in Settings.model_fields
+        } == set()
+        grace = float(service["environment"]["CHATGLM_GRACE_SECONDS"]) + CUT_SECONDS
+        assert float(service["stop_grace_period"].removesuffix("s")) > grace
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    mounted = [v.split(":")[0] for s in compose["services"].values() for v in s["volumes"] if v.startswith("./")]
+    assert all((DEPLOY / source).exists() for source in mounted), mounted
+    (prometheus,) = read(DEPLOY / "prometheus" / "prometheus.yml")
+    assert all((DEPLOY / "prometheus" / Path(rule).name).is_file() for rule in prometheus["rule_files"])
+
+
+def test_the_dashboard_is_read_where_grafana_is_told_to_look() -> None:
+    (provider,) = read(DEPLOY / "grafana" / "provisioning" / "dashboards" / "chatglm.yaml")
+    (compose,) = read(DEPLOY / "compose.yaml")
+    folder = provider["providers"][0]["options"]["path"]
+    assert any(volume.split(":")[1].startswith(f"{folder}/") for volume in compose["services"]["grafana"]["volumes"])
+
+
+def test_bentocloud_is_told_only_what_it_knows() -> None:
+    """BentoML reads unknown names silently, so they are looked up; what it can check without an account, it checks."""
+    import attrs
+    from bentoml._internal.cloud.schemas.modelschemas import DeploymentServiceConfig, DeploymentTargetHPAConf
+    from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema
+    from bentoml._internal.utils.cattr import bentoml_cattr
+
+    (asked,) = read(DEPLOY / "bentocloud" / "deployment.yaml")
+    read_back = bentoml_cattr.structure(asked, CreateDeploymentSchema)
+    assert set(asked) <= {field.name for field in attrs.fields(CreateDeploymentSchema)}
+    assert set(read_back.services) == {"chatglm2"}
+    service = asked["services"]["chatglm2"]
+    assert set(service) <= {field.name for field in attrs.fields(DeploymentServiceConfig)}
+    assert set(service["scaling"]) <= {field.name for field in attrs.fields(DeploymentTargetHPAConf)}
+    assert {env["name"].removeprefix(PREFIX).lower() for env in asked["envs"]} <= set(Settings.model_fields)
