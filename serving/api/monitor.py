@@ -54,8 +54,11 @@ class Monitor:
         """Look every second, and do something else, until cancelled."""
         metrics.forget_dead_workers()
         while True:
-            self.tick()
-            also()
+            try:
+                self.tick()
+                also()
+            except Exception:
+                logger.exception("a look at the engine failed")  # the next one must take place nevertheless
             await asyncio.sleep(TICK_SECONDS)
 
     def tick(self) -> None:

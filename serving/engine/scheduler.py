@@ -7,19 +7,21 @@ it gives up its places and is computed again later, with the same tokens as outc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.engine.cache import BLOCK, GRANULE, Move, PrefixIndex, PrefixMatch, TokenSpace, round_up
+from serving.engine.lookup import MAX_DECODING, Lookup, can_guess
 from serving.engine.pacing import Pacer
 from serving.engine.sequence import Extent, Sequence
 
 
 @dataclass(frozen=True)
 class Work:
-    """The next `num_rows` uncomputed tokens of a sequence."""
+    """The next `num_rows` uncomputed tokens of a sequence, and a guess at what follows them."""
 
     sequence: Sequence
     num_rows: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -32,7 +34,7 @@ class StepPlan:
     """Cache moves to carry out in order, then the rows of one forward pass."""
 
     moves: tuple[Move, ...]
-    decoding: tuple[Work, ...]  # one row each
+    decoding: tuple[Work, ...]  # one row each, and the rows of its draft
     chunks: tuple[Work, ...]  # of prompts
 
     @property
@@ -71,8 +73,9 @@ class Scheduler:
 
     @property
     def num_idle_tokens(self) -> int:
-        """Places held by finished sequences; they are free for the asking."""
-        return sum(_extent(sequence).capacity for sequence in self._idle)
+        """Places held by finished sequences; they are free for the asking. Other threads may ask, for a snapshot."""
+        extents = [sequence.extent for sequence in list(self._idle)]
+        return sum(extent.capacity for extent in extents if extent is not None)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -93,7 +96,10 @@ class Scheduler:
         return StepPlan(tuple(self._moves), tuple(decoding), tuple(chunks))
 
     def computed(self, work: Work) -> None:
-        """Record that the rows of `work` are in the cache. Call before the sampled token is appended."""
+        """Record that the rows of `work` are in the cache. Call before the sampled token is appended.
+
+        Rows of a draft are not counted: whoever accepts a guessed token adds one to `num_computed`.
+        """
         work.sequence.num_computed += work.num_rows
 
     def finish(self, sequence: Sequence, keep_prefix: bool = True) -> None:
@@ -125,7 +131,7 @@ class Scheduler:
                 continue
             if self._reserve(sequence):
                 rows.append(Work(sequence, 1))
-        return rows
+        return [replace(work, draft=_draft(work.sequence)) for work in rows] if len(rows) <= MAX_DECODING else rows
 
     def _prompt_chunks(self, prefilling: list[Sequence], budget: int) -> list[Work]:
         """Half of the budget to the oldest prompt, the rest to the shortest ones: a long prompt neither starves nor
@@ -260,6 +266,17 @@ class Scheduler:
         self._prefixes.remove(sequence)
         self.space.free(_extent(sequence))
         sequence.extent = None
+
+
+def _draft(sequence: Sequence) -> tuple[int, ...]:
+    """A guess that fits into the sequence's places and into what it may still say."""
+    if sequence.mask is not None or not can_guess(sequence.sampling):
+        return ()
+    if sequence.lookup is None:
+        sequence.lookup = Lookup()
+    left = sequence.sampling.max_tokens - sequence.num_generated - 1  # beside the token that is sampled anyway
+    room = _extent(sequence).capacity - len(sequence.token_ids)
+    return sequence.lookup.propose(sequence.token_ids, max(0, min(left, room)))
 
 
 def _seniority(sequence: Sequence) -> tuple[int, int]:

@@ -35,6 +35,7 @@ class Guarded:
 
     app: Gate
     engine: Engine
+    model: ServedModel
     admission: Admission
     drain: Drain
     monitor: Monitor
@@ -56,7 +57,8 @@ def guarded(
     network = random_network(form.num_tokens)
     engine = Engine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
     engine.start()
-    served = Served(NAME, model=ServedModel(engine, form, CONTEXT))
+    model = ServedModel(engine, form, CONTEXT)
+    served = Served(NAME, model=model)
     admission = Admission(door or AdmissionLimits())
     drain = Drain(1.0, lambda: engine.stop(1.0))
     app = create_app(served, limits, admission=admission)
@@ -67,7 +69,13 @@ def guarded(
     mounted = Prefixed(app)
     try:
         yield Guarded(
-            Gate(mounted, guard), engine, admission, drain, Monitor(served, admission, drain, max_step_seconds), records
+            Gate(mounted, guard),
+            engine,
+            model,
+            admission,
+            drain,
+            Monitor(served, admission, drain, max_step_seconds),
+            records,
         )
     finally:
         engine.stop(5.0)

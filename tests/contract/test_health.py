@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,34 @@ def test_three_failed_steps_in_a_row_make_the_worker_not_alive(folder: Path) -> 
                 reply = await http.post(CHAT, json=body())
                 assert assert_openai_error(reply, 503)["code"] == "server_unavailable"
                 assert reply.headers["retry-after"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_in_one_answers_text_ends_that_answer_alone(
+    stream: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The detokenizer is made to raise at a token that a bias forces one of two answers to take."""
+    poison = 300
+
+    async def run() -> None:
+        with guarded(folder, lambda: time.sleep(0.002)) as worker:
+            decode = worker.model.chat_format.decode
+
+            def raising(token_ids: Sequence[int]) -> str:
+                if poison in token_ids:
+                    raise RuntimeError("injected")
+                return decode(token_ids)
+
+            monkeypatch.setattr(worker.model.chat_format, "decode", raising)
+            async with client(worker) as http:
+                expected = (await http.post(CHAT, json=body(max_tokens=20))).json()["choices"]
+                healthy = asyncio.create_task(http.post(CHAT, json=body(max_tokens=20)))
+                sick = body("x", max_tokens=20, logit_bias={str(poison): 100}, stream=stream)
+                assert_openai_error(await http.post(CHAT, json=sick), 500)
+                assert (await healthy).json()["choices"] == expected
+                await at_rest(worker)
 
     asyncio.run(run())
 
