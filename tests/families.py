@@ -125,6 +125,8 @@ FAMILIES: dict[str, Callable[[Path], Written]] = {
     "chatglm": _chatglm,
     "llama": lambda folder: _hf(folder, "llama"),
     "qwen3": lambda folder: _hf(folder, "qwen3"),
+    "mistral": lambda folder: _hf(folder, "mistral"),
     "glm": lambda folder: _hf(folder, "glm"),
+    "glm4": lambda folder: _hf(folder, "glm4"),
     "vicuna": lambda folder: _hf(folder, "llama", "vicuna"),
 }

@@ -11,10 +11,14 @@ import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -34,6 +38,15 @@ LLAMA = (
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 GLM = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
 LINES = [
     "Hello there, how are you? I'm fine.",
     "def f(x):\n    return x ** 2",
@@ -80,72 +93,50 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None, **
 
 
 def llama(vocab_size: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SIZES, bos_token_id=1, eos_token_id=2))
+
+
+def mistral(vocab_size: int) -> MistralForCausalLM:
+    """Its window is shorter than any prompt."""
+    config = MistralConfig(vocab_size=vocab_size, **SIZES, bos_token_id=1, eos_token_id=2, sliding_window=8)
+    return MistralForCausalLM(config)
 
 
 def qwen3(vocab_size: int) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=0,
-        )
+    config = Qwen3Config(
+        vocab_size=vocab_size, **SIZES, head_dim=16, tie_word_embeddings=True, eos_token_id=vocab_size - 1
     )
+    return Qwen3ForCausalLM(config)
 
 
 def glm(vocab_size: int) -> GlmForCausalLM:
-    return GlmForCausalLM(
-        GlmConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-            eos_token_id=[2, 3],
-            pad_token_id=0,
-        )
-    )
+    return GlmForCausalLM(GlmConfig(vocab_size=vocab_size, **SIZES, head_dim=8, bos_token_id=1, eos_token_id=[2, 3]))
+
+
+def glm4(vocab_size: int) -> Glm4ForCausalLM:
+    """GLM-4-0414, which has two more norms a layer, with a long-context base."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0 * 50, "partial_rotary_factor": 0.5}
+    config = Glm4Config(vocab_size=vocab_size, **SIZES, head_dim=8, eos_token_id=[2, 3], rope_parameters=rope)
+    return Glm4ForCausalLM(config)
 
 
 def write_folder(folder: Path, kind: str) -> PreTrainedTokenizerFast:
     """A tiny random model as its publisher would ship it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
-    if kind == "llama":
-        tokenizer, template, named, build = piece_tokenizer(), LLAMA, {"bos_token": "<s>", "eos_token": "</s>"}, llama
+    builders: dict[str, Callable[[int], Any]] = {
+        "llama": llama, "mistral": mistral, "qwen3": qwen3, "glm": glm, "glm4": glm4
+    }  # fmt: skip
+    if kind in ("llama", "mistral"):
+        tokenizer, template, named = piece_tokenizer(), LLAMA, {"bos_token": "<s>", "eos_token": "</s>"}
     elif kind == "qwen3":
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokenizer = byte_level_tokenizer(special, ["<tool_call>", "</tool_call>"])
-        template, named, build = CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, qwen3
+        template, named = CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     else:
         tokenizer = byte_level_tokenizer(["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|endoftext|>"], [])
-        template, named, build = GLM, {"eos_token": "<|endoftext|>"}, glm
-    build_any: Callable[[int], Any] = build
-    model = build_any(tokenizer.get_vocab_size())
+        template, named = GLM, {"eos_token": "<|endoftext|>"}
+    model = builders[kind](tokenizer.get_vocab_size())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)

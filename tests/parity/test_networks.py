@@ -1,0 +1,127 @@
+"""Networks that transformers knows say in the engine what `generate` says, also past any window of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from models.native import open_native
+from models.progress import no_progress
+from serving.engine.types import EngineLimits
+from tests.tiny import generate, greedy, running, tokens
+
+VOCABULARY, LENGTH, NUM_NEW = 300, 512, 24
+WINDOW = 16
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": LENGTH,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+LONG_BASE = {"rope_type": "default", "rope_theta": 10_000.0 * 500, "partial_rotary_factor": 0.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "glm-4": lambda: GlmForCausalLM(GlmConfig(**SIZES, attention_bias=True, rope_parameters=LONG_BASE)),
+    "glm-4-0414": lambda: Glm4ForCausalLM(Glm4Config(**SIZES, attention_bias=True, rope_parameters=LONG_BASE)),
+    "llama-3.1": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
+    "qwen2 with some windows": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    ),
+}
+
+
+class Both:
+    """One random network in the engine's form, and as transformers has it."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        torch.manual_seed(5)
+        torch.set_num_threads(1)
+        model = NETWORKS[kind]()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.data.mul_(1 if "embed" in name or "lm_head" in name else 10)
+        model.save_pretrained(folder)
+        self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.network = open_native(folder, torch.device("cpu"), "float32", no_progress, VOCABULARY, LENGTH)
+
+    def greedy(self, prompt: Sequence[int]) -> list[int]:
+        with torch.inference_mode():
+            out = self.oracle.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=NUM_NEW,
+                do_sample=False,
+            )
+        answer: list[int] = out[0, len(prompt) :].tolist()
+        return answer
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    return Both(tmp_path_factory.mktemp("network"), request.param)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, VOCABULARY), k=length)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [24, 512])
+def test_the_engine_says_what_generate_says_past_every_window(both: Both, max_batch_tokens: int) -> None:
+    prompts = [prompt(length, length) for length in (5, 3 * WINDOW, 150)]
+    expected = [both.greedy(ids) for ids in prompts]
+    assert len({tuple(answer) for answer in expected}) == len(prompts)
+
+    async def main() -> None:
+        with running(both.network, EngineLimits(max_batch_tokens=max_batch_tokens, kv_tokens=4096)) as engine:
+            assert await asyncio.gather(*(tokens(engine, ids, greedy(NUM_NEW)) for ids in prompts)) == expected
+            # a second round begins with what the first one left in the cache
+            longer = [*prompts[2], *expected[2][:-1], *prompt(20, 9)]
+            steps = await generate(engine, longer, greedy(NUM_NEW))
+            assert steps[0].num_cached_tokens >= len(prompts[2])
+            assert [step.token_id for step in steps] == both.greedy(longer)
+
+    asyncio.run(main())
+
+
+def test_a_window_matters_at_this_length(tmp_path: Path) -> None:
+    """Else the test above could pass without one."""
+    windowed = Both(tmp_path, "mistral")
+    ids = prompt(3 * WINDOW, 3)
+    with torch.inference_mode():
+        near = windowed.oracle(torch.tensor([ids])).logits[0, -1]
+        windowed.oracle.config.sliding_window = None
+        far = windowed.oracle(torch.tensor([ids])).logits[0, -1]
+    assert (near - far).abs().max() > 0.01
