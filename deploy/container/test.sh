@@ -10,8 +10,9 @@ fi
 eval "$prepared"
 export CONTAINER_ENGINE
 CONTAINER_ENGINE=$(deploy/container/engine.sh)
-home=$PWD/.state/container/bentoml
-export BENTOML_HOME=$home BENTOML_DO_NOT_TRACK=true
+BENTOML_HOME=$(mktemp -d) # not in this folder: bentoml build walks through all of it
+trap 'rm -rf "$BENTOML_HOME"' EXIT
+export BENTOML_HOME BENTOML_DO_NOT_TRACK=true
 IMAGE=chatglm2-test:store deploy/container/build.sh
 IMAGE=chatglm2-test:bundled MODEL=chatglm2-demo deploy/container/build.sh
 TEST_IMAGE_STORE=chatglm2-test:store TEST_IMAGE_BUNDLED=chatglm2-test:bundled \

@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks import sizing
 from serving import metrics
 from serving.operations import CUT_SECONDS
 from serving.settings import PREFIX, Settings
@@ -204,6 +205,18 @@ def test_the_dashboard_is_read_where_grafana_is_told_to_look() -> None:
     (compose,) = read(DEPLOY / "compose.yaml")
     folder = provider["providers"][0]["options"]["path"]
     assert any(volume.split(":")[1].startswith(f"{folder}/") for volume in compose["services"]["grafana"]["volumes"])
+
+
+def test_the_sizes_in_the_operations_page_follow_from_the_shapes() -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert sizing.tables() in page
+    assert sizing.parameters()[0] + 2 * sizing.parameters()[1] + sizing.parameters()[2] == 6_243_584_000
+    assert sizing.kv_bytes_per_token(2) == 28 * 1024
+
+
+def test_what_tokens_cost_is_worked_out_from_a_result_file() -> None:
+    report = {"results": [{"concurrency": 16, "figures": {"a": {"tokens_per_second": 1000.0}}}]}
+    assert sizing.costs(report, price=3.6) == ["a, 16 at once: 1000 tokens/s, 1.00 per million tokens"]
 
 
 def test_bentocloud_is_told_only_what_it_knows() -> None:
