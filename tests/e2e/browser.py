@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ANSWER_MS = 120_000  # machines may be busy
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -86,7 +87,7 @@ class ChatPage:
             self.wait_for_answer()
 
     def wait_for_answer(self) -> None:
-        self.page.wait_for_selector(".turn:last-child .regenerate")
+        self.page.wait_for_selector(".turn:last-child .regenerate", timeout=ANSWER_MS)
 
     def wait_until(self, expression: str, seconds: float = 60.0) -> None:
         """Until an expression is true; asked from outside, since the page's policy forbids `eval` inside it."""

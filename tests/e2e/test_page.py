@@ -285,7 +285,7 @@ def test_the_home_page_links_to_the_chat_and_loads_nothing_from_elsewhere(visit:
     chat = visit()
     chat.requested.clear()
     chat.page.goto(server.url)
-    chat.page.wait_for_selector('text="/v1/chat/completions"')
+    chat.page.wait_for_selector('[data-path="/v1/chat/completions"]')
     assert all(url.startswith((server.url, "data:")) for url in chat.requested)
     chat.requested.clear()
     chat.page.click("nav >> text=Chat")

@@ -1,0 +1,108 @@
+"""What the READMEs tell people to type works: every command is run here, or by a test that is named here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.demo import CHECKPOINT
+from models.demo.corpus import SAMPLE_ANSWER
+from tests.e2e.server import Server, environment, serving
+from tests.golden_data import REPOSITORY
+from tests.unit.test_readme import CHINESE, EXAMPLES, README, blocks
+
+BASH = "\n".join(code for language, code in blocks(README) if language == "bash")
+COMMANDS = BASH.replace("\\\n", "").splitlines()
+PYTHON_BLOCKS = [code for language, code in blocks(README) if language == "python"]
+DOCUMENTED_URL = "http://localhost:8000"
+
+TERMINAL_CHAT = ".venv/bin/python -m examples.chat 你好"
+IMPORT = ".venv/bin/python -m models.store import chatglm2 --from /path/to/chatglm2-6b --name chatglm2-6b"
+LIST = ".venv/bin/python -m models.store list"
+SERVE_IMPORTED = "CHATGLM_MODEL=chatglm2-6b make serve"
+LOAD_HELP = ".venv/bin/python -m benchmarks.load --help"
+RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, LOAD_HELP}
+RUN_ELSEWHERE = {
+    "make serve": "tests/e2e/server.py::serving",
+    "make test": ".ci/run::make test",
+    "make setup": "Makefile::test-setup",
+    ".venv/bin/bentoml build": "tests/e2e/test_service.py::test_the_bento_is_built_and_serves",
+    ".venv/bin/bentoml serve chatglm2:latest": "tests/e2e/test_service.py::test_the_bento_is_built_and_serves",
+    "make container": "deploy/container/test.sh::build.sh",
+}
+
+
+def run(command: list[str], home: Path | None = None) -> str:
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment(home) if home else {**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def words(command: str) -> list[str]:
+    return [sys.executable if word == ".venv/bin/python" else word for word in command.split()]
+
+
+def test_every_command_is_run_by_a_test() -> None:
+    others = [command for command in COMMANDS if not command.startswith("curl ")]
+    assert set(others) == RUN_HERE | RUN_ELSEWHERE.keys()
+    for place in RUN_ELSEWHERE.values():
+        file, _, what = place.partition("::")
+        assert what in (REPOSITORY / file).read_text(encoding="utf-8"), place
+
+
+@pytest.mark.parametrize("readme", [README, CHINESE], ids=["English", "Chinese"])
+def test_every_make_target_that_is_named_exists(readme: Path) -> None:
+    targets = set(re.findall(r"\bmake ([a-z][a-z-]*)", readme.read_text(encoding="utf-8")))
+    assert {"serve", "test"} <= targets
+    rules = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert [target for target in targets if not re.search(rf"^{target}:", rules, re.MULTILINE)] == []
+
+
+def test_curl_gets_the_sample_answer(server: Server) -> None:
+    (command,) = re.findall(r"curl .*?'$", BASH, flags=re.DOTALL | re.MULTILINE)
+    printed = run(["bash", "-c", command.replace(DOCUMENTED_URL, server.url)])
+    assert SAMPLE_ANSWER in printed
+
+
+def test_every_python_program_is_a_tested_example_or_prints_the_sample_answer(server: Server) -> None:
+    tested = {(REPOSITORY / "examples" / name).read_text(encoding="utf-8") for name in EXAMPLES}
+    others = [code for code in PYTHON_BLOCKS if code not in tested]
+    assert len(PYTHON_BLOCKS) - len(others) == len(EXAMPLES)
+    for code in others:
+        if "langchain" in code:
+            continue  # tests/e2e/test_examples.py, where it is installed
+        assert run([sys.executable, "-c", code.replace(DOCUMENTED_URL, server.url)]) == SAMPLE_ANSWER
+
+
+def test_the_terminal_chat_answers(server: Server) -> None:
+    assert run([*words(TERMINAL_CHAT), "--url", server.base_url]) == f"{SAMPLE_ANSWER}\n"
+
+
+def test_a_checkpoint_is_imported_listed_and_served(tmp_path: Path) -> None:
+    """The demonstration model's folder has the format of the real one."""
+    run(words(IMPORT.replace("/path/to/chatglm2-6b", str(CHECKPOINT))), tmp_path)
+    assert "chatglm2-6b:" in run(words(LIST), tmp_path)
+    setting, _, rest = SERVE_IMPORTED.partition(" ")
+    assert rest == "make serve"
+    with serving(tmp_path, dict([setting.split("=")])) as server:
+        import requests
+
+        listed = requests.get(f"{server.base_url}/models", timeout=30).json()
+        assert listed["data"][0]["id"] == "chatglm2-6b"
+
+
+def test_the_benchmark_explains_itself() -> None:
+    assert "--concurrency" in run(words(LOAD_HELP))
