@@ -1,0 +1,213 @@
+"""A real `bentoml serve` under an operator's hands: keys, metrics, signals, killed and stopped workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.e2e.server import Server, serving, wait_until_ready
+
+KEY = "sk-operator-0123456789"
+HEADERS = {"authorization": f"Bearer {KEY}"}
+MARKER = "MARKER-of-a-prompt"
+ONE_THREAD = {"CHATGLM_THREADS": "1"}  # two threads wait for each other where cores are scarce
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("operations")
+    keys = home / "keys"
+    keys.write_text(f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()} operator\n")
+    settings = {
+        "CHATGLM_API_KEYS_FILE": str(keys),
+        "CHATGLM_CORS_ORIGINS": "https://app.example",
+        "CHATGLM_ACCESS_LOG": "json",
+        "CHATGLM_GRACE_SECONDS": "600",
+        **ONE_THREAD,
+        "BENTOML_CONFIG_OPTIONS": "services.chatglm2.workers=2",
+    }
+    with serving(home, settings) as server:
+        until(lambda: metrics(server).get("chatglm_ready") == 2, 120)  # `readyz` is one worker's word
+        yield server
+
+
+def chat(server: Server, **fields: Any) -> requests.Response:
+    message = {"role": "user", "content": f"你好 {MARKER}"}
+    return requests.post(
+        f"{server.base_url}/chat/completions",
+        json={"model": "chatglm", "messages": [message], **fields},
+        headers=HEADERS,
+        stream=bool(fields.get("stream")),
+        timeout=120,
+    )
+
+
+def metrics(server: Server) -> dict[str, float]:
+    reply = requests.get(f"{server.url}/metrics", headers=HEADERS, timeout=30)
+    assert reply.status_code == 200
+    lines = (line.rpartition(" ") for line in reply.text.splitlines() if line and line[0] != "#")
+    return {name: float(value) for name, _, value in lines}
+
+
+def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_health_needs_no_key_and_everything_else_does(guarded: Server) -> None:
+    for path in ("/livez", "/readyz", "/healthz"):
+        assert requests.get(guarded.url + path, timeout=10).status_code == 200
+    for path in ("/", "/docs.json", "/schema.json", "/metrics", "/models", "/v1/models", "/v1/nothing", "/generate"):
+        reply = requests.get(guarded.url + path, timeout=10)
+        assert reply.status_code == 401, path
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"].startswith("Bearer")
+        assert requests.get(guarded.url + path, headers=HEADERS, timeout=10).status_code != 401, path
+
+
+def test_browsers_of_the_named_origin_may_ask_and_others_may_not(guarded: Server) -> None:
+    for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
+        reply = requests.options(
+            f"{guarded.base_url}/chat/completions",
+            headers={"origin": origin, "access-control-request-method": "POST"},
+            timeout=10,
+        )
+        assert ("access-control-allow-origin" in reply.headers) == allowed
+
+
+def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: Server) -> None:
+    before = metrics(guarded)
+    for _ in range(8):
+        assert chat(guarded, max_tokens=4, ignore_eos=True).status_code == 200
+    for i in range(50):
+        requests.get(f"{guarded.base_url}/random-{i}", headers=HEADERS, timeout=10)
+    time.sleep(1.5)  # each worker looks at its engine once a second
+    after = metrics(guarded)
+    assert after["chatglm_ready"] == 2
+    assert after["chatglm_generation_tokens_total"] - before.get("chatglm_generation_tokens_total", 0) == 32
+    assert (
+        after["chatglm_time_to_first_token_seconds_count"] - before.get("chatglm_time_to_first_token_seconds_count", 0)
+        == 8
+    )
+    assert after["chatglm_num_requests_running"] == after["chatglm_kv_cache_used_tokens"] == 0
+    assert len(after) - len(before) < 200
+    assert not any("random-" in name for name in after)
+
+
+def test_the_log_is_json_without_prompts_and_keys(guarded: Server) -> None:
+    chat(guarded, max_tokens=4)
+    chat(guarded, temperature=9)
+    until(lambda: '"status": 400' in guarded.log.read_text(encoding="utf-8"))
+    log = guarded.log.read_text(encoding="utf-8")
+    assert MARKER not in log
+    assert KEY not in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    answered = [line for line in lines if line["path"] == "/v1/chat/completions" and line["status"] == 200]
+    assert answered[-1]["client"] == "operator"
+    assert answered[-1]["completion_tokens"] == 4
+
+
+def test_a_killed_worker_is_replaced_and_its_gauges_are_forgotten(guarded: Server) -> None:
+    workers = psutil.Process(guarded.process.pid).children()
+    stream = chat(guarded, stream=True, ignore_eos=True, max_tokens=4000)
+    next(stream.iter_lines())
+    for worker in workers:
+        worker.kill()
+    time.sleep(1)
+    wait_until_ready(guarded)
+    until(lambda: metrics(guarded).get("chatglm_ready") == 2, 60)
+    assert metrics(guarded)["bentoml_service_request_in_progress"] <= 1
+    assert chat(guarded, max_tokens=4).status_code == 200
+
+
+def test_a_stopped_worker_goes_on_where_it_was_and_sigterm_lets_its_streams_end(tmp_path: Path) -> None:
+    """SIGSTOP for longer than a step may take: afterwards it must neither count as hanging nor have lost anything."""
+    with serving(tmp_path, {"CHATGLM_STEP_SECONDS": "2", "CHATGLM_GRACE_SECONDS": "120", **ONE_THREAD}) as server:
+        stream = chat(server, stream=True, ignore_eos=True, max_tokens=100)
+        lines = stream.iter_lines()
+        next(lines)
+        (worker,) = psutil.Process(server.process.pid).children()
+        worker.suspend()
+        with pytest.raises(requests.Timeout):
+            requests.get(f"{server.url}/readyz", timeout=1)
+        time.sleep(4)
+        worker.resume()
+        assert [line for line in lines if line][-1] == b"data: [DONE]"
+        assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
+        assert requests.get(f"{server.url}/livez", timeout=10).status_code == 200
+        _sigterm_refuses_the_late_at_once_and_lets_the_stream_end(server)
+
+
+def _sigterm_refuses_the_late_at_once_and_lets_the_stream_end(server: Server) -> None:
+    stream = chat(server, stream=True, ignore_eos=True, max_tokens=200)
+    lines = stream.iter_lines()
+    next(lines)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: requests.get(f"{server.url}/readyz", timeout=5).status_code == 503, 5)
+    assert requests.get(f"{server.url}/livez", timeout=5).status_code == 200
+    late = chat(server)
+    assert late.status_code == 503
+    assert late.json()["error"]["code"] == "server_unavailable"
+    assert int(late.headers["retry-after"]) > 0
+    assert [line for line in lines if line][-1] == b"data: [DONE]"
+    assert server.process.wait(30) == 0
+
+
+def test_after_the_grace_period_streams_are_told_and_the_server_ends(tmp_path: Path) -> None:
+    with serving(tmp_path, {"CHATGLM_GRACE_SECONDS": "1", **ONE_THREAD}) as server:
+        stream = chat(server, stream=True, ignore_eos=True, max_tokens=8000, n=4)
+        lines = stream.iter_lines()
+        next(lines)
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "server_unavailable"
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - begun < 15
+
+
+def test_a_second_signal_ends_at_once(guarded: Server) -> None:
+    stream = chat(guarded, stream=True, ignore_eos=True, max_tokens=8000, n=4)
+    reading = threading.Thread(target=lambda: _read_all(stream), daemon=True)
+    reading.start()
+    guarded.process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert guarded.process.poll() is None
+    begun = time.monotonic()
+    guarded.process.send_signal(signal.SIGTERM)
+    assert guarded.process.wait(30) == 0
+    assert time.monotonic() - begun < 15
+
+
+def _read_all(stream: requests.Response) -> None:
+    try:
+        for _ in stream.iter_lines():
+            pass
+    except requests.RequestException:
+        pass  # it is cut off
+
+
+def test_keys_that_cannot_be_read_stop_the_service_with_a_line_that_does_not_quote_them(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="ended early"),
+        serving(tmp_path, {"CHATGLM_API_KEYS": "sk-secret two names here"}),
+    ):
+        pass
+    (log,) = tmp_path.glob("serve-*.log")
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert re.match(r"chatglm: CHATGLM_API_KEYS: key 1: expected", lines[0])
+    assert "sk-secret" not in lines[0]
