@@ -1,6 +1,7 @@
 """What masks cost: a decode step of 16 sequences without and with a JSON grammar, A B A B in one run.
 
     python -m benchmarks.masks --precision float16 int8 --json benchmarks/results/DATE-masks.json
+    python -m benchmarks.masks --cpu-time ...     (one thread, by its own time: for a machine that others use, too)
 
 Vocabulary of ChatGLM2's size: its own with --tokenizer /path/to/tokenizer.model, else 64,794 made-up words and bytes.
 The masked answers are JSON documents that never end; a step's time holds masks, sampling and the grammar's advance.
@@ -64,7 +65,9 @@ class Words:
         return self._tokens[token_id]
 
 
-def stepper(network: FlatDecoder, batch: int, num_tokens: int, grammar: Grammar | None) -> Callable[[], float]:
+def stepper(
+    network: FlatDecoder, batch: int, num_tokens: int, grammar: Grammar | None, clock: Callable[[], float]
+) -> Callable[[], float]:
     """Prefill `batch` sequences; what comes back carries out one decode step and returns its seconds."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
@@ -76,16 +79,16 @@ def stepper(network: FlatDecoder, batch: int, num_tokens: int, grammar: Grammar 
 
     def step() -> float:
         plan = scheduler.schedule()
-        begun = time.perf_counter()
+        begun = clock()
         results = runner.run(plan)
         for work in plan.work:
             scheduler.computed(work)
-        for work, sampled in results:
+        for work, (sampled, *_) in results:
             assert sampled.token_id is not None
             if work.sequence.mask is not None:
                 work.sequence.mask.accept(sampled.token_id)
             work.sequence.append(sampled.token_id)
-        return time.perf_counter() - begun
+        return clock() - begun
 
     while scheduler.waiting or not all(s.num_generated for s in scheduler.running):
         step()
@@ -100,9 +103,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(num_usable_cores())
+    torch.set_num_threads(1 if arguments.cpu_time else num_usable_cores())
     spelling = _Pieces(arguments.tokenizer) if arguments.tokenizer else Words()
     grammar = Grammars(spelling).compile(answer_grammar(JsonAnswer(ENDLESS, "schema")), "schema", "schema")
     results = [measure(arguments, precision, grammar) for precision in arguments.precision]
@@ -117,8 +121,9 @@ def measure(arguments: argparse.Namespace, precision: Precision, grammar: Gramma
     network = FlatDecoder(model, precision, NUM_TOKENS, 8192, no_progress)
     del model
     gc.collect()
-    plain = stepper(network, arguments.batch, arguments.steps + 8, None)
-    masked = stepper(network, arguments.batch, arguments.steps + 8, grammar)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    plain = stepper(network, arguments.batch, arguments.steps + 8, None, clock)
+    masked = stepper(network, arguments.batch, arguments.steps + 8, grammar, clock)
     pairs = [(plain(), masked()) for _ in range(arguments.steps)]
     without, with_masks = ([pair[side] for pair in pairs] for side in (0, 1))
     mean = statistics.mean(with_masks) / statistics.mean(without)
@@ -132,6 +137,8 @@ def measure(arguments: argparse.Namespace, precision: Precision, grammar: Gramma
         "shape": arguments.shape,
         "precision": precision,
         "batch": arguments.batch,
+        "steps": arguments.steps,
+        "clock": "cpu time" if arguments.cpu_time else "wall time",
         "median_ratio": median,
         "mean_ratio": mean,
         "step_seconds_without": statistics.median(without),
