@@ -183,7 +183,7 @@ class VllmEngine:
     def stop(self, max_seconds: float | None = None) -> None:
         """End vLLM's processes; requests in flight get EngineStopped."""
         self._stopped = True
-        self._llm.shutdown()
+        self._llm.shutdown(max_seconds)
 
 
 class VllmSteps:

@@ -145,7 +145,7 @@ def test_the_server_may_finish_what_it_began(overlay: str) -> None:
 
 
 def test_probes_ask_what_the_server_has() -> None:
-    """A start may take half an hour; tests/e2e/test_operations.py sends these probes to a server."""
+    """A start may take half an hour; tests/e2e/test_probes.py sends these to a server."""
     container = server(rendered("gpu"))
     paths = {
         probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")
