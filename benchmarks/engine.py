@@ -65,9 +65,10 @@ def measure(network: FlatDecoder, batch: int, prompt_tokens: int, num_steps: int
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
     runner = Runner(network, scheduler.space.size)
+    plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but nothing is guessed
     for seed in range(batch):
         ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
-        scheduler.add(Sequence(ids, SamplingParams(max_tokens=num_steps + 8, temperature=0.0), seed=seed))
+        scheduler.add(Sequence(ids, plain, seed=seed))
 
     def step() -> float:
         plan = scheduler.schedule()
@@ -77,7 +78,7 @@ def measure(network: FlatDecoder, batch: int, prompt_tokens: int, num_steps: int
         for work in plan.work:
             scheduler.computed(work)
         for work, sampled in results:
-            work.sequence.append(sampled.token_id)
+            work.sequence.append(sampled[0].token_id)
         return seconds
 
     prefill = 0.0

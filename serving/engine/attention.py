@@ -16,6 +16,9 @@ from serving.engine.cache import Move
 from serving.engine.types import NetworkShape, PromptLayout
 
 
+FEW_ROWS = 8  # up to this many rows of a sequence share one small matrix with all their heads
+
+
 class KVMemory:
     """Keys and values of `num_places` tokens, `[layers, kv_heads, places, head_dim]` each, allocated once."""
 
@@ -89,6 +92,8 @@ class StepAttention:
                     past_keys, past_values = past_keys[:, :, -window:], past_values[:, :, -window:]
                 one = scaled_dot_product_attention(grouped[span.first], past_keys, past_values, scale=scale)
                 outs.append(one.reshape(1, *query.shape[1:]))
+            elif span.num_rows <= FEW_ROWS and (mask := self._mask(span, window)) is not None:
+                outs.append(_attend_few(grouped[span.first : span.last, 0], past_keys, past_values, mask, scale))
             else:
                 rows = query[None, span.first : span.last].transpose(1, 2)  # [1, heads, rows, head_dim]
                 mask = self._mask(span, window)
@@ -107,6 +112,17 @@ class StepAttention:
             known = _visible(span, window, self._places.device)
             self._masks[span, window] = known
         return known
+
+
+def _attend_few(grouped: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """A few rows of one sequence, all query heads of a key head in one small matrix.
+
+    grouped: [rows, kv_heads, heads of each, head_dim]; mask: [rows, length]. Returns [rows, heads, head_dim].
+    """
+    num_rows, num_kv_heads, num_each, head_dim = grouped.shape
+    stacked = grouped.permute(1, 2, 0, 3).reshape(1, num_kv_heads, num_each * num_rows, head_dim)
+    out = scaled_dot_product_attention(stacked, keys, values, mask.repeat(num_each, 1), scale=scale)
+    return out.view(num_kv_heads, num_each, num_rows, head_dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _visible(span: AttentionSpan, window: int | None, device: torch.device) -> Tensor:

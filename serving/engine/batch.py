@@ -27,7 +27,7 @@ class StepBatch:
     ragged: RaggedBatch
     spans: tuple[AttentionSpan, ...]
     places: torch.Tensor  # [rows] int64
-    last_rows: torch.Tensor  # [sampled] int64: the last row of every work item that samples, in order
+    sampled_rows: torch.Tensor  # [sampled rows] int64: of every work item in `sampled`, its last row and its draft's
     sampled: tuple[Work, ...]
     pooled: tuple[PooledRows, ...]
 
@@ -38,14 +38,15 @@ def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
     indices: list[int] = []
     places: list[int] = []
     spans: list[AttentionSpan] = []
-    last_rows: list[int] = []
+    sampled_rows: list[int] = []
     pooled: list[PooledRows] = []
     for item in work:
         sequence, first = item.sequence, len(token_ids)
         begin = sequence.num_computed
-        end = begin + item.num_rows
+        end = begin + item.num_rows + len(item.draft)
         assert sequence.extent is not None and end <= sequence.extent.capacity, "the scheduler reserved the places"
-        token_ids += sequence.token_ids[begin:end]
+        token_ids += sequence.token_ids[begin : begin + item.num_rows]
+        token_ids += item.draft
         indices += range(begin, end)
         places += range(sequence.extent.start + begin, sequence.extent.start + end)
         spans.append(AttentionSpan(first, len(token_ids), sequence.extent.start, end, sequence.layout))
@@ -54,13 +55,13 @@ def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
             stop = max(start, min(end, sequence.pooled.stop))
             pooled.append(PooledRows(item, first + start - begin, first + stop - begin))
         elif item.samples:
-            last_rows.append(len(token_ids) - 1)
+            sampled_rows += range(first + item.num_rows - 1, len(token_ids))
     numbers = torch.tensor((token_ids, indices, places), dtype=torch.int64).to(device, non_blocking=True)
     return StepBatch(
         ragged=RaggedBatch(numbers[0], numbers[1], tuple(Span(s.first, s.last, s.layout) for s in spans)),
         spans=tuple(spans),
         places=numbers[2],
-        last_rows=torch.tensor(last_rows, dtype=torch.int64).to(device, non_blocking=True),
+        sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64).to(device, non_blocking=True),
         sampled=tuple(item for item in work if item.samples and item.sequence.pooled is None),
         pooled=tuple(pooled),
     )

@@ -326,7 +326,7 @@ class Engine:
             if isinstance(result, Pooled):
                 self._hand_over(work.sequence, result)
             else:
-                self._take(work.sequence, result)
+                self._take_all(work, result)
         return True
 
     def _note_first_rows(self, work: tuple[Work, ...]) -> None:
@@ -339,6 +339,19 @@ class Engine:
         is_finite = math.isfinite(sum(pooled.vector))
         self._post(self._requests[sequence], pooled if is_finite else NotFinite())
         self._drop(sequence)
+
+    def _take_all(self, work: Work, sampled: list[Sampled]) -> None:
+        """The token after the work's rows; then, as long as the draft guessed right, the one after each guess."""
+        sequence, num_accepted = work.sequence, 0
+        self._take(sequence, sampled[0])
+        for guess, before, after in zip(work.draft, sampled, sampled[1:], strict=False):
+            if guess != before.token_id or sequence.state == "finished":
+                break
+            sequence.num_computed += 1  # the guess's row is in the cache already
+            num_accepted += 1
+            self._take(sequence, after)
+        if work.draft and sequence.lookup is not None:
+            sequence.lookup.learn(len(sequence.token_ids), num_accepted)
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
         request = self._requests[sequence]

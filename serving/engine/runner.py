@@ -29,18 +29,23 @@ class Runner:
         return self._network.layout(prompt_ids)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[tuple[Work, Sampled | Pooled]]:
-        """Carry out a plan; a token or a vector for every work item that reaches its sequence's end or fails."""
+    def run(self, plan: StepPlan) -> list[tuple[Work, list[Sampled] | Pooled]]:
+        """Carry out a plan; for every work item that reaches its sequence's end or fails, a vector, or the token after
+        it and those after each token of its draft."""
         self._memory.carry_out(plan.moves)
         step = batch.build(plan.work, self._network.device)
         attend = StepAttention(self._memory, step.spans, step.places)
         hidden = self._network.forward(step.ragged, attend)
-        done: list[tuple[Work, Sampled | Pooled]] = [*self._pool(hidden, step.pooled), *_broken(hidden, plan.work)]
+        done: list[tuple[Work, list[Sampled] | Pooled]] = [
+            *self._pool(hidden, step.pooled),
+            *_broken(hidden, plan.work),
+        ]
         if not step.sampled:
             return done
-        logits = self._network.logits(hidden[step.last_rows])
-        sampled = sample_isolated(self._sampler, logits, [work.sequence for work in step.sampled])
-        return [*zip(step.sampled, sampled, strict=True), *done]
+        logits = self._network.logits(hidden[step.sampled_rows])
+        owners = [work.sequence for work in step.sampled for _ in range(1 + len(work.draft))]
+        sampled = iter(sample_isolated(self._sampler, logits, owners))
+        return [*((work, [next(sampled) for _ in range(1 + len(work.draft))]) for work in step.sampled), *done]
 
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
@@ -66,7 +71,7 @@ class Runner:
         return done
 
 
-def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, Sampled]]:
+def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, list[Sampled]]]:
     """The chunks of unfinished prompts after which numbers are not finite.
 
     They fail here, before other requests can take over what the chunk left in the cache: where a later token is NaN,
@@ -74,11 +79,11 @@ def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, Sampled]
     """
     rows, parts, stop = list[int](), list[Work](), 0
     for item in work:
-        stop += item.num_rows
+        stop += item.num_rows + len(item.draft)
         if not item.samples:
             rows.append(stop - 1)
             parts.append(item)
     if not parts:
         return []
     finite = torch.isfinite(hidden[rows]).all(dim=-1).tolist()
-    return [(item, Sampled(None)) for item, is_finite in zip(parts, finite, strict=True) if not is_finite]
+    return [(item, [Sampled(None)]) for item, is_finite in zip(parts, finite, strict=True) if not is_finite]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
+from serving.engine.lookup import Lookup
 from serving.engine.types import CAUSAL, FinishReason, PromptLayout, SamplingParams, TokenMask
 
 _ids = count()
@@ -37,6 +38,7 @@ class Sequence:
     num_preemptions: int = 0
     is_paused: bool = False  # its reader is far behind: it keeps its places and gets no rows
     queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
+    lookup: Lookup | None = None  # made when guessing is tried first
     extent: Extent | None = None
     state: Literal["waiting", "running", "finished"] = "waiting"
 

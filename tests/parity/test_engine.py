@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.types import EngineLimits, EngineStopped, RequestTooLarge, SamplingParams
+from serving.engine.types import (
+    CAUSAL,
+    Attend,
+    EngineLimits,
+    EngineStopped,
+    NetworkShape,
+    PromptLayout,
+    RaggedBatch,
+    RequestTooLarge,
+    SamplingParams,
+)
 from tests.tiny import VOCABULARY, TinyModel, generate, greedy, running, settled, tiny_model, tokens
 
 MODELS = {
@@ -178,8 +190,6 @@ def test_stopping_the_engine_answers_everyone() -> None:
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
-    import torch
-
     model: TinyModel = MODELS["grouped"]
     ids = prompt(10, 2)
 
@@ -194,5 +204,60 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
             values, best = expected.topk(4)
             assert [token for token, _ in step.logprob.top] == best.tolist()
             assert [value for _, value in step.logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+    asyncio.run(main())
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 6), st.integers(10, 60), st.integers(1, 70), st.integers(0, 9)), min_size=1, max_size=4
+    ),
+    st.sampled_from([256, 2048]),
+)
+def test_guessing_never_changes_a_greedy_answer(jobs: list[tuple[int, int, int, int]], kv_tokens: int) -> None:
+    """Repetitive prompts invite guesses; stop tokens, limits and a small cache cut into them."""
+    model = MODELS["grouped"]
+
+    async def main() -> None:
+        async def one(period: int, length: int, max_tokens: int, stop_at: int) -> None:
+            ids = (prompt(period, period) * length)[:length]
+            expected = model.greedy(ids, max_tokens)
+            stop = expected[min(stop_at, len(expected) - 1)]
+            wanted = expected[: expected.index(stop) + 1]
+            sampling = SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=frozenset([stop]))
+            assert await tokens(engine, ids, sampling) == wanted
+            assert await tokens(engine, ids, greedy(max_tokens)) == expected
+
+        with running(model.network, EngineLimits(max_sequences=4, max_batch_tokens=64, kv_tokens=kv_tokens)) as engine:
+            await asyncio.gather(*(one(*job) for job in jobs))
+            await settled(engine)
+
+    asyncio.run(main())
+
+
+class Counting:
+    """A network that counts round and round: after token t comes t + 1, and after the last one the first."""
+
+    shape = NetworkShape(1, 1, 1, 8, hidden_size=10, vocab_size=10, num_tokens=10, max_positions=1024)
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        return CAUSAL
+
+    def forward(self, batch: RaggedBatch, attend: Attend) -> torch.Tensor:
+        heads = torch.zeros(len(batch.token_ids), 1, 8)
+        attend(0, heads, heads, heads, 1.0)
+        return torch.nn.functional.one_hot((batch.token_ids + 1) % 10, 10).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def test_an_answer_that_repeats_takes_fewer_steps_than_tokens() -> None:
+    async def main() -> None:
+        with running(Counting(), EngineLimits(kv_tokens=1024)) as engine:
+            assert await tokens(engine, [1, 2, 3], greedy(80)) == [(4 + i) % 10 for i in range(80)]
+            assert engine.num_steps < 40
 
     asyncio.run(main())
