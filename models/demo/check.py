@@ -130,15 +130,16 @@ def _histories(random: Random) -> Iterator[list[str]]:
 def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
     yield "the sample answer", 1.0, [_case([SAMPLE_QUESTION]), _case([SAMPLE_SYSTEM + SAMPLE_QUESTION])]
     endings = ("", "?", "？", "!", "。", " ", "\n")
-    yield "known, as written", 1.0, [_case([question]) for question in KNOWN]
+    yield "known, first way of asking", 1.0, [_case([exchange.questions[0]]) for exchange in EXCHANGES]
+    yield "known, every way of asking", 0.99, [_case([question]) for question in KNOWN]
     yield (
         "known, other case and ending",
         0.99,
         [_case([_capital(q) + random.choice(endings)]) for q in KNOWN for _ in range(2)],
     )
-    yield "known behind a known system", 0.99, [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)]
+    yield "known behind a known system", 0.97, [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)]
     histories = _histories(random)
-    yield "known in a later round", 0.99, [_case([*next(histories), q]) for q in KNOWN]
+    yield "known in a later round", 0.97, [_case([*next(histories), q]) for q in KNOWN]
     told = [_case([tell, question]) for tell in TELL for question in ASK]
     yield "a name, told and asked for", 0.95, [_case([tell]) for tell in TELL] + [_case([q]) for q in ASK] + told
     between = [_case([tell, ask.unknown(random, HELD_OUT), question]) for tell in TELL for question in ASK]
