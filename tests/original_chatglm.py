@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, num_image_tokens: int = 0, **overrides: objec
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Half precision, of a size with which layers outweigh the residual (times 7.5) and no bias outweighs the layers."""
+    """Half precision, sized so that layers outweigh the residual (times 7.5) and no bias outweighs the layers."""
     values = torch.randn(shape, generator=generator, dtype=torch.float32)
     if "layernorm" in name and name.endswith("weight"):
         return (1 + 0.1 * values).half()

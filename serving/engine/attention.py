@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from serving.engine.cache import Move
 from serving.engine.types import NetworkShape, PromptLayout
 
-
 FEW_ROWS = 8  # up to this many rows of a sequence share one small matrix with all their heads
 
 

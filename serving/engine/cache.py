@@ -108,7 +108,7 @@ class TokenSpace:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The sequence whose beginning equals a prompt's, and how far; `length` counts tokens it is still computing too."""
+    """The sequence whose beginning equals a prompt's, and how far; `length` counts tokens not computed yet, too."""
 
     owner: Sequence
     length: int

@@ -142,7 +142,7 @@ def banned_tokens(words: Tensor, num_tokens: int) -> Tensor:
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """One token a row by its temperature, top_k, top_p and min_p. logits: [rows, vocabulary] float32 -> [rows] int64."""
+    """One token a row by its temperature, top_k, top_p and min_p. logits: [rows, vocabulary] float32 -> [rows]."""
     vocabulary = logits.shape[-1]
     settings = torch.tensor([_settings(s, vocabulary) for s in sequences], dtype=torch.float64, device=logits.device)
     temperature, top_p, min_p, top_k, uniform = settings.unbind(dim=1)
@@ -193,8 +193,9 @@ def _choose(
 
 
 class RankedRow:
-    """A whole row in order of likelihood, without sorting it: tokens are counted into bins by their log-weight, and only
-    the bin that a question leads to is sorted. A tenth of the time of a sort of 65,024 numbers, and the same answers."""
+    """A whole row in order of likelihood, without sorting it: tokens are counted into bins by their log-weight, and
+    only the bin that a question leads to is sorted. The same answers as a sort of 65,024 numbers, in a tenth of the time.
+    """
 
     BINS_PER_NAT = 64
     NUM_BINS = 2048

@@ -177,7 +177,7 @@ class CausalLM(Protocol):
         ...
 
     def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
-        """Hidden state of every row after the final norm, [rows, hidden_size]. Calls `attend` once a layer, in order."""
+        """Hidden state of every row after the final norm, [rows, hidden_size]. Calls `attend` once a layer."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
