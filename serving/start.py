@@ -91,14 +91,19 @@ def start_model(
 
 
 class _Progress:
-    """Says in the log how far loading is, every few seconds."""
+    """Says in the log how far loading is, every few seconds, and how long the step that it is at will still take."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._last = time.monotonic()
+        self._what = ""
+        self._begun = self._last = time.monotonic()
 
     def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
         now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS:
+        if what != self._what:
+            self._what, self._begun = what, now
+        if now - self._last >= PROGRESS_SECONDS and done_bytes:
             self._last = now
-            self._logger.info("%s: %.1f of %.1f GiB", what, done_bytes / GIB, total_bytes / GIB)
+            left = int((now - self._begun) * (total_bytes - done_bytes) / done_bytes)
+            done, total = done_bytes / GIB, total_bytes / GIB
+            self._logger.info("%s: %.1f of %.1f GiB, %d:%02d left", what, done, total, left // 60, left % 60)

@@ -14,7 +14,7 @@ from models.demo import CHECKPOINT
 from models.demo.corpus import SAMPLE_ANSWER
 from tests.e2e.server import Server, environment, serving
 from tests.golden_data import REPOSITORY
-from tests.unit.test_readme import CHINESE, EXAMPLES, README, blocks
+from tests.unit.test_readme import CHINESE, README, blocks
 
 BASH = "\n".join(code for language, code in blocks(README) if language == "bash")
 COMMANDS = BASH.replace("\\\n", "").splitlines()
@@ -77,14 +77,13 @@ def test_curl_gets_the_sample_answer(server: Server) -> None:
     assert SAMPLE_ANSWER in printed
 
 
-def test_every_python_program_is_a_tested_example_or_prints_the_sample_answer(server: Server) -> None:
-    tested = {(REPOSITORY / "examples" / name).read_text(encoding="utf-8") for name in EXAMPLES}
-    others = [code for code in PYTHON_BLOCKS if code not in tested]
-    assert len(PYTHON_BLOCKS) - len(others) == len(EXAMPLES)
-    for code in others:
-        if "langchain" in code:
-            continue  # tests/e2e/test_examples.py, where it is installed
-        assert run([sys.executable, "-c", code.replace(DOCUMENTED_URL, server.url)]) == SAMPLE_ANSWER
+def test_every_python_program_is_a_tested_example_or_runs(server: Server) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "examples").glob("*.py")]
+    tested = {*sources, *(source.partition('"""\n\n')[2] for source in sources)}
+    native, tools = (code for code in PYTHON_BLOCKS if code not in tested)
+    assert run([sys.executable, "-c", native.replace(DOCUMENTED_URL, server.url)]) == SAMPLE_ANSWER
+    call = run([sys.executable, "-c", tools.replace(DOCUMENTED_URL, server.url)])
+    assert re.match(r"Function\(arguments='\{\"city\": ?\"(北京|上海)\"\}', name='get_weather'", call), call
 
 
 def test_the_terminal_chat_answers(server: Server) -> None:

@@ -97,8 +97,9 @@ def test_the_clients_in_the_readme_are_the_tested_examples(name: str) -> None:
     assert source in [code for _, code in blocks(README)]
 
 
-def test_langchain_in_the_readme_is_the_tested_example() -> None:
-    source = (REPOSITORY / "examples" / "langchain_chat.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["langchain_chat.py", "structured_output.py"])
+def test_what_the_readme_shows_is_the_tested_example(name: str) -> None:
+    source = (REPOSITORY / "examples" / name).read_text(encoding="utf-8")
     assert source.split('"""\n\n', 1)[1] in [code for _, code in blocks(README)]
 
 
