@@ -73,7 +73,7 @@ def stepper(
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
     runner = Runner(network, scheduler.space.size)
     for seed in range(batch):
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_p=0.7)
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # as dear for any logits
         mask = grammar.walk() if grammar else None
         scheduler.add(Sequence(rng.choices(range(1000, 60_000), k=64), sampling, seed=seed, mask=mask))
 
