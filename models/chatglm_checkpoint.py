@@ -15,7 +15,7 @@ from models.chatglm_network import ChatGLMConfig, ChatGLMNetwork, rotary_frequen
 from models.chatglm_tokenizer import ChatGLMTokenizer
 from models.checkpoint import ShardWriter, TensorInfo
 from models.family import ImportRefused, Precision, Progress
-from models.quantized_checkpoint import dequantize, packed_shape
+from models.quantized_checkpoint import packed_shape, read_weights
 
 TOKENIZER_FILE = "ice_text.model"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,22 +44,22 @@ def read_config(config: Mapping[str, Any]) -> ChatGLMConfig:
         raise ImportRefused("this is a P-Tuning checkpoint with a prefix encoder (pre_seq_len): import its base model")
     if quantization_bits(config) not in (0, 4, 8):
         raise ImportRefused(f"config.json says quantization_bit={config['quantization_bit']!r}; only 4 and 8 exist")
-    hidden_size, num_heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    hidden_size, num_heads = checkpoint.count(config, "hidden_size"), checkpoint.count(config, "num_attention_heads")
     if hidden_size % (4 * num_heads):
         raise ImportRefused(f"hidden_size {hidden_size} does not divide into {num_heads} heads with two rotary halves")
     return ChatGLMConfig(
-        num_layers=_count(config, "num_layers"),
+        num_layers=checkpoint.count(config, "num_layers"),
         num_heads=num_heads,
         hidden_size=hidden_size,
-        inner_hidden_size=_count(config, "inner_hidden_size"),
-        vocab_size=_count(config, "vocab_size"),
-        num_tokens=_count(config, "vocab_size"),
-        max_positions=_count(config, "max_sequence_length"),
+        inner_hidden_size=checkpoint.count(config, "inner_hidden_size"),
+        vocab_size=checkpoint.count(config, "vocab_size"),
+        num_tokens=checkpoint.count(config, "vocab_size"),
+        max_positions=checkpoint.count(config, "max_sequence_length"),
         layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
-        bos_token_id=_count(config, "bos_token_id"),
-        eos_token_id=_count(config, "eos_token_id"),
-        mask_token_id=_count(config, "mask_token_id"),
-        gmask_token_id=_count(config, "gmask_token_id"),
+        bos_token_id=checkpoint.count(config, "bos_token_id"),
+        eos_token_id=checkpoint.count(config, "eos_token_id"),
+        mask_token_id=checkpoint.count(config, "mask_token_id"),
+        gmask_token_id=checkpoint.count(config, "gmask_token_id"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )
 
@@ -67,13 +67,6 @@ def read_config(config: Mapping[str, Any]) -> ChatGLMConfig:
 def quantization_bits(config: Mapping[str, Any]) -> Any:
     """What config.json says of packed weights; 0 for plain ones."""
     return config.get("quantization_bit") or 0
-
-
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ImportRefused(f"config.json has no usable {key} ({value!r})")
-    return value
 
 
 def find_num_image_tokens(tokenizer_file: Path, config: ChatGLMConfig) -> int:
@@ -137,23 +130,12 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     dtype = torch.float16 if embeddings.dtype == torch.int8 else embeddings.dtype
     sizes = [torch.Size(shapes[names[name]]).numel() for name in names]
     checkpoint.require_space(target, sum(sizes) * dtype.itemsize)
-    writer, total, done = ShardWriter(target), sum(info.num_bytes for info in found.values()), 0
-    halves: dict[str, Tensor] = {}  # packed weights that wait for their scales, or the other way round
-    for shard in shards:
-        for name, tensor in checkpoint.read_shard(shard):
-            weight_name = name.removesuffix("_scale")
-            if weight_name in packed and weight_name not in halves:
-                halves[weight_name] = tensor.clone()
-            elif weight_name in packed:
-                other = halves.pop(weight_name)
-                weight, scale = (tensor, other) if name == weight_name else (other, tensor)
-                writer.add(names[weight_name], dequantize(weight, scale.half(), bits))
-            elif name in names:
-                writer.add(names[name], tensor)
-            elif name.endswith("inv_freq"):
-                _check_frequencies(name, tensor, config)
-            done += found[name].num_bytes
-            progress(done, total, shard.name)
+    writer = ShardWriter(target)
+    for name, tensor in read_weights(shards, found, packed, bits, progress):
+        if name in names:
+            writer.add(names[name], tensor)
+        elif name.endswith("inv_freq"):
+            _check_frequencies(name, tensor, config)
     writer.finish()
     precision = str(dtype).removeprefix("torch.")
     return {"dtype": precision, "parameters": sum(sizes), "source_precision": f"int{bits}" if bits else precision}

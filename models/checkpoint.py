@@ -65,6 +65,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def count(config: Mapping[str, Any], name: str) -> int:
+    """A number of `config.json` that must be a positive whole one. Raises ImportRefused."""
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ImportRefused(f"config.json has no usable {name!r} ({value!r}); it must be a positive whole number")
+    return value
+
+
 def refuse_pointer(path: Path) -> None:
     """A repository cloned without Git LFS holds small text files in place of the large ones."""
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from torch import Tensor
 from models import checkpoint
 from models.checkpoint import TensorInfo
 from models.family import ImportRefused, Progress
-from models.quantized_checkpoint import dequantize, packed_shape
+from models.quantized_checkpoint import packed_shape, read_weights
 
 RopeRule = Literal["linear", "base"]
 
@@ -90,34 +90,30 @@ def read_network(config: Mapping[str, Any]) -> Network:
     bits = config.get("quantization_bit") or 0
     if bits not in (0, 4, 8):
         raise ImportRefused(f"config.json says quantization_bit={bits!r}; only 4, 8 and unquantised can be imported")
-    num_heads, multi_query = _count(config, "num_attention_heads"), bool(config.get("multi_query_attention", False))
-    num_kv_heads = _count(config, "multi_query_group_num") if multi_query else num_heads
+    num_heads, multi_query = (
+        checkpoint.count(config, "num_attention_heads"),
+        bool(config.get("multi_query_attention", False)),
+    )
+    num_kv_heads = checkpoint.count(config, "multi_query_group_num") if multi_query else num_heads
     if num_heads % num_kv_heads:
         raise ImportRefused(
             f"config.json has {num_heads} attention heads in {num_kv_heads} groups, which does not divide"
         )
     return Network(
-        num_layers=_count(config, "num_layers"),
-        hidden_size=_count(config, "hidden_size"),
+        num_layers=checkpoint.count(config, "num_layers"),
+        hidden_size=checkpoint.count(config, "hidden_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_count(config, "kv_channels"),
-        intermediate_size=_count(config, "ffn_hidden_size"),
-        vocab_size=_count(config, "padded_vocab_size"),
-        max_positions=_count(config, "seq_length"),
+        head_dim=checkpoint.count(config, "kv_channels"),
+        intermediate_size=checkpoint.count(config, "ffn_hidden_size"),
+        vocab_size=checkpoint.count(config, "padded_vocab_size"),
+        max_positions=checkpoint.count(config, "seq_length"),
         norm_epsilon=_positive(config, "layernorm_epsilon", 1e-5),
         has_qkv_bias=bool(config.get("add_qkv_bias", False)),
         is_multi_query=multi_query,
         bits=bits,
         rope_ratio=_positive(config, "rope_ratio", 1.0),
     )
-
-
-def _count(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ImportRefused(f"config.json has no usable {name!r} ({value!r}); it must be a positive whole number")
-    return value
 
 
 def _positive(config: Mapping[str, Any], name: str, default: float) -> float:
@@ -278,7 +274,13 @@ def convert(source: Path, target: Path, rope: RopeRule | None, progress: Progres
     dtype = torch.float16 if network.bits else found["transformer.embedding.word_embeddings.weight"].dtype
     checkpoint.require_space(target, _output_bytes(found, pieces))
     checkpoint.write_json(target / "config.json", glm_config(network, rope or "linear", dtype))
-    _write_weights(shards, found, pieces, network.bits, checkpoint.ShardWriter(target), progress)
+    packed = {name for name, piece in pieces.items() if piece.is_quantized}
+    writer = checkpoint.ShardWriter(target)
+    for name, tensor in read_weights(shards, found, packed, network.bits, progress):
+        if name in pieces:
+            for new_name, part in pieces[name].split(tensor):
+                writer.add(new_name, part)
+    writer.finish()
     return {
         "context_length": network.max_positions,
         "dtype": str(dtype).removeprefix("torch."),
@@ -296,35 +298,3 @@ def _output_bytes(found: Mapping[str, TensorInfo], pieces: Mapping[str, Piece]) 
 
 def _num_elements(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _write_weights(
-    shards: list[Path],
-    found: Mapping[str, TensorInfo],
-    pieces: Mapping[str, Piece],
-    bits: int,
-    writer: checkpoint.ShardWriter,
-    progress: Progress,
-) -> None:
-    total, done = sum(info.num_bytes for info in found.values()), 0
-    halves: dict[str, Tensor] = {}  # a packed weight that waits for its scale, or the other way round
-    for shard in shards:
-        for name, tensor in checkpoint.read_shard(shard):
-            base = name.removesuffix("_scale")
-            if base in pieces and pieces[base].is_quantized:
-                other = halves.pop(base, None)
-                if other is None:
-                    halves[base] = tensor.clone()
-                else:
-                    weight, scale = (other, tensor) if name != base else (tensor, other)
-                    _write_piece(writer, pieces[base], dequantize(weight, scale.half(), bits))
-            elif name in pieces:
-                _write_piece(writer, pieces[name], tensor)
-            done += found[name].num_bytes
-            progress(done, total, shard.name)
-    writer.finish()
-
-
-def _write_piece(writer: checkpoint.ShardWriter, piece: Piece, tensor: Tensor) -> None:
-    for name, part in piece.split(tensor):
-        writer.add(name, part)

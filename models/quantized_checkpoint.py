@@ -1,4 +1,4 @@
-"""Reads the weights of the official int4 and int8 checkpoints back as half precision. Knows two packings, no files.
+"""Reads the weights of the official int4 and int8 checkpoints back as half precision. Knows two packings, no names.
 
 The layout is that of ChatGLM's `QuantizedLinear`: an int8 `weight` and one half-precision `weight_scale` per output
 row. With 8 bits a byte is a weight; with 4 bits a byte is two neighbouring ones, the even column in the high nibble.
@@ -6,8 +6,17 @@ row. With 8 bits a byte is a weight; with 4 bits a byte is two neighbouring ones
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from models import checkpoint
+from models.checkpoint import TensorInfo
+from models.family import Progress
+
+SCALE = "_scale"  # behind the name of a packed weight
 
 
 def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
@@ -25,3 +34,27 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         low = (weight << 4) >> 4
         weight = torch.stack((high, low), dim=-1).flatten(1)
     return weight.to(scale.dtype) * scale[:, None]
+
+
+def read_weights(
+    shards: list[Path], found: Mapping[str, TensorInfo], packed: Collection[str], bits: int, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a whole checkpoint, shard by shard; those in `packed` once, de-quantised. Tells `progress`.
+
+    found: what `checkpoint.inspect_shards` says. A tensor is only good until the next one is asked for.
+    """
+    total, done = sum(info.num_bytes for info in found.values()), 0
+    halves: dict[str, Tensor] = {}  # packed weights that wait for their scales, or the other way round
+    for shard in shards:
+        for name, tensor in checkpoint.read_shard(shard):
+            weight_name = name.removesuffix(SCALE)
+            if weight_name not in packed:
+                yield name, tensor
+            elif weight_name not in halves:
+                halves[weight_name] = tensor.clone()
+            else:
+                other = halves.pop(weight_name)
+                weight, scale = (tensor, other) if name == weight_name else (other, tensor)
+                yield weight_name, dequantize(weight, scale.half(), bits)
+            done += found[name].num_bytes
+            progress(done, total, shard.name)
