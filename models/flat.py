@@ -99,7 +99,7 @@ class FlatDecoder(nn.Module):
         linears.pack(self, precision, self.device, progress)
         self.dtype = linears.compute_dtype(precision, self.device)
         self.norm = self.norm.to(self.dtype)
-        for layer in cast("Sequence[FlatLayer]", self.layers):
+        for layer in cast("list[FlatLayer]", self.layers):
             layer.input_norm, layer.post_norm = layer.input_norm.to(self.dtype), layer.post_norm.to(self.dtype)
         self.shape = NetworkShape(
             num_layers=len(self.layers),
@@ -133,14 +133,15 @@ class FlatDecoder(nn.Module):
 
 def _joined(parts: list[nn.Linear], row_order: Tensor | None) -> nn.Linear:
     """Several products of one input as one. `row_order` rearranges the channels of each head of query and key."""
-    weights, biases = [p.weight.detach() for p in parts], [p.bias for p in parts]
+    weights = [part.weight.detach() for part in parts]
+    biases: list[Tensor | None] = [part.bias for part in parts]
     if row_order is not None:
         weights[:2] = [_reordered(weight, row_order) for weight in weights[:2]]
         biases[:2] = [None if bias is None else _reordered(bias.detach(), row_order) for bias in biases[:2]]
     joined = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), bias=False, device="meta")
     joined.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
     if biases[0] is not None:
-        joined.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+        joined.bias = nn.Parameter(torch.cat([bias for bias in biases if bias is not None]), requires_grad=False)
     return joined
 
 

@@ -55,11 +55,11 @@ def pack(model: nn.Module, precision: Precision, device: torch.device, progress:
             raise ImportRefused(f"{precision} weights are for CPUs so far; on {device.type} use float16 or bfloat16")
         return
     dtype = compute_dtype(precision, device)
-    found = [
+    found: list[tuple[nn.Module, str, nn.Linear | nn.Embedding]] = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) in (nn.Linear, nn.Embedding)
+        if isinstance(child, nn.Linear | nn.Embedding)
     ]
     total = sum(child.weight.nbytes for _, _, child in found)
     done = 0

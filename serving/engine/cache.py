@@ -142,8 +142,8 @@ class PrefixIndex:
                 del self._owners[link]
 
     def find(self, sequence: Sequence) -> PrefixMatch | None:
-        """The best match for a waiting sequence: most tokens ready, then most tokens in all. Its last token never counts:
-        it has to be computed, to sample after it."""
+        """The best match for a waiting sequence: most tokens ready, then most tokens in all. Its last token never
+        counts: it has to be computed, to sample after it."""
         limit = len(sequence.token_ids) - 1
         link = 0
         candidates: dict[Sequence, None] = {}

@@ -194,7 +194,7 @@ def _choose(
 
 class RankedRow:
     """A whole row in order of likelihood, without sorting it: tokens are counted into bins by their log-weight, and
-    only the bin that a question leads to is sorted. The same answers as a sort of 65,024 numbers, in a tenth of the time.
+    only the bin that a question leads to is sorted. The answers of a full sort of the row, in a tenth of its time.
     """
 
     BINS_PER_NAT = 64
