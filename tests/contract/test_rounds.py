@@ -14,7 +14,10 @@ from starlette.applications import Starlette
 from serving.api.generation import DROPPED_ROUNDS_HEADER
 from serving.chat.rounds import drop_oldest
 from serving.chat.types import Conversation, Message, Role
-from tests.contract.tiny import CONTEXT, NAME, assert_openai_error, chunks, post, serving
+from serving.settings import Settings
+from tests.contract.tiny import CONTEXT, NAME, assert_openai_error, chunks, in_front_of, post, serving
+from tests.original_glm import SMALL, random_weights, write_checkpoint
+from tests.own_store import SETTINGS, imported_and_started
 
 ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 ANSWER = {"model": NAME, "temperature": 0, "max_tokens": 20}
@@ -102,6 +105,16 @@ def test_a_round_with_tools_goes_as_a_whole(dropping3: Starlette) -> None:
     response = post(dropping3, "/chat/completions", {**ANSWER, "messages": [*with_tool, last]})
     assert response.headers[DROPPED_ROUNDS_HEADER] == "1"
     assert response.json()["usage"]["prompt_tokens"] == num_prompt_tokens(dropping3, [last])
+
+
+def test_the_operators_setting_reaches_the_model(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"CHATGLM_DROP_OLDEST_ROUNDS": "true"})
+    small = SETTINGS.model_copy(update={"drop_oldest_rounds": settings.drop_oldest_rounds})
+    write_checkpoint(tmp_path / "source", SMALL, random_weights(SMALL, 1))
+    model = imported_and_started(tmp_path, "chatglm2", tmp_path / "source", {}, small)
+    with in_front_of(model) as app:
+        response = post(app, "/chat/completions", {**ANSWER, "messages": long_talk(8)})
+    assert int(response.headers[DROPPED_ROUNDS_HEADER]) > 0
 
 
 def talk(letters: str) -> Conversation:

@@ -322,7 +322,7 @@ def test_golden_answers_are_the_originals() -> None:
 def test_an_answer_that_goes_on_knows_its_neighbour_and_keeps_its_space(tmp_path: Path) -> None:
     train_tokenizer(tmp_path / "ice_text.model")
     chat_format = chatglm.ChatGLMFormat(ChatGLMTokenizer(tmp_path / "ice_text.model", 0), *SUFFIX, 130005)
-    for begun, text, shown in (("你好", "!", "！"), ("hello", "!", "!"), ("hello", " world", " world"), ("", " a", "a")):
+    for begun, text, shown in (("你好", "!", "！"), ("hello", "!", "!"), ("hello", " a", " a"), ("", " a", "a")):
         reader = chat_format.reader(begun)
         parts = [*reader.push(text), *reader.flush()]
         assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == shown
