@@ -51,7 +51,7 @@ class Settings(BaseModel):
     max_sequences: int = Field(64, ge=1, le=1024, description="Answers generated at once; others wait.")
     max_batch_tokens: int = Field(512, ge=16, le=65536, description="Rows of one engine step, prompts included.")
     drop_oldest_rounds: bool = Field(
-        False, description="Leave the oldest rounds out of a too long conversation; `x-chatglm-dropped-rounds` counts them."
+        False, description="Leave the oldest rounds out of too long a conversation; `x-chatglm-dropped-rounds` counts."
     )
     max_n: int = Field(128, ge=1, le=128, description="Largest `n` of one request.")
     max_body_mib: float = Field(4.0, gt=0, description="Largest request body in MiB; larger ones get 413.")
