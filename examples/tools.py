@@ -22,7 +22,9 @@ TOOL: ChatCompletionToolParam = {
 client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
 messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "北京今天天气怎么样？"}]
 
-reply = client.chat.completions.create(model="chatglm2-6b", messages=messages, tools=[TOOL], tool_choice="required")
+reply = client.chat.completions.create(
+    model="chatglm2-6b", messages=messages, tools=[TOOL], tool_choice="required", parallel_tool_calls=False
+)
 (call,) = reply.choices[0].message.tool_calls or ()
 assert call.type == "function"
 arguments = json.loads(call.function.arguments)
@@ -30,5 +32,5 @@ print(f"{call.function.name}({arguments}) -> {WEATHER[arguments['city']]}")
 
 messages.append({"role": "assistant", "tool_calls": [call.model_dump()]})  # type: ignore[typeddict-item]
 messages.append({"role": "tool", "tool_call_id": call.id, "content": WEATHER[arguments["city"]]})
-reply = client.chat.completions.create(model="chatglm2-6b", messages=messages, tools=[TOOL])
+reply = client.chat.completions.create(model="chatglm2-6b", messages=messages, tools=[TOOL], max_tokens=100)
 print(reply.choices[0].message.content)

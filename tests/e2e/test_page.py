@@ -288,6 +288,6 @@ def test_the_home_page_links_to_the_chat_and_loads_nothing_from_elsewhere(visit:
     chat.page.wait_for_selector('[data-path="/v1/chat/completions"]')
     assert all(url.startswith((server.url, "data:")) for url in chat.requested)
     chat.requested.clear()
-    chat.page.click("nav >> text=Chat")
+    chat.page.click("nav a.button")
     chat.page.wait_for_selector("#question")
     assert chat.page.url == f"{server.url}/chat"

@@ -17,7 +17,7 @@ from tests.golden_data import REPOSITORY
 from tests.unit.test_readme import CHINESE, README, blocks
 
 BASH = "\n".join(code for language, code in blocks(README) if language == "bash")
-COMMANDS = BASH.replace("\\\n", "").splitlines()
+COMMANDS = [line for line in BASH.replace("\\\n", "").splitlines() if line]
 PYTHON_BLOCKS = [code for language, code in blocks(README) if language == "python"]
 DOCUMENTED_URL = "http://localhost:8000"
 
@@ -65,7 +65,7 @@ def test_every_command_is_run_by_a_test() -> None:
 
 @pytest.mark.parametrize("readme", [README, CHINESE], ids=["English", "Chinese"])
 def test_every_make_target_that_is_named_exists(readme: Path) -> None:
-    targets = set(re.findall(r"\bmake ([a-z][a-z-]*)", readme.read_text(encoding="utf-8")))
+    targets = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", readme.read_text(encoding="utf-8"), re.MULTILINE))
     assert {"serve", "test"} <= targets
     rules = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert [target for target in targets if not re.search(rf"^{target}:", rules, re.MULTILINE)] == []
@@ -83,7 +83,7 @@ def test_every_python_program_is_a_tested_example_or_runs(server: Server) -> Non
     native, tools = (code for code in PYTHON_BLOCKS if code not in tested)
     assert run([sys.executable, "-c", native.replace(DOCUMENTED_URL, server.url)]) == SAMPLE_ANSWER
     call = run([sys.executable, "-c", tools.replace(DOCUMENTED_URL, server.url)])
-    assert re.match(r"Function\(arguments='\{\"city\": ?\"(北京|上海)\"\}', name='get_weather'", call), call
+    assert re.search(r"(北京|上海).*name='get_weather'", call)
 
 
 def test_the_terminal_chat_answers(server: Server) -> None:
