@@ -48,7 +48,9 @@ class Feed:
     ) -> None:
         self._ready: list[tuple[int, ChatEvent]] = []
         self._max_ready = max_ready
-        self._something = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # what the reader waits for
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0  # in the loop's time, of the wait that goes on now
         self._room = asyncio.Event()
         self._room.set()
         self._failure: Exception | None = None
@@ -66,7 +68,6 @@ class Feed:
         Raises what a source raised, once the events before it were taken.
         """
         if not self._ready and self._failure is None and self._running:
-            self._something.clear()
             await self._wait(timeout_seconds)
             if not self._ready and self._failure is None and self._running:
                 return []
@@ -79,15 +80,29 @@ class Feed:
         return None
 
     async def _wait(self, timeout_seconds: float | None) -> None:
-        if timeout_seconds is None:
-            await self._something.wait()
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        if timeout_seconds is not None:
+            self._alarm_at = loop.time() + timeout_seconds
+            if self._alarm is None:
+                self._alarm = loop.call_at(self._alarm_at, self._ring)
+        await self._reader
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _ring(self) -> None:
+        """One timer serves many waits, since a timer for each token costs more than the token: ringing for a wait that
+        is over, it is set again for the one that goes on."""
+        self._alarm = None
+        if self._reader is None or self._reader.done():
             return
-        # a bare timer: asyncio.timeout() costs as much as the rest of a chunk's way together
-        timer = asyncio.get_running_loop().call_later(timeout_seconds, self._something.set)
-        try:
-            await self._something.wait()
-        finally:
-            timer.cancel()
+        loop = self._reader.get_loop()
+        if loop.time() < self._alarm_at:
+            self._alarm = loop.call_at(self._alarm_at, self._ring)
+        else:
+            self._wake()
 
     async def take_all(self) -> list[tuple[int, ChatEvent]]:
         """Every event up to the end."""
@@ -98,8 +113,9 @@ class Feed:
 
     async def close(self) -> None:
         """Stop every source and wait until it is closed. May be called twice."""
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._alarm):
+            if timer:
+                timer.cancel()
         is_complete = self._running == 0 and self._failure is None
         for task in self._tasks:
             task.cancel()
@@ -112,7 +128,7 @@ class Feed:
             self._failure = self._failure or failure
             for task in self._tasks:
                 task.cancel()
-            self._something.set()
+            self._wake()
 
     async def _read(self, source: Source, first_index: int) -> None:
         try:
@@ -124,10 +140,10 @@ class Feed:
                         self._room.clear()
                         await self._room.wait()
                     self._ready.append((first_index + index, event))
-                    self._something.set()
+                    self._wake()
         except Exception as error:  # noqa: BLE001
             # the reader raises it in its own task, where the request's answer is made
             self._failure = self._failure or error
         finally:
             self._running -= 1
-            self._something.set()
+            self._wake()
