@@ -29,7 +29,7 @@ from tests.e2e.server import Server, serving
 MAX_SEQUENCES = 8
 MAX_QUEUED = 4  # so small that twice the capacity meets 429s
 MAX_RETRY_SECONDS = 1.0
-MEMORY_SLACK_MIB = 48.0  # allocator noise; a leak grows with the requests
+MAX_GROWTH_MIB = 48.0  # after the first quarter; a short run is still meeting new shapes, whose kernels torch keeps
 QUESTIONS = ["你好", "你是谁？", "Hello", "1+1等于几？", "What can you do?", "再见", "介绍一下你自己", "谢谢"]
 BAD_BODIES: list[bytes] = [
     b"", b"{", b"[]", b"nonsense", b'{"model": "chatglm"}', b'{"model": "chatglm", "messages": []}',
@@ -60,7 +60,7 @@ def settings() -> dict[str, str]:
     return {
         "CHATGLM_MAX_SEQUENCES": str(MAX_SEQUENCES),
         "CHATGLM_MAX_QUEUED_REQUESTS": str(MAX_QUEUED),
-        "CHATGLM_KV_CACHE_GIB": "0.02",
+        "CHATGLM_KV_CACHE_GIB": "0.003",  # about 1,500 tokens of the demonstration model: sequences are preempted
         "CHATGLM_THREADS": "1",
         "CHATGLM_ACCESS_LOG": "off",
     }
@@ -74,6 +74,9 @@ def bodies() -> list[dict[str, Any]]:
         made.append({**base, "max_tokens": 40})
         made.append({**base, "max_tokens": 60, "ignore_eos": True})
         made.append({**base, "max_tokens": 24, "n": 2, "temperature": 0.8, "seed": i})
+    for question in QUESTIONS[:4]:  # they outgrow the cache together
+        messages = [{"role": "user", "content": question}]
+        made.append({"model": "chatglm", "messages": messages, "temperature": 0, "max_tokens": 250, "ignore_eos": True})
     long = {"role": "user", "content": "很长的历史。" * 120}
     for i in range(4):
         messages = [long, {"role": "assistant", "content": "好的。"}, {"role": "user", "content": QUESTIONS[i]}]
@@ -239,7 +242,9 @@ class Soak:
             await asyncio.sleep(0.2)
 
 
-async def run(server: Server, seconds: float, num_clients: int, seed: int) -> Tally:
+async def run(
+    server: Server, seconds: float, num_clients: int, seed: int, max_growth_mib: float = MAX_GROWTH_MIB
+) -> Tally:
     """The whole soak against a running server that was started with `settings()`."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
@@ -256,7 +261,7 @@ async def run(server: Server, seconds: float, num_clients: int, seed: int) -> Ta
         soak.tally.counts["preempted"] = int((await soak.metrics())["chatglm_num_preemptions_total"])
         soak.tally.memory_mib.append(memory_mib(server))
         growth = soak.tally.memory_mib[-1] - soak.tally.memory_mib[0]
-        if growth > MEMORY_SLACK_MIB:
+        if growth > max_growth_mib:
             soak.tally.fault(f"memory grew by {growth:.0f} MiB: {soak.tally.memory_mib}")
         return soak.tally
 
