@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from serving.api.errors import APIError, invalid
 
 MAX_NUMBER_LENGTH = 32  # digits; every honest number of this API has fewer
+BODY_SECONDS = 60.0  # for the whole body: one that drips in holds a connection for nothing
 DRAIN_FACTOR = 8  # how many times the limit is read and thrown away, so that the client gets to read the refusal
 
 # One pass, possessive: strings (even unclosed ones) are eaten whole, so brackets inside them do not count.
@@ -28,14 +30,19 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise too_large
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= max_bytes:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-        if size > max_bytes * DRAIN_FACTOR:
-            break
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= max_bytes:
+                    chunks.append(chunk)
+                else:
+                    chunks.clear()
+                if size > max_bytes * DRAIN_FACTOR:
+                    break
+    except TimeoutError:
+        message = f"The request body did not arrive within {BODY_SECONDS:g} seconds."
+        raise APIError(408, message, code="request_timeout") from None
     if size > max_bytes:
         raise too_large
     return b"".join(chunks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from starlette.responses import Response
 
 from serving.chat.pipeline import ContextOverflow
 from serving.chat.types import PromptError
+from serving.engine.faults import where_from
 from serving.engine.types import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge
 
 INVALID_REQUEST = "invalid_request_error"
@@ -161,4 +161,4 @@ def trace(error: Exception, failure: APIError) -> str:
     """
     if failure.status != 500:
         return ""
-    return f"\n{type(error).__qualname__}\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    return "\n" + where_from(error)

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar, cast
 
-from serving.engine.isolation import is_out_of_memory
+from serving.engine.faults import is_out_of_memory, where_from
 from serving.engine.port import Abilities
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
@@ -362,8 +362,8 @@ class Engine:
         if sequence.mask is not None:
             try:
                 sequence.mask.accept(sampled.token_id)
-            except Exception:
-                logger.exception("the mask of one request failed")
+            except Exception as error:  # noqa: BLE001
+                logger.error("the mask of one request failed: %s", where_from(error))
                 self._post(request, RequestFailed("its mask refused a token"))
                 self._drop(sequence)
                 return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor
 
+from serving.engine.faults import is_out_of_memory, where_from
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.sequence import Sequence
 
@@ -23,7 +23,7 @@ def sample_isolated(sampler: Sampler, logits: Tensor, sequences: list[Sequence])
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        logger.exception("sampling %d rows together failed; each is tried alone", len(sequences))
+        logger.error("sampling %d rows together failed; each is tried alone: %s", len(sequences), where_from(error))
         sampled = [_sample_one(sampler, logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
         if len(sampled) > 1 and all(item.is_fault for item in sampled):
             raise
@@ -37,8 +37,3 @@ def _sample_one(sampler: Sampler, logits: Tensor, sequence: Sequence) -> Sampled
         # the row's request is told; the traceback of the whole batch is in the log already
         logger.error("sequence %d cannot be sampled: %s", sequence.id, type(error).__name__)
         return Sampled(None, is_fault=True)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that the device or the host has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

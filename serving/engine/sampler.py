@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serving.engine.faults import where_from
 from serving.engine.sequence import Sequence
 from serving.engine.types import TokenLogprob
 
@@ -106,8 +107,8 @@ class Sampler:
                 continue
             try:
                 allowed = sequence.mask.allowed()
-            except Exception:
-                logger.exception("the mask of one request failed")
+            except Exception as error:  # noqa: BLE001
+                logger.error("the mask of one request failed: %s", where_from(error))
                 failed.add(row)
                 continue
             if allowed is not None:

@@ -7,10 +7,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import uvicorn
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.routing import Route
 from starlette.types import Message
@@ -18,6 +20,7 @@ from starlette.types import Message
 from serving import metrics
 from serving.api.access_log import AccessLog, to_fields
 from serving.api.admission import AdmissionLimits
+from serving.api.connections import Connections
 from serving.api.gate import RouteNames
 from serving.engine.types import EngineLimits
 from serving.tracing import Tracing
@@ -230,6 +233,57 @@ def test_neither_prompts_nor_keys_are_in_any_log(folder: Path, caplog: pytest.Lo
         f"a tensor of {SECRET}", ""
     )  # torch's own words, in the engine's traceback
     assert "sk-alice" not in caplog.text
+
+
+def test_a_body_that_drips_in_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.api.body.BODY_SECONDS", 0.2)
+
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    async def run() -> None:
+        with guarded(folder) as worker:
+            async with client(worker) as http:
+                assert_openai_error(await http.post(CHAT, content=drip()), 408)
+
+    asyncio.run(run())
+
+
+def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.api.connections.IDLE_SECONDS", 0.2)
+
+    async def run() -> None:
+        with guarded(folder, lambda: time.sleep(0.01)) as worker:
+            server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
+            serving = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.01)
+            connections = Connections()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
+            slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
+            busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
+            payload = json.dumps(body(max_tokens=60, ignore_eos=True, stream=True)).encode()
+            busy_writer.write(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n"
+                b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(payload), payload)
+            )
+            closed = 0
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+                closed += connections.sweep()
+            assert closed == 1
+            with suppress(ConnectionResetError):
+                assert await slow_reader.read() == b""
+            assert b"[DONE]" in await busy_reader.read()
+            for writer in (slow_writer, busy_writer):
+                writer.close()
+            server.should_exit = True
+            await serving
+
+    asyncio.run(run())
 
 
 def test_the_log_line_has_tokens_times_and_the_reason(folder: Path) -> None:

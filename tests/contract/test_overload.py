@@ -12,8 +12,12 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from bentoml.exceptions import BentoMLException
+from starlette.requests import Request
 
 from serving.api.admission import AdmissionLimits
+from serving.api.generation import Generations
+from serving.api.native import Question, ask
 from serving.api.served import ApiLimits
 from serving.engine.engine import MAX_UNREAD
 from serving.engine.types import EngineLimits
@@ -143,6 +147,22 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
                 assert reply.status_code == 200
                 assert reply.headers["x-ratelimit-limit-requests"] == "2"
                 assert reply.headers["x-ratelimit-remaining-requests"] == "1"
+
+    asyncio.run(run())
+
+
+def test_the_native_route_comes_through_the_same_door(folder: Path) -> None:
+    async def run() -> None:
+        with guarded(folder, door=AdmissionLimits(requests_per_minute=1)) as worker:
+            generations = Generations(worker.admission, ApiLimits())
+            request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
+            question = Question("你好", "", 0.0, 1.0, 8)
+            texts = [text async for text in ask(generations, request, worker.model, question)]
+            assert "".join(texts)
+            with pytest.raises(BentoMLException) as caught:
+                await anext(ask(generations, request, worker.model, question))
+            assert caught.value.error_code == 429
+            await at_rest(worker)
 
     asyncio.run(run())
 
