@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import metrics
 from serving.api.auth import Keys
 from serving.api.drain import Drain
-from serving.api.errors import APIError, error_response, shutting_down
+from serving.api.errors import APIError, error_response, shutting_down, unknown_url
 from serving.api.record import RequestRecord, header, record_of
 
 HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
@@ -98,6 +98,9 @@ class Gate:
         if self._guard.drain.is_draining:
             record.headers["connection"] = "close"
             return shutting_down()
+        if "\n" in scope["path"]:
+            # Starlette's patterns stop at line breaks: no route of ours would take it, and BentoML would answer
+            return unknown_url(scope["method"], scope["path"])
         if not self._guard.keys.are_required:
             return None
         authorization = header(scope, b"authorization")

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from serving.api.app import create_app
 from serving.api.openapi import OPERATIONS, PREFIX, document
 from tests.contract.tiny import NAME, USER, chunks, post, send
 
@@ -150,8 +151,7 @@ async def _document(request: Request) -> JSONResponse:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_schemathesis_finds_no_answer_that_the_document_does_not_have(app: Starlette, operation: Any) -> None:
     """Requests made from the document itself, right ones and wrong ones."""
-    described = Starlette(routes=[Route("/docs.json", _document)])
-    described.mount("/", app)
+    described = create_app(app.state.served, more_routes=[Route("/docs.json", _document)])
     schema = schemathesis.openapi.from_asgi("/docs.json", described)
     requests = schema[operation.path][operation.method.upper()].as_strategy()
 

@@ -95,7 +95,8 @@ def test_a_second_round_goes_on(server: Server) -> None:
 def test_health_and_unknown_paths(server: Server) -> None:
     assert requests.get(f"{server.url}/livez", timeout=10).status_code == 200
     assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
-    for method, path, status in (("GET", "/v1/nothing", 404), ("PUT", "/v1/models", 405), ("GET", "/v1", 404)):
+    unknown = [("GET", "/v1/nothing", 404), ("PUT", "/v1/models", 405), ("GET", "/v1", 404), ("GET", "/v1/a%0Ab", 404)]
+    for method, path, status in unknown:
         reply = requests.request(method, server.url + path, timeout=10)
         assert reply.status_code == status
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
