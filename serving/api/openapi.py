@@ -10,6 +10,7 @@ import attr
 from _bentoml_sdk import Service
 from bentoml._internal.service.openapi.specification import OpenAPISpecification, PathItem
 from pydantic import BaseModel, TypeAdapter
+from starlette.types import ASGIApp
 
 from serving.api import answers, responses_answers
 from serving.api.embeddings import EmbeddingRequest
@@ -135,7 +136,18 @@ def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
 
 
 class DescribedService(Service[Any]):
-    """BentoML's service, whose document also has the mounted routes; `bentoml build` writes it into the Bento, too."""
+    """BentoML's service, whose document also has the mounted routes (`bentoml build` writes it into the Bento, too).
+    Its requests leave no timers behind."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """Without BentoML's time limit, which keeps a timer and what it holds of every request until it runs out: the
+        limit is ours (`CHATGLM_REQUEST_TIMEOUT`)."""
+        from _bentoml_impl.server.app import ServiceAppFactory  # only a worker needs it
+
+        self.inject_config()
+        factory = ServiceAppFactory(self, is_main=is_main)
+        factory.timeout = None
+        return cast("ASGIApp", factory())
 
     @property
     def openapi_spec(self) -> OpenAPISpecification:
