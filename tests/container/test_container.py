@@ -151,7 +151,7 @@ def test_a_model_that_is_not_there_ends_the_container_with_one_line() -> None:
 
 
 def test_the_image_holds_no_compiler_and_no_package_cache() -> None:
-    script = "! command -v gcc && ! command -v git && ! test -e /root/.cache/uv && ! test -w /home/bentoml/bento/src"
+    script = "! command -v gcc && ! command -v git && ! test -e ~root/.cache/uv && ! test -w /home/bentoml/bento/src"
     subprocess.run(
         [ENGINE, "run", "--rm", "--entrypoint", "sh", *CLOSED, STORE_IMAGE, "-c", script], check=True, timeout=60
     )
