@@ -8,7 +8,8 @@ import torch
 
 from serving.engine.attention import AttentionSpan
 from serving.engine.scheduler import Work
-from serving.engine.types import RaggedBatch, Span
+from serving.engine.transfer import send
+from serving.engine.types import CAUSAL, RaggedBatch, Span
 
 
 @dataclass(frozen=True)
@@ -21,47 +22,63 @@ class PooledRows:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What each row of a step is, on the host."""
+
+    token_ids: list[int]
+    indices: list[int]  # in their own sequence, from 0
+    places: list[int]  # where keys and values are stored
+    starts: list[int]  # the first place of their sequence
+    is_causal: bool  # whether every sequence's tokens see only what is before them
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """The rows of one forward pass and which of them are sampled."""
 
-    ragged: RaggedBatch
+    rows: Rows
     spans: tuple[AttentionSpan, ...]
-    places: torch.Tensor  # [rows] int64
-    sampled_rows: torch.Tensor  # [sampled rows] int64: of every work item in `sampled`, its last row and its draft's
+    sampled_rows: list[int]  # of every work item in `sampled`, its last row and its draft's
     sampled: tuple[Work, ...]
     pooled: tuple[PooledRows, ...]
 
+    def on(self, device: torch.device) -> tuple[RaggedBatch, torch.Tensor]:
+        """What the network sees, and [rows] int64, the rows' places."""
+        rows = self.rows
+        numbers = send(torch.tensor((rows.token_ids, rows.indices, rows.places), dtype=torch.int64), device)
+        spans = tuple(Span(s.first, s.last, s.layout) for s in self.spans)
+        return RaggedBatch(numbers[0], numbers[1], spans), numbers[2]
 
-def build(work: tuple[Work, ...], device: torch.device) -> StepBatch:
+
+def build(work: tuple[Work, ...]) -> StepBatch:
     """Lay the work's rows end to end."""
-    token_ids: list[int] = []
-    indices: list[int] = []
-    places: list[int] = []
+    rows = Rows([], [], [], [], all(item.sequence.layout == CAUSAL for item in work))
     spans: list[AttentionSpan] = []
     sampled_rows: list[int] = []
     pooled: list[PooledRows] = []
     for item in work:
-        sequence, first = item.sequence, len(token_ids)
+        sequence, first = item.sequence, len(rows.token_ids)
         begin = sequence.num_computed
         end = begin + item.num_rows + len(item.draft)
         assert sequence.extent is not None, "the scheduler reserved the places"
-        token_ids += sequence.token_ids[begin : begin + item.num_rows]
-        token_ids += item.draft
-        indices += range(begin, end)
-        places += range(sequence.extent.start + begin, sequence.extent.start + end)
-        spans.append(AttentionSpan(first, len(token_ids), sequence.extent.start, end, sequence.layout))
+        start = sequence.extent.start
+        rows.token_ids.extend(sequence.token_ids[begin : begin + item.num_rows])
+        rows.token_ids.extend(item.draft)
+        rows.indices.extend(range(begin, end))
+        rows.places.extend(range(start + begin, start + end))
+        rows.starts.extend([start] * (end - begin))
+        last = len(rows.token_ids)
+        spans.append(AttentionSpan(first, last, start, end, sequence.layout))
         if sequence.pooled is not None:
-            start = max(begin, sequence.pooled.start)
-            stop = max(start, min(end, sequence.pooled.stop))
-            pooled.append(PooledRows(item, first + start - begin, first + stop - begin))
+            counted = max(begin, sequence.pooled.start)
+            stop = max(counted, min(end, sequence.pooled.stop))
+            pooled.append(PooledRows(item, first + counted - begin, first + stop - begin))
         elif item.samples:
-            sampled_rows += range(first + item.num_rows - 1, len(token_ids))
-    numbers = torch.tensor((token_ids, indices, places), dtype=torch.int64).to(device, non_blocking=True)
+            sampled_rows += range(first + item.num_rows - 1, last)
     return StepBatch(
-        ragged=RaggedBatch(numbers[0], numbers[1], tuple(Span(s.first, s.last, s.layout) for s in spans)),
+        rows=rows,
         spans=tuple(spans),
-        places=numbers[2],
-        sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64).to(device, non_blocking=True),
+        sampled_rows=sampled_rows,
         sampled=tuple(item for item in work if item.samples and item.sequence.pooled is None),
         pooled=tuple(pooled),
     )

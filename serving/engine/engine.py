@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar, cast
 
 from serving.engine.faults import is_out_of_memory, where_from
+from serving.engine.graphs import Recorder
 from serving.engine.port import Abilities
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
@@ -145,10 +146,11 @@ class Engine:
 
     abilities = Abilities()
 
-    def __init__(self, network: CausalLM, limits: EngineLimits) -> None:
+    def __init__(self, network: CausalLM, limits: EngineLimits, record: Recorder | None = None) -> None:
+        """record: how decode steps are recorded, see serving.engine.graphs; None computes each step anew."""
         self.limits = limits
         self.shape = network.shape
-        self._runner = Runner(network, limits.kv_tokens)
+        self._runner = Runner(network, limits.kv_tokens, limits.max_sequences, record)
         self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens)
         self._requests: dict[Sequence, Request] = {}  # the engine thread's
         self._outbox: dict[Generation[Any], list[tuple[int, Mail]]] = {}
@@ -169,6 +171,8 @@ class Engine:
         return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
+        """Ready when it returns; recording decode steps takes part of a minute."""
+        self._runner.prepare()
         self._thread.start()
 
     def stop(self, max_seconds: float | None = None) -> None:

@@ -1,4 +1,8 @@
-"""One step on the device: cache moves, forward pass, sampling, pooling. Knows tensors; decides nothing."""
+"""One step on the device: cache moves, forward pass, sampling, pooling. Knows tensors; decides nothing.
+
+A step waits for a GPU once, when the sampled tokens are copied to the host. Everything else is told to the device
+before, and what is read after that copy is there already.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +13,64 @@ from torch import Tensor
 
 from serving.engine import batch
 from serving.engine.attention import KVMemory, StepAttention
+from serving.engine.attention_cuda import FLASH, choose_kernel, step_attention
+from serving.engine.cache import GRANULE
+from serving.engine.graphs import DecodeGraphs, Recorder
 from serving.engine.isolation import sample_isolated
+from serving.engine.lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.scheduler import StepPlan, Work
 from serving.engine.sequence import Sequence
-from serving.engine.types import CausalLM, Pooled, PromptLayout
+from serving.engine.transfer import send_numbers
+from serving.engine.types import CAUSAL, CausalLM, Pooled, PromptLayout
 
 
 class Runner:
-    """Owns the network, the KV memory and the sampler. Called by the engine thread only."""
+    """Owns the network, the KV memory and the sampler. Called by the engine thread only, but for `prepare`."""
 
-    def __init__(self, network: CausalLM, kv_tokens: int) -> None:
+    def __init__(
+        self, network: CausalLM, kv_tokens: int, max_sequences: int = 1, record: Recorder | None = None
+    ) -> None:
+        """record: how decode steps of up to `max_sequences` answers are recorded; None computes each step anew."""
         self._network = network
-        self._memory = KVMemory(network.shape, kv_tokens, network.device, network.dtype)
+        self._memory = KVMemory(network.shape, kv_tokens + GRANULE * bool(record), network.device, network.dtype)
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[Sequence, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
+        self._kernel = choose_kernel(network.device, network.dtype)
+        self._is_packed = record is not None or network.device.type == "cuda"
+        self.graphs: DecodeGraphs | None = None
+        can_record = self._kernel is FLASH or network.device.type != "cuda"
+        if record and can_record and network.layout((0, 0)) == CAUSAL:
+            max_rows = max(max_sequences, min(max_sequences, MAX_DECODING) * (1 + MAX_DRAFT))
+            self.graphs = DecodeGraphs(network, self._memory, self._kernel, record, max_rows, scratch=kv_tokens)
 
     def layout(self, prompt_ids: Ids[int]) -> PromptLayout:
         return self._network.layout(prompt_ids)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Everything that can be done before the first request. Returns within a minute."""
+        if self.graphs:
+            self.graphs.prepare()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[tuple[Work, list[Sampled] | Pooled]]:
         """Carry out a plan; for every work item that reaches its sequence's end or fails, a vector, or the token after
         it and those after each token of its draft."""
         self._memory.carry_out(plan.moves)
-        step = batch.build(plan.work, self._network.device)
-        attend = StepAttention(self._memory, step.spans, step.places)
-        hidden = self._network.forward(step.ragged, attend)
-        done: list[tuple[Work, list[Sampled] | Pooled]] = [
-            *self._pool(hidden, step.pooled),
-            *_broken(hidden, plan.work),
-        ]
-        if not step.sampled:
-            return done
-        logits = self._network.logits(hidden[step.sampled_rows])
+        step = batch.build(plan.work)
+        hidden, logits = self._forward(plan, step)
+        sums = self._pool(hidden, step.pooled)
+        parts, finite = _unfinished(hidden, plan.work)
         owners = [work.sequence for work in step.sampled for _ in range(1 + len(work.draft))]
-        sampled = iter(sample_isolated(self._sampler, logits, owners))
-        return [*((work, [next(sampled) for _ in range(1 + len(work.draft))]) for work in step.sampled), *done]
+        sampled = iter(sample_isolated(self._sampler, logits, owners) if owners else [])
+        done: list[tuple[Work, list[Sampled] | Pooled]] = [
+            (work, [next(sampled) for _ in range(1 + len(work.draft))]) for work in step.sampled
+        ]
+        done += [(work, Pooled(tuple(mean.tolist()))) for work, mean in sums]
+        if finite is not None:
+            done += [(part, [Sampled(None)]) for part, good in zip(parts, finite.tolist(), strict=True) if not good]
+        return done
 
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
@@ -57,9 +82,28 @@ class Runner:
         if self._network.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pool(self, hidden: Tensor, pooled: tuple[batch.PooledRows, ...]) -> list[tuple[Work, Pooled]]:
-        """Add a step's rows to their texts' sums; the mean of every text that is complete."""
-        done: list[tuple[Work, Pooled]] = []
+    def _forward(self, plan: StepPlan, step: batch.StepBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of all rows, logits of the sampled ones."""
+        device = self._network.device
+        all_sampled = len(step.sampled_rows) == len(step.rows.token_ids)
+        sampled_rows = None if all_sampled else send_numbers(step.sampled_rows, device)
+        if self.graphs and not plan.chunks and self.graphs.can_run(step.rows):
+            decoded = self.graphs.run(step.rows)
+            if decoded is not None:
+                return decoded.hidden, decoded.logits if sampled_rows is None else decoded.logits[sampled_rows]
+        ragged, places = step.on(device)
+        if self._is_packed:
+            attend = step_attention(self._memory, step.spans, len(plan.decoding), places, self._kernel)
+        else:
+            attend = StepAttention(self._memory, step.spans, places)
+        hidden = self._network.forward(ragged, attend)
+        if not step.sampled_rows:
+            return hidden, hidden[:0]
+        return hidden, self._network.logits(hidden if sampled_rows is None else hidden[sampled_rows])
+
+    def _pool(self, hidden: Tensor, pooled: tuple[batch.PooledRows, ...]) -> list[tuple[Work, Tensor]]:
+        """Add a step's rows to their texts' sums; the mean of every text that is complete, still on the device."""
+        done: list[tuple[Work, Tensor]] = []
         for rows in pooled:
             sequence = rows.work.sequence
             total = hidden[rows.first : rows.last].float().sum(dim=0)
@@ -67,15 +111,16 @@ class Runner:
                 total += self._sums[sequence]
             self._sums[sequence] = total
             if rows.work.samples and sequence.pooled is not None:
-                done.append((rows.work, Pooled(tuple((total / len(sequence.pooled)).tolist()))))
+                done.append((rows.work, total / len(sequence.pooled)))
         return done
 
 
-def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, list[Sampled]]]:
-    """The chunks of unfinished prompts after which numbers are not finite.
+def _unfinished(hidden: Tensor, work: tuple[Work, ...]) -> tuple[list[Work], Tensor | None]:
+    """The chunks of unfinished prompts, and whether the numbers after each are finite.
 
-    They fail here, before other requests can take over what the chunk left in the cache: where a later token is NaN,
-    attention kernels give NaN for earlier ones too (0 * NaN), and those may be a beginning that others share.
+    Where they are not, the chunk fails here, before other requests can take over what it left in the cache: where a
+    later token is NaN, attention kernels give NaN for earlier ones too (0 * NaN), and those may be a beginning that
+    others share.
     """
     rows, parts, stop = list[int](), list[Work](), 0
     for item in work:
@@ -84,6 +129,5 @@ def _broken(hidden: Tensor, work: tuple[Work, ...]) -> list[tuple[Work, list[Sam
             rows.append(stop - 1)
             parts.append(item)
     if not parts:
-        return []
-    finite = torch.isfinite(hidden[rows]).all(dim=-1).tolist()
-    return [(item, [Sampled(None)]) for item, is_finite in zip(parts, finite, strict=True) if not is_finite]
+        return [], None
+    return parts, torch.isfinite(hidden[send_numbers(rows, hidden.device)]).all(dim=-1)

@@ -2,6 +2,8 @@
 
 A row's random number is a function of its seed and of the position it is drawn for, so the same request gives the same
 text whatever else is in the batch, and again after a preemption.
+
+Everything is told to the device before anything is asked of it: a batch waits for a GPU once, when its tokens are read.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from serving.engine.faults import where_from
 from serving.engine.sequence import Sequence
+from serving.engine.transfer import send, send_numbers
 from serving.engine.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,12 @@ class TokenCounts:
         self.answer = torch.zeros(num_tokens, dtype=torch.int32, device=device)
 
     def update(self, token_ids: list[int]) -> None:
-        fresh = torch.tensor(token_ids[self._num_counted :], dtype=torch.int64, device=self.prompt.device)
+        fresh = token_ids[self._num_counted :]
         split = max(0, self._num_prompt_tokens - self._num_counted)
         for counts, ids in ((self.prompt, fresh[:split]), (self.answer, fresh[split:])):
-            ids = ids[ids < counts.shape[0]]
-            counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+            if known := [token_id for token_id in ids if token_id < counts.shape[0]]:
+                places = send_numbers(known, counts.device)
+                counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         self._num_counted = len(token_ids)
 
 
@@ -63,20 +67,34 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         """logits: [rows, at least num_tokens], any float type; row i belongs to sequences[i]."""
         raw = logits[:, : self.num_tokens].float()  # ids behind num_tokens are padding of the embedding: no text
-        finite = torch.isfinite(raw.sum(dim=-1)).tolist()
+        finite = torch.isfinite(raw.sum(dim=-1))
         adjusted, failed = self._masked(self._adjust(raw, sequences), raw, sequences)
         chosen = torch.argmax(adjusted, dim=-1)
-        drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0 and finite[i]]
-        if drawn:
-            rows = adjusted[drawn] if len(drawn) < len(sequences) else adjusted
-            chosen[drawn] = draw(rows, [sequences[i] for i in drawn])
-        token_ids: list[int] = chosen.tolist()
-        logprobs = _logprobs(raw, sequences, chosen)
+        drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+        dice = (
+            Draw(
+                adjusted if len(drawn) == len(sequences) else adjusted[send_numbers(drawn, self._device)],
+                [sequences[row] for row in drawn],
+            )
+            if drawn
+            else None
+        )
+        logprobs = Logprobs(raw, sequences)
+        parts = [chosen, finite] if dice is None else [chosen, finite, dice.chosen, dice.is_settled]
+        read: list[list[int]] = [part.tolist() for part in torch.cat(parts).cpu().split([len(part) for part in parts])]
+        token_ids, is_finite = read[:2]
+        if dice is not None:
+            unsettled = [at for at, row in enumerate(drawn) if is_finite[row] and not read[3][at]]
+            for at, token_id in dice.settle(unsettled).items():
+                read[2][at] = token_id
+            for row, token_id in zip(drawn, read[2], strict=True):
+                token_ids[row] = token_id
+        reports = logprobs.of(token_ids)
         return [
-            Sampled(token_ids[i], logprobs.get(i))
-            if finite[i] and i not in failed
-            else Sampled(None, None, i in failed)
-            for i in range(len(sequences))
+            Sampled(token_ids[row], reports.get(row))
+            if is_finite[row] and row not in failed
+            else Sampled(None, None, row in failed)
+            for row in range(len(sequences))
         ]
 
     def _adjust(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -95,7 +113,8 @@ class Sampler:
             for token_id, bias in sampling.logit_bias:
                 adjusted[row, token_id] += bias
             if bans_stop:
-                adjusted[row, [t for t in sampling.stop_token_ids if t < self.num_tokens]] = -torch.inf
+                for token_id in sampling.stop_token_ids:
+                    adjusted[row, token_id : token_id + 1] = -torch.inf  # nothing, behind the vocabulary
         return adjusted
 
     def _masked(self, adjusted: Tensor, raw: Tensor, sequences: list[Sequence]) -> tuple[Tensor, set[int]]:
@@ -114,7 +133,7 @@ class Sampler:
             if allowed is not None:
                 words[row] = allowed
         if words:
-            banned = banned_tokens(torch.stack([*words.values()]), self.num_tokens).to(self._device)
+            banned = send(banned_tokens(torch.stack([*words.values()]), self.num_tokens), self._device)
             adjusted = raw.clone() if adjusted is raw else adjusted
             for place, row in enumerate(words):
                 adjusted[row].masked_fill_(banned[place], -torch.inf)
@@ -142,25 +161,45 @@ def banned_tokens(words: Tensor, num_tokens: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(octets, axis=1, count=num_tokens, bitorder="little")).view(torch.bool)
 
 
-def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """One token a row by its temperature, top_k, top_p and min_p. logits: [rows, vocabulary] float32 -> [rows]."""
-    vocabulary = logits.shape[-1]
-    settings = torch.tensor([_settings(s, vocabulary) for s in sequences], dtype=torch.float64, device=logits.device)
-    temperature, top_p, min_p, top_k, uniform = settings.unbind(dim=1)
-    # relative to the maximum, so that a tiny temperature cannot overflow
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None].to(logits.dtype)
-    weights = scaled.exp()
-    candidates, token_ids = weights.topk(min(NUM_CANDIDATES, vocabulary), dim=-1)
-    total = weights.sum(dim=-1, dtype=torch.float64)
-    places, enough = _choose(candidates, total, top_k, top_p, min_p, uniform, vocabulary)
-    chosen = token_ids.gather(1, places[:, None])[:, 0]
-    for row in (~enough).nonzero()[:, 0].tolist():
-        _, row_top_p, row_min_p, row_top_k, row_uniform = settings[row].tolist()
-        ranked = RankedRow(scaled[row])
-        kept = min(int(row_top_k), ranked.count_above(row_min_p))
-        kept = min(kept, ranked.count_up_to(row_top_p * ranked.mass_of(int(row_top_k))))
-        chosen[row] = ranked.token_at(row_uniform * ranked.mass_of(kept), kept)
-    return chosen
+class Draw:
+    """One token a row by its temperature, top_k, top_p and min_p; from the most likely ones if they hold all it takes,
+    which a row's `is_settled` says."""
+
+    def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        """logits: [rows, vocabulary] float32."""
+        self._sequences, vocabulary = sequences, logits.shape[-1]
+        self._settings = [_settings(sequence, vocabulary) for sequence in sequences]
+        settings = send(torch.tensor(self._settings, dtype=torch.float64), logits.device)
+        # relative to the maximum, so that a tiny temperature cannot overflow
+        self._scaled = (logits - logits.amax(dim=-1, keepdim=True)) / settings[:, :1].to(logits.dtype)
+        weights = self._scaled.exp()
+        candidates, token_ids = weights.topk(min(NUM_CANDIDATES, vocabulary), dim=-1)
+        places, self.is_settled = _choose(candidates, weights.sum(dim=-1, dtype=torch.float64), settings, vocabulary)
+        self.chosen = token_ids.gather(1, places[:, None])[:, 0]
+
+    def settle(self, rows: list[int]) -> dict[int, int]:
+        """The tokens of these rows, looking at the whole vocabulary."""
+        if not rows:
+            return {}
+        if self._scaled.device.type == "cuda":
+            return dict(zip(rows, self._sorted(rows), strict=True))
+        return {row: _from_whole_row(RankedRow(self._scaled[row]), self._settings[row]) for row in rows}
+
+    def _sorted(self, rows: list[int]) -> list[int]:
+        """The same by sorting whole rows: what a GPU does at once, while each of RankedRow's questions waits for it."""
+        chosen = send_numbers(rows, self._scaled.device)
+        weights, token_ids = self._scaled[chosen].exp().sort(dim=-1, descending=True, stable=True)
+        settings = send(torch.tensor([self._settings[row] for row in rows], dtype=torch.float64), weights.device)
+        places, _ = _choose(weights, weights.sum(dim=-1, dtype=torch.float64), settings, weights.shape[-1])
+        drawn: list[int] = token_ids.gather(1, places[:, None])[:, 0].tolist()
+        return drawn
+
+
+def _from_whole_row(ranked: RankedRow, settings: tuple[float, float, float, float, float]) -> int:
+    _, top_p, min_p, top_k, uniform = settings
+    kept = min(int(top_k), ranked.count_above(min_p))
+    kept = min(kept, ranked.count_up_to(top_p * ranked.mass_of(int(top_k))))
+    return ranked.token_at(uniform * ranked.mass_of(kept), kept)
 
 
 def _settings(sequence: Sequence, vocabulary: int) -> tuple[float, float, float, float, float]:
@@ -169,15 +208,15 @@ def _settings(sequence: Sequence, vocabulary: int) -> tuple[float, float, float,
     return max(sampling.temperature, 1e-6), sampling.top_p, sampling.min_p, top_k, _uniform(sequence)
 
 
-def _choose(
-    weights: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor, vocabulary: int
-) -> tuple[Tensor, Tensor]:
+def _choose(weights: Tensor, total: Tensor, settings: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling over the most likely tokens.
 
-    weights: [rows, candidates], descending, 1 for the most likely token; total: [rows], the sum over the whole row.
+    weights: [rows, candidates], descending, 1 for the most likely token; total: [rows], the sum over the whole row;
+    settings: [rows, 5], see `_settings`.
     top_k comes first, top_p is a share of what top_k left, min_p is relative to the most likely token.
-    Returns [rows] places among the candidates, and whether the candidates held all that may be chosen.
+    Returns [rows] places among the candidates, and whether the candidates held all that it takes to choose.
     """
+    _, top_p, min_p, top_k, uniform = settings.unbind(dim=1)
     weights = weights.double()
     number = torch.arange(weights.shape[-1], device=weights.device)
     in_top_k = number < top_k[:, None]
@@ -186,11 +225,14 @@ def _choose(
     before = weights.cumsum(dim=-1) - weights
     kept = in_top_k & (before < (top_p * mass)[:, None]) & (weights >= min_p[:, None])
     kept[:, 0] = True
-    # between the candidates and the vocabulary, top_k changes what top_p is a share of: only the full row can tell
-    enough = has_top_k | (~kept[:, -1] & (top_k >= vocabulary))
     cumulative = (weights * kept).cumsum(dim=-1)
-    places = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
-    return torch.minimum(places, kept.sum(dim=-1) - 1), enough
+    # where nothing is left out, the mass is known, and most draws fall among the candidates
+    is_whole = (top_p >= 1) & (min_p <= 0) & (top_k >= vocabulary) & ~has_top_k
+    target = uniform * torch.where(is_whole, total, cumulative[:, -1])
+    places = (cumulative <= target[:, None]).sum(dim=-1)
+    # between the candidates and the vocabulary, top_k changes what top_p is a share of: only the full row can tell
+    is_settled = has_top_k | (~kept[:, -1] & (top_k >= vocabulary)) | (is_whole & (target < cumulative[:, -1]))
+    return torch.minimum(places, kept.sum(dim=-1) - 1), is_settled
 
 
 class RankedRow:
@@ -252,20 +294,26 @@ def _uniform(sequence: Sequence) -> float:
     return ((state ^ (state >> 31)) >> 11) / (1 << 53)
 
 
-def _logprobs(raw: Tensor, sequences: list[Sequence], chosen: Tensor) -> dict[int, TokenLogprob]:
+class Logprobs:
     """Log-probabilities of the model's own distribution, before temperature, penalties and bias, by row."""
-    wanted = [i for i, s in enumerate(sequences) if s.sampling.num_top_logprobs is not None]
-    if not wanted:
-        return {}
-    logprobs = raw[wanted].log_softmax(dim=-1)
-    own: list[float] = logprobs.gather(1, chosen[wanted][:, None])[:, 0].tolist()
-    num_top = max(sequences[i].sampling.num_top_logprobs or 0 for i in wanted)
-    values, token_ids = logprobs.topk(num_top, dim=-1)
-    result: dict[int, TokenLogprob] = {}
-    for place, row in enumerate(wanted):
-        count = sequences[row].sampling.num_top_logprobs or 0
-        pairs: list[tuple[int, float]] = list(
-            zip(token_ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
-        )
-        result[row] = TokenLogprob(int(chosen[row]), own[place], tuple(pairs))
-    return result
+
+    def __init__(self, raw: Tensor, sequences: list[Sequence]) -> None:
+        self._counts = {
+            row: count for row, s in enumerate(sequences) if (count := s.sampling.num_top_logprobs) is not None
+        }
+        if not self._counts:
+            return
+        self._all = raw[send_numbers(list(self._counts), raw.device)].log_softmax(dim=-1)
+        self._values, self._token_ids = self._all.topk(max(self._counts.values()), dim=-1)
+
+    def of(self, token_ids: list[int]) -> dict[int, TokenLogprob]:
+        """For the rows that want them, given every row's token."""
+        if not self._counts:
+            return {}
+        chosen = send_numbers([token_ids[row] for row in self._counts], self._all.device)
+        own: list[float] = self._all.gather(1, chosen[:, None])[:, 0].tolist()
+        values, best = self._values.tolist(), self._token_ids.tolist()
+        return {
+            row: TokenLogprob(token_ids[row], own[at], tuple(zip(best[at][:count], values[at][:count], strict=True)))
+            for at, (row, count) in enumerate(self._counts.items())
+        }

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.sampler import NUM_CANDIDATES, Sampler
+from serving.engine.sampler import NUM_CANDIDATES, Draw, Sampler
 from serving.engine.sequence import Sequence
 from serving.engine.types import SamplingParams
 
@@ -85,6 +85,19 @@ def test_a_flat_distribution_reaches_behind_the_first_candidates() -> None:
     logits = torch.zeros(4 * NUM_CANDIDATES)
     drawn = draw_many(logits, SamplingParams(max_tokens=1, temperature=1.0), 2000)
     assert len(set(drawn)) > 2 * NUM_CANDIDATES
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "min_p"), [(1.0, 0, 0.0), (0.95, 0, 0.0), (0.9, 900, 0.0), (1.0, 0, 0.01)])
+def test_sorting_whole_rows_and_counting_them_into_bins_draw_the_same(top_p: float, top_k: int, min_p: float) -> None:
+    """A GPU sorts what a CPU counts."""
+    logits = torch.randn(64, 3000, generator=torch.Generator().manual_seed(5))
+    sampling = SamplingParams(max_tokens=1, temperature=2.0, top_p=top_p, top_k=top_k, min_p=min_p)
+    draw = Draw(logits, [sequence(sampling, seed=seed) for seed in range(64)])
+    rows = list(range(64))
+    assert [*draw.settle(rows).values()] == draw._sorted(rows)
+    settled = draw.is_settled.nonzero()[:, 0].tolist()
+    assert [draw.chosen.tolist()[row] for row in settled] == [draw.settle(rows)[row] for row in settled]
+    assert len(settled) < 64
 
 
 def test_top_p_zero_and_temperature_zero_take_the_most_likely() -> None:

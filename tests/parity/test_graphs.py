@@ -1,0 +1,188 @@
+"""The GPU's way through a step, carried out on the CPU: buckets, fixed buffers, padding rows, packed attention."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.native import NativeDecoder
+from serving.engine.attention import AttentionSpan, KVMemory, StepAttention
+from serving.engine.attention_cuda import PADDED, Kernel, Packed, flash, step_attention
+from serving.engine.engine import Engine
+from serving.engine.graphs import bucket_sizes, play_eagerly
+from serving.engine.types import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
+from tests.reference_attention import dense_attention, visible
+from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens
+
+MODEL = tiny_model(1)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, VOCABULARY), k=length)
+
+
+class Watched:
+    """Plays eagerly and counts: recordings made, steps played."""
+
+    def __init__(self) -> None:
+        self.num_recorded = self.num_played = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_recorded += 1
+        again = play_eagerly(run)
+
+        def play() -> None:
+            self.num_played += 1
+            again()
+
+        return play
+
+
+def answers(
+    network: NativeDecoder, limits: EngineLimits, jobs: list[tuple[list[int], SamplingParams]], record: object = None
+) -> list[list[int]]:
+    async def main() -> list[list[int]]:
+        engine = Engine(network, limits, record)
+        engine.start()
+        try:
+            found = await asyncio.gather(*(tokens(engine, *job) for job in jobs))
+            await settled(engine)
+            return found
+        finally:
+            engine.stop()
+
+    return asyncio.run(main())
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    jobs=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 25)), min_size=1, max_size=9),
+    kv_tokens=st.sampled_from([192, 2048]),
+    max_batch_tokens=st.sampled_from([8, 64]),
+)
+def test_recorded_steps_say_what_generate_says(
+    jobs: list[tuple[int, int]], kv_tokens: int, max_batch_tokens: int
+) -> None:
+    """Chunks between the decode steps, preemption, guesses (several rows of one answer), sizes between the buckets."""
+    limits = EngineLimits(max_sequences=6, max_batch_tokens=max_batch_tokens, kv_tokens=kv_tokens)
+    watched = Watched()
+    prompts = [prompt(length, 7 * length + i) if i % 2 else [5, 6, 7] * length for i, (length, _) in enumerate(jobs)]
+    wanted = [(ids[:70], greedy(count)) for ids, (_, count) in zip(prompts, jobs, strict=True)]
+    expected = [MODEL.greedy(ids, sampling.max_tokens) for ids, sampling in wanted]
+    assert answers(MODEL.network, limits, wanted, watched) == expected
+    assert watched.num_recorded == len(bucket_sizes(20))
+    assert watched.num_played > 0 or all(count == 1 for _, count in jobs)
+
+
+def test_dice_penalties_and_logprobs_come_out_the_same_with_and_without_recording() -> None:
+    limits = EngineLimits(max_sequences=8, kv_tokens=4096)
+    samplings = [
+        SamplingParams(30, temperature=1.2, top_p=0.9, seed=1),
+        SamplingParams(30, temperature=0.0, frequency_penalty=0.7, num_top_logprobs=3),
+        SamplingParams(
+            30, temperature=1.0, seed=3, logit_bias=((9, 4.0),), min_tokens=9, stop_token_ids=frozenset([9])
+        ),
+    ]
+    jobs = [(prompt(20 + i, i), sampling) for i, sampling in enumerate(samplings)]
+    assert answers(MODEL.network, limits, jobs, play_eagerly) == answers(MODEL.network, limits, jobs)
+
+
+def test_where_recording_fails_the_engine_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ids = prompt(20, 1)
+    assert answers(MODEL.network, EngineLimits(kv_tokens=1024), [(ids, greedy(12))], refuse) == [MODEL.greedy(ids, 12)]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "decode steps cannot be recorded; the engine goes on without"
+    ]
+
+
+def test_buckets_are_powers_of_two_up_to_the_largest() -> None:
+    assert list(bucket_sizes(1)) == [1]
+    assert list(bucket_sizes(20)) == [1, 2, 4, 8, 16, 32]
+    assert bucket_sizes(5000)[-1] == 256
+
+
+def _packed_reference(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, packed: Packed, scale: float, window: int | None
+) -> torch.Tensor:
+    """What a kernel for chunks has to do, sequence by sequence."""
+    assert int(packed.lengths.max()) <= packed.max_length
+    outs: list[torch.Tensor] = []
+    offsets = packed.offsets.tolist()
+    ends = zip(offsets, offsets[1:], packed.starts.tolist(), packed.lengths.tolist(), strict=False)
+    for first, last, start, length in ends:
+        assert last - first <= packed.max_rows
+        past = [kept[:, start : start + length].transpose(0, 1) for kept in (keys, values)]
+        allowed = visible(length, last - first, CAUSAL, window)
+        outs.append(dense_attention(query[first:last], *past, allowed, scale))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("takes_chunks", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("num_two_way", [0, 12])
+def test_packed_attention_is_attention_sequence_by_sequence(
+    takes_chunks: bool, window: int | None, num_two_way: int
+) -> None:
+    shape = NetworkShape(1, 8, 2, 16, 128, 10, 10, 64)
+    spans = (  # two answers, one with three guesses; a beginning (two-way, perhaps), a chunk in the middle
+        AttentionSpan(0, 1, 96, 30, CAUSAL),
+        AttentionSpan(1, 5, 10, 9, CAUSAL),
+        AttentionSpan(5, 20, 64, 15, PromptLayout(num_two_way, 0)),
+        AttentionSpan(20, 24, 32, 20, CAUSAL),
+    )
+    places = torch.tensor([p for s in spans for p in range(s.place + s.length - s.num_rows, s.place + s.length)])
+    torch.manual_seed(0)
+    query, key, value = torch.randn(24, 8, 16), torch.randn(24, 2, 16), torch.randn(24, 2, 16)
+    memories = [KVMemory(shape, 128, torch.device("cpu"), torch.float32) for _ in range(2)]
+    for memory in memories:
+        torch.manual_seed(1)
+        memory.keys.normal_()
+        memory.values.normal_()
+    expected = StepAttention(memories[0], spans, places)(0, query, key, value, 0.25, window)
+    kernel = Kernel(_packed_reference, True) if takes_chunks else PADDED
+    got = step_attention(memories[1], spans, 2, places, kernel)(0, query, key, value, 0.25, window)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.equal(memories[0].keys, memories[1].keys)
+
+
+@pytest.mark.parametrize("max_rows", [1, 4])
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_flash_operator_takes_what_it_is_given(max_rows: int, window: int | None) -> None:
+    """Without a GPU only its signature and shapes can be asked."""
+    meta = torch.device("meta")
+    numbers = torch.zeros(4, dtype=torch.int32, device=meta)
+    packed = Packed(numbers, numbers, numbers[:3], max_rows, 100)
+    kept = torch.empty(2, 128, 64, dtype=torch.float16, device=meta)
+    query = torch.empty(3 * max_rows, 8, 64, dtype=torch.float16, device=meta)
+    assert flash(query, kept, kept, packed, 0.1, window).shape == query.shape
+
+
+def test_a_model_that_is_not_causal_is_not_recorded() -> None:
+    class TwoWay:
+        """MODEL, whose prompts see themselves both ways."""
+
+        def __init__(self, inner: TinyModel) -> None:
+            self.inner = inner.network
+            self.shape, self.device, self.dtype = self.inner.shape, self.inner.device, self.inner.dtype
+            self.forward, self.logits = self.inner.forward, self.inner.logits
+
+        def layout(self, prompt_ids: list[int]) -> PromptLayout:
+            return PromptLayout(num_two_way=len(prompt_ids))
+
+    watched = Watched()
+    ids = prompt(20, 1)
+    jobs = [(ids, greedy(8))]
+    network = TwoWay(MODEL)
+    assert answers(network, EngineLimits(kv_tokens=512), jobs, watched) == answers(
+        network, EngineLimits(kv_tokens=512), jobs
+    )
+    assert watched.num_recorded == 0
