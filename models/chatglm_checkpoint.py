@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import checkpoint, linears
+from models import checkpoint, linears, linears_cuda
 from models.chatglm_network import ChatGLMConfig, ChatGLMNetwork, rotary_frequencies
 from models.chatglm_tokenizer import ChatGLMTokenizer
 from models.checkpoint import ShardWriter, TensorInfo
@@ -205,11 +205,12 @@ def load_network(
     with torch.device("meta"):
         network = ChatGLMNetwork(config)
     shards = checkpoint.find_shards(folder)
+    read_to = linears_cuda.load_device(precision, device)
     total, done = sum(shard.stat().st_size for shard in shards), 0
     for shard in shards:
         # copied, as what comes from the file is a view of it
         state = {
-            name: tensor.to(device, linears.storage_dtype(precision, device, tensor.dtype), copy=True)
+            name: tensor.to(read_to, linears.storage_dtype(precision, device, tensor.dtype), copy=True)
             for name, tensor in checkpoint.read_shard(shard)
         }
         network.load_state_dict(state, strict=False, assign=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from models import linears
+from models import fused, linears, linears_cuda
 from models.family import Precision, Progress
 from serving.engine.types import CAUSAL, Attend, NetworkShape, PromptLayout, RaggedBatch
 
@@ -53,41 +53,41 @@ class FlatLayer(nn.Module):
         self.down: nn.Module = mlp.down_proj
         layer.self_attn = layer.mlp = None
 
-    def forward(self, index: int, hidden: Tensor, turns: Tensor, shape: NetworkShape, attend: Attend) -> Tensor:
+    def forward(
+        self, index: int, hidden: Tensor, turns: Tensor, shape: NetworkShape, attend: Attend, small: fused.SmallOps
+    ) -> Tensor:
         """hidden: [rows, hidden_size]; turns: [rows, 1, rotated / 2] complex64. Returns hidden's shape."""
         normed = functional.rms_norm(hidden, hidden.shape[-1:], self.input_norm, self.epsilon)
         heads = self.qkv(normed).view(len(hidden), -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_kv_heads
-        rotate_pairs(heads[:, :num_rotated, : 2 * turns.shape[-1]], turns)
+        small.rotate(heads[:, :num_rotated, : 2 * turns.shape[-1]], turns)
         query, key, value = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
         seen = attend(index, query, key, value, shape.head_dim**-0.5)
-        hidden = hidden + self.out(seen.reshape(len(hidden), -1))
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], self.post_norm, self.epsilon)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return hidden + cast("Tensor", self.down(functional.silu(gate).mul_(up)))
-
-
-def rotate_pairs(heads: Tensor, turns: Tensor) -> None:
-    """Turn neighbouring channels (0,1), (2,3)… in place, as complex numbers. heads: [rows, heads, rotated]."""
-    if heads.dtype == torch.float32:
-        torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(turns)
-        return
-    turned = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2))) * turns
-    heads.copy_(torch.view_as_real(turned).flatten(-2))
+        hidden, normed = small.add_norm(hidden, self.out(seen.reshape(len(hidden), -1)), self.post_norm, self.epsilon)
+        return hidden + cast("Tensor", self.down(small.swiglu(self.gate_up(normed))))
 
 
 class FlatDecoder(nn.Module):
     """The engine's CausalLM over adopted weights."""
 
     def __init__(
-        self, model: PreTrainedModel, precision: Precision, num_tokens: int, max_positions: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        precision: Precision,
+        num_tokens: int,
+        max_positions: int,
+        progress: Progress,
+        device: torch.device | None = None,
     ) -> None:
-        """Takes the model's weights over, joins them and packs them; `model` is of no use afterwards."""
+        """Takes the model's weights over, joins them and packs them; `model` is of no use afterwards.
+
+        device: where to compute, if the weights are not there yet.
+        """
         super().__init__()
         config, backbone = model.config, cast("Any", model.base_model)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        self.device = model.device
-        frequencies: Tensor = backbone.rotary_emb.inv_freq.float()
+        self.device = device or model.device
+        frequencies: Tensor = backbone.rotary_emb.inv_freq.float().to(self.device)
         self._frequencies = frequencies  # [rotated / 2]
         self._scaling = float(backbone.rotary_emb.attention_scaling)
         order = None if INTERLEAVED[cast("Any", type(model))] else _halves_to_pairs(head_dim, 2 * len(frequencies))
@@ -98,9 +98,11 @@ class FlatDecoder(nn.Module):
         self.lm_head = cast("nn.Module", model.get_output_embeddings())
         linears.pack(self, precision, self.device, progress)
         self.dtype = linears.compute_dtype(precision, self.device)
-        self.norm = self.norm.to(self.dtype)
+        self.norm = self.norm.to(self.device, self.dtype)
         for layer in cast("list[FlatLayer]", self.layers):
-            layer.input_norm, layer.post_norm = layer.input_norm.to(self.dtype), layer.post_norm.to(self.dtype)
+            layer.input_norm = layer.input_norm.to(self.device, self.dtype)
+            layer.post_norm = layer.post_norm.to(self.device, self.dtype)
+        self._small = fused.PLAIN
         self.shape = NetworkShape(
             num_layers=len(self.layers),
             num_heads=config.num_attention_heads,
@@ -112,6 +114,14 @@ class FlatDecoder(nn.Module):
             max_positions=max_positions,
         )
 
+    def prepare(self) -> None:
+        """Compile what can be compiled: half a minute at most, and only where it pays."""
+        if self.device.type == "cuda":
+            self._small = fused.compiled(self.device, self.dtype)
+            for module in self.modules():
+                if isinstance(module, linears_cuda.Int8Linear):
+                    module.small = self._small
+
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return CAUSAL
 
@@ -122,7 +132,7 @@ class FlatDecoder(nn.Module):
         turns = torch.polar(torch.full_like(angles, self._scaling), angles)
         hidden = self.embedding(batch.token_ids)
         for index, layer in enumerate(self.layers):
-            hidden = layer(index, hidden, turns, self.shape, attend)
+            hidden = layer(index, hidden, turns, self.shape, attend, self._small)
         return functional.rms_norm(hidden, hidden.shape[-1:], self.norm, self.epsilon)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ On a CPU the weights' format decides the speed, because every token reads all of
     int4      groups of GROUP weights with a scale and an offset; the head stays int8
 
 Every kernel is tried on a small product before it is used; a CPU that lacks one gets `torch.nn.functional.linear`.
+models/linears_cuda.py has int8 and int4 for GPUs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models import linears_cuda
 from models.family import ImportRefused, Precision, Progress
 
 GROUP = 64
@@ -31,6 +33,8 @@ ops = cast("Any", torch.ops)
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of activations, and of the keys and values that the engine keeps."""
     if device.type != "cpu":
+        if precision in ("int8", "int4"):
+            return linears_cuda.compute_dtype(device)
         return torch.float16 if precision == "float16" else torch.float32 if precision == "float32" else torch.bfloat16
     return torch.bfloat16 if precision == "bfloat16" and has_bfloat16_kernels() else torch.float32
 
@@ -52,7 +56,9 @@ def pack(model: nn.Module, precision: Precision, device: torch.device, progress:
     """
     if device.type != "cpu":
         if precision in ("int8", "int4"):
-            raise ImportRefused(f"{precision} weights are for CPUs so far; on {device.type} use float16 or bfloat16")
+            if device.type != "cuda":
+                raise ImportRefused(f"{precision} weights are for CPUs and CUDA; on {device.type} use float16")
+            linears_cuda.pack(model, precision, device, progress)
         return
     dtype = compute_dtype(precision, device)
     found: list[tuple[nn.Module, str, nn.Linear | nn.Embedding]] = [

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
-from models import linears
+from models import linears, linears_cuda
 from models.family import ImportRefused, Precision, Progress
 from models.flat import FlatDecoder, can_flatten
 from serving.engine.types import CAUSAL, Attend, CausalLM, NetworkShape, PromptLayout, RaggedBatch
@@ -191,17 +191,19 @@ def open_native(
     """A transformers folder as the engine's CausalLM, in the fastest form there is. See `load_native` for errors."""
     model = load_native(folder, device, precision, progress)
     if can_flatten(model):
-        return FlatDecoder(model, precision, num_tokens, max_positions, progress)
+        return FlatDecoder(model, precision, num_tokens, max_positions, progress, device)
     linears.pack(model, precision, device, progress)
     return NativeDecoder(model, num_tokens, max_positions)
 
 
 def load_native(folder: Path, device: torch.device, precision: Precision, progress: Progress) -> PreTrainedModel:
-    """Open a transformers folder: weights mapped from safetensors straight to `device`, frozen, not packed yet.
+    """Open a transformers folder: weights mapped from safetensors, frozen, not packed yet; on `device` already, but for
+    weights that have to shrink before a card can hold them.
 
     No network access, no code of the folder. Raises OSError or ValueError if transformers cannot load it by itself.
     """
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    read_to = linears_cuda.load_device(precision, device)
     disable_progress_bar()  # a server's log is no place for one; `progress` tells the caller
     progress(0, total, "weights")
     stored = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).dtype
@@ -209,7 +211,7 @@ def load_native(folder: Path, device: torch.device, precision: Precision, progre
         folder,
         dtype=linears.storage_dtype(precision, device, stored or torch.float32),
         # a map lets every tensor go to the device as it is read; on the CPU that is what happens anyway
-        device_map=None if device.type == "cpu" else {"": device},
+        device_map=None if read_to.type == "cpu" else {"": read_to},
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,

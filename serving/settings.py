@@ -46,6 +46,9 @@ class Settings(BaseModel):
     gpus_per_worker: int = Field(
         1, ge=1, le=64, description="GPUs that one copy is split over; above 1 only `ENGINE=vllm`."
     )
+    quick_start: bool = Field(
+        False, description="On a GPU: ready without compiling and recording, up to a minute earlier, and slower."
+    )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes the cores this process may use.")
     kv_cache_gib: float = Field(0.0, ge=0, description="Memory for keys and values in GiB; 0 picks by free memory.")
     max_sequences: int = Field(64, ge=1, le=1024, description="Answers generated at once; others wait.")

@@ -15,6 +15,7 @@ from serving.chat.types import ChatFormat
 from serving.engine.attention import KVMemory
 from serving.engine.device import GIB, cache_tokens, choose_device, choose_precision, num_usable_cores
 from serving.engine.engine import Engine
+from serving.engine.graphs import CudaRecorder
 from serving.engine.types import CausalLM, EngineLimits
 from serving.settings import Settings
 
@@ -68,6 +69,7 @@ def start_model(
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences + 1),
             kv_tokens=kv_tokens,
         ),
+        record=CudaRecorder(device) if device.type == "cuda" and not settings.quick_start else None,
     )
     engine.start()
     logger.info(

@@ -22,7 +22,7 @@ from serving.engine.sampler import Sampled, Sampler
 from serving.engine.scheduler import StepPlan, Work
 from serving.engine.sequence import Sequence
 from serving.engine.transfer import send_numbers
-from serving.engine.types import CAUSAL, CausalLM, Pooled, PromptLayout
+from serving.engine.types import CAUSAL, CanPrepare, CausalLM, Pooled, PromptLayout
 
 
 class Runner:
@@ -51,6 +51,8 @@ class Runner:
     def prepare(self) -> None:
         """Everything that can be done before the first request. Returns within a minute."""
         if self.graphs:
+            if isinstance(self._network, CanPrepare):
+                self._network.prepare()
             self.graphs.prepare()
 
     @torch.inference_mode()

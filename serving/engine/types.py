@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,11 @@ class TokenMask(Protocol):
 
     An exception fails the one request that the mask belongs to.
     """
+
+    @property
+    def recipe(self) -> str:
+        """What it was made of, for engines that sample in other processes and have to make it there once more."""
+        ...
 
     def allowed(self) -> Tensor | None:
         """Bit i % 32 of word i // 32 is set if token i may come next: [ceil(num_tokens / 32)] int32 on the CPU.
@@ -163,6 +168,15 @@ class NetworkShape:
     vocab_size: int  # width of the logits; may be more than the tokenizer knows
     num_tokens: int  # ids at or past this are never sampled (they have no text)
     max_positions: int  # trained length, prompt and answer together
+
+
+@runtime_checkable
+class CanPrepare(Protocol):
+    """A network that has something to do before its first forward, for which start-up should take the time."""
+
+    def prepare(self) -> None:
+        """Returns within half a minute."""
+        ...
 
 
 class CausalLM(Protocol):
