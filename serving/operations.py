@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serving.api.access_log import AccessLog
+from serving.api.accounts import Accounts
 from serving.api.admission import Admission, AdmissionLimits
 from serving.api.auth import KeyFileError, Keys
 from serving.api.connections import Connections, allow_many_connections
@@ -29,6 +33,7 @@ from serving.api.served import Served
 from serving.settings import Settings, SettingsError
 
 CUT_SECONDS = 5.0
+SHARED_FOLDER = "SERVING_ACCOUNTS"  # the parent process of the workers tells them where it is
 CORS_HEADERS = [
     "x-request-id", "retry-after", "x-should-retry", "openai-processing-ms", DROPPED_ROUNDS_HEADER,
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
@@ -69,7 +74,12 @@ class Operations:
         allow_many_connections()
         connections = Connections()
         self.drain.install()
-        watching = asyncio.create_task(self.monitor.run(connections.sweep))
+
+        def look() -> None:
+            connections.sweep()
+            self.admission.accounts.look()
+
+        watching = asyncio.create_task(self.monitor.run(look))
         try:
             yield
         finally:
@@ -92,7 +102,8 @@ def prepare(settings: Settings, served: Served, logger: logging.Logger) -> Opera
             settings.client_requests_per_minute,
             settings.client_tokens_per_minute,
             settings.client_max_concurrent,
-        )
+        ),
+        accounts=Accounts(shared_folder(), 2 * settings.workers) if settings.workers > 1 else Accounts(),
     )
 
     def cut() -> None:
@@ -110,6 +121,15 @@ def prepare(settings: Settings, served: Served, logger: logging.Logger) -> Opera
 
     monitor = Monitor(served, admission, drain, settings.step_seconds)
     return Operations(admission, drain, monitor, keys, settings, finished, close_traces)
+
+
+def shared_folder() -> Path:
+    """Where the workers of this server keep their accounts: made by the parent process, and removed at its end."""
+    folder = os.environ.get(SHARED_FOLDER)
+    if folder is None or not Path(folder).is_dir():
+        folder = os.environ[SHARED_FOLDER] = tempfile.mkdtemp(prefix="chatglm-accounts-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _tracing(

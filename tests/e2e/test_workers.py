@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import torch
@@ -47,6 +51,57 @@ def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
                 break
         assert seen == wanted
         assert gauge(server, "chatglm_kv_cache_tokens") % 2 == 0
+
+
+def ask(server: Server, key: str, **fields: object) -> requests.Response:
+    """On a connection of its own, which goes to whichever worker the kernel picks."""
+    return requests.post(
+        f"{server.base_url}/chat/completions",
+        json={"model": "chatglm", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4, **fields},
+        headers={"authorization": f"Bearer {key}", "connection": "close"},
+        stream=bool(fields.get("stream")),
+        timeout=60,
+    )
+
+
+def begin_stream(server: Server, key: str) -> tuple[int, Iterator[bytes]]:
+    """The status, and the lines after the first: whoever drops them closes the connection."""
+    reply = ask(server, key, stream=True, ignore_eos=True, max_tokens=4000)
+    lines: Iterator[bytes] = reply.iter_lines()
+    next(lines)
+    return reply.status_code, lines
+
+
+def test_limits_hold_over_all_workers_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    settings = {
+        "CHATGLM_WORKERS": "2",
+        "CHATGLM_THREADS": "1",
+        "CHATGLM_API_KEYS": "sk-minute minute,sk-at-once at-once",
+        "CHATGLM_CLIENT_MAX_CONCURRENT": "3",
+        "CHATGLM_CLIENT_REQUESTS_PER_MINUTE": "20",
+        "CHATGLM_ACCESS_LOG": "json",
+    }
+    with serving(tmp_path, settings) as server:
+        while server.log.read_text(encoding="utf-8").count("is ready at") < 2:
+            assert server.process.poll() is None
+            time.sleep(0.1)
+        assert Counter(ask(server, "sk-minute").status_code for _ in range(24)) == {200: 20, 429: 4}
+
+        streams = [begin_stream(server, "sk-at-once") for _ in range(8)]
+        assert Counter(status for status, _ in streams) == {200: 3, 429: 5}
+        for worker in psutil.Process(server.process.pid).children():
+            worker.kill()  # whichever of them has the streams
+        deadline = time.monotonic() + 60
+        while (status := answer_or_none(server)) != 200:
+            assert time.monotonic() < deadline, status
+            time.sleep(0.2)
+
+
+def answer_or_none(server: Server) -> int | None:
+    try:
+        return ask(server, "sk-at-once").status_code
+    except requests.RequestException:
+        return None  # nobody is listening yet
 
 
 @pytest.fixture
