@@ -24,7 +24,8 @@ class Connections:
         handler = signal.getsignal(signal.SIGTERM)
         owner = getattr(handler, "__self__", None)
         self._server = owner if isinstance(owner, uvicorn.Server) else None
-        self._idle_since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        # of each connection, the request that it had last, and when it was seen to be over
+        self._idle_since: WeakKeyDictionary[Any, tuple[object, float]] = WeakKeyDictionary()
 
     def sweep(self) -> int:
         """Abort what has been idle too long; how many there were."""
@@ -37,7 +38,11 @@ class Connections:
             transport = connection.transport
             if cycle is not None and not cycle.response_complete and not transport.is_closing():
                 self._idle_since.pop(connection, None)
-            elif now - self._idle_since.setdefault(connection, now) > IDLE_SECONDS:
+                continue
+            last, since = self._idle_since.setdefault(connection, (cycle, now))
+            if last is not cycle:  # it has asked something since the last look, and been answered
+                self._idle_since[connection] = (cycle, now)
+            elif now - since > IDLE_SECONDS:
                 transport.abort()
                 num_aborted += 1
         if num_aborted:

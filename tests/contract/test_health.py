@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -280,6 +281,40 @@ def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypa
             assert b"[DONE]" in await busy_reader.read()
             for writer in (slow_writer, busy_writer):
                 writer.close()
+            server.should_exit = True
+            await serving
+
+    asyncio.run(run())
+
+
+def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look finds it between two requests; it must not add these pauses up."""
+    monkeypatch.setattr("serving.api.connections.IDLE_SECONDS", 0.3)
+
+    async def run() -> None:
+        with guarded(folder) as worker:
+            server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
+            serving = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.01)
+            connections = Connections()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(8):
+                writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200")
+                (size,) = re.findall(rb"content-length: (\d+)", head)
+                await reader.readexactly(int(size))
+                await asyncio.sleep(0.1)
+                assert connections.sweep() == 0
+            for _ in range(4):
+                await asyncio.sleep(0.1)
+                connections.sweep()
+            assert await reader.read() == b""
+            writer.close()
             server.should_exit = True
             await serving
 
