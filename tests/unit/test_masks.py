@@ -178,6 +178,41 @@ def test_what_is_shown_matches_the_pattern(answers: Answers, pattern: str) -> No
         assert re.fullmatch(pattern, text), text
 
 
+GREEDY_FOR_SPACE: list[tuple[str, str]] = [
+    ("a document", answer_grammar(JsonAnswer(TREE, "response_format"))),
+    ("any object", answer_grammar(JsonAnswer({"type": "object"}, "response_format"))),
+    ("a call", forced_grammar(PLAIN, [Tool("grow", "", TREE)], ToolUse(is_required=True))),
+    ("a call of any kind", forced_grammar(CALL, [Tool("grow", "", {})], ToolUse(is_required=True))),
+]
+
+
+@pytest.mark.parametrize(("what", "grammar"), GREEDY_FOR_SPACE, ids=lambda value: value if " " not in value[3:] else "")
+@pytest.mark.parametrize("liked", [b" ", b"\n"], ids=["spaces", "lines"])
+def test_a_model_that_likes_nothing_but_white_space_cannot_stay_in_it(
+    what: str, grammar: str, liked: bytes, answers: Answers
+) -> None:
+    """Between the parts of a document; what stands inside of strings is the model's own."""
+    mask = answers.grammars.compile(grammar, what, "tools").walk()
+    text, longest, run = b"", 0, 0
+    for _ in range(200):
+        ids = [int(i) for i in answers.allowed(mask)]
+        spaces = [i for i in ids if answers.tokens[i] and not answers.tokens[i].strip()]
+        inside_string = len(re.findall(rb'(?<!\\)"', text)) % 2 == 1
+        rest = [i for i in ids if i not in spaces] or ids
+        liking = sorted(spaces, key=lambda i: answers.tokens[i].startswith(liked), reverse=True)
+        choice = rest if inside_string or not spaces else liking
+        ends = [i for i in choice if answers.tokens[i] in ENDINGS]
+        token_id = (ends if inside_string and ends else choice)[0]
+        mask.accept(token_id)
+        if token_id in answers.format.stop_token_ids:
+            break
+        piece = answers.tokens[token_id]
+        text += piece
+        run = run + len(piece) if not inside_string and not piece.strip() else 0
+        longest = max(longest, run)
+    assert 1 <= longest <= 26, text  # one in front of the answer, a line break and 24 spaces
+
+
 def test_an_answer_may_begin_with_the_space_that_decoding_drops(answers: Answers) -> None:
     ids = {answers.tokens[i] for i in answers.allowed(answers.compile(ChoiceAnswer(("H",), "c")).walk())}
     assert b"H" in ids
