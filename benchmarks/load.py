@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 VOCABULARY = range(1000, 60_000)
+PAUSE_SECONDS = 3.0  # between the servers' turns: idle threads of some spin on for a second and would slow the other
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Load:
     chat: bool
 
 
-async def measure(base_url: str, load: Load, seed: int) -> tuple[list[Sample], float]:
+async def measure(base_url: str, load: Load, seed: str) -> tuple[list[Sample], float]:
     """All requests of one round, and the seconds it took."""
     rng = random.Random(seed)
     bodies = [_body(load, rng) for _ in range(load.num_requests)]
@@ -143,11 +144,13 @@ def _usage(process: psutil.Process | None) -> tuple[float, int]:
 def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: int) -> dict[str, dict[str, float]]:
     """Rounds in turn; the median of each figure by server, after one warm-up round each."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    run = random.getrandbits(32)  # prompts that no server has in its cache from an earlier run
     for number in range(rounds + 1):
         for name, url in servers.items():
             process = psutil.Process(pids[name]) if name in pids else None
+            time.sleep(PAUSE_SECONDS)
             cpu_before, _ = _usage(process)
-            samples, seconds = asyncio.run(measure(url, load, seed=number))
+            samples, seconds = asyncio.run(measure(url, load, seed=f"{run}-{number}"))
             cpu_after, memory = _usage(process)
             if number:
                 figures[name].append(summary(samples, seconds, cpu_after - cpu_before, memory))
