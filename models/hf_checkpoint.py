@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from models import checkpoint
 from models.family import ImportRefused, Progress
@@ -74,10 +75,10 @@ def take_weights(source: Path, target: Path, progress: Progress) -> dict[str, An
                 writer.add(name, tensor)
         done += sum(info.num_bytes for info in found.values() if info.shard == shard)
         progress(done, total, shard.name)
-    index = source / "model.safetensors.index.json"
+    index, single = source / "model.safetensors.index.json", target / "model.safetensors"
     if not is_linked:
         writer.finish()
-    elif index.is_file() and len(shards) > 1:
+    elif index.is_file() and not single.is_file():
         checkpoint.link_or_copy(index, target / index.name)
     floats = [info.dtype for info in found.values() if info.dtype.is_floating_point]
     precisions = sorted(str(dtype).removeprefix("torch.") for dtype in floats)
@@ -90,6 +91,7 @@ def check_weights(target: Path) -> None:
 
     Loads onto the meta device: names and shapes are compared, nothing is read.
     """
+    disable_progress_bar()  # transformers would draw one of its own into ours
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             target,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -312,6 +313,17 @@ def test_safetensors_are_linked_and_pickles_converted(tmp_path: Path) -> None:
     rows = {0: (ids, 0, loaded.network.layout(ids))}
     expected = forward(linked.model.network, ReferenceAttention(), rows)[0]
     assert torch.equal(forward(loaded.network, ReferenceAttention(), rows)[0], expected)
+
+
+def test_one_shard_of_another_name_keeps_its_index(tmp_path: Path) -> None:
+    source, stored = tmp_path / "source", tmp_path / "stored"
+    write_folder(source, "llama")
+    shard = (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(shard), shard.name)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    stored.mkdir()
+    metadata = FAMILY.import_checkpoint(source, stored, {}, silent)
+    FAMILY.load(stored, metadata, torch.device("cpu"), "float32", silent)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
