@@ -31,7 +31,7 @@ ops = cast("Any", torch.ops)
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of activations, and of the keys and values that the engine keeps."""
+    """The type of activations."""
     if device.type != "cpu":
         if precision in ("int8", "int4"):
             return linears_cuda.compute_dtype(device)

@@ -13,7 +13,7 @@ import torch
 from serving.chat.pipeline import ServedModel
 from serving.chat.types import ChatFormat
 from serving.engine.attention import KVMemory
-from serving.engine.device import GIB, cache_tokens, choose_device, choose_precision, num_usable_cores
+from serving.engine.device import GIB, cache_tokens, choose_device, choose_precision, kv_dtype, num_usable_cores
 from serving.engine.engine import Engine
 from serving.engine.graphs import CudaRecorder
 from serving.engine.types import CausalLM, EngineLimits
@@ -59,7 +59,7 @@ def start_model(
     num_parameters = int(metadata["parameters"])
     precision = choose_precision(device, num_parameters) if settings.precision == "auto" else settings.precision
     loaded = load(folder, metadata, device, precision, _Progress(logger))
-    shape, dtype = loaded.network.shape, loaded.network.dtype
+    shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype)
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
     context_length = min(shape.max_positions, kv_tokens)
     engine = Engine(
@@ -68,6 +68,7 @@ def start_model(
             max_sequences=settings.max_sequences,
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences + 1),
             kv_tokens=kv_tokens,
+            kv_dtype=dtype,
         ),
         record=CudaRecorder(device) if device.type == "cuda" and not settings.quick_start else None,
     )

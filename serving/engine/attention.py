@@ -78,8 +78,10 @@ class StepAttention:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        self._memory.keys[layer].index_copy_(1, self._places, key.transpose(0, 1))
-        self._memory.values[layer].index_copy_(1, self._places, value.transpose(0, 1))
+        kept = self._memory.keys.dtype  # narrower than the rows, perhaps: the kernels want one type
+        self._memory.keys[layer].index_copy_(1, self._places, key.transpose(0, 1).to(kept))
+        self._memory.values[layer].index_copy_(1, self._places, value.transpose(0, 1).to(kept))
+        given, query = query.dtype, query.to(kept)
         # the query heads that share a key head become rows of one small matrix, since the kernel would otherwise read
         # the keys once for each query head: [rows, 1, kv_heads, heads of each, head_dim]
         grouped = query.reshape(len(query), 1, key.shape[1], -1, query.shape[-1])
@@ -100,7 +102,7 @@ class StepAttention:
                     rows, past_keys, past_values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
                 )
                 outs.append(many[0].transpose(0, 1))
-        return torch.cat(outs)
+        return torch.cat(outs).to(given)
 
     def _mask(self, span: AttentionSpan, window: int | None) -> Tensor | None:
         """[rows, length] of what each row may see; None where causal attention from the first token on will do."""

@@ -90,6 +90,14 @@ def _meminfo_available() -> int:
     return 8 * GIB
 
 
+def kv_dtype(device: torch.device, precision: str, dtype: torch.dtype) -> torch.dtype:
+    """The type to keep keys and values in: 16 bits beside weights of 16 bits or less, though a CPU without bfloat16
+    products computes in float32. float32 and float16 weights keep what they compute in."""
+    if device.type == "cpu" and precision in ("bfloat16", "int8", "int4"):
+        return torch.bfloat16
+    return dtype
+
+
 def cache_tokens(shape: NetworkShape, device: torch.device, dtype: torch.dtype, gib: float, max_sequences: int) -> int:
     """Tokens the KV cache will hold. `gib` 0 takes a share of what is free now, after the weights were loaded; never
     more than max_sequences full contexts, and room for one full context only if the budget has it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar, cast
 
 from serving.engine.faults import is_out_of_memory, where_from
-from serving.engine.graphs import Recorder
+from serving.engine.graphs import DecodeGraphs, Recorder
 from serving.engine.port import Abilities
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled
@@ -150,7 +150,7 @@ class Engine:
         """record: how decode steps are recorded, see serving.engine.graphs; None computes each step anew."""
         self.limits = limits
         self.shape = network.shape
-        self._runner = Runner(network, limits.kv_tokens, limits.max_sequences, record)
+        self._runner = Runner(network, limits.kv_tokens, limits.max_sequences, record, limits.kv_dtype)
         self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens)
         self._requests: dict[Sequence, Request] = {}  # the engine thread's
         self._outbox: dict[Generation[Any], list[tuple[int, Mail]]] = {}
@@ -169,6 +169,11 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether the engine can still answer."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """What is recorded of decode steps, where anything is."""
+        return self._runner.graphs
 
     def start(self) -> None:
         """Ready when it returns; recording decode steps takes part of a minute."""

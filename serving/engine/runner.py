@@ -29,11 +29,18 @@ class Runner:
     """Owns the network, the KV memory and the sampler. Called by the engine thread only, but for `prepare`."""
 
     def __init__(
-        self, network: CausalLM, kv_tokens: int, max_sequences: int = 1, record: Recorder | None = None
+        self,
+        network: CausalLM,
+        kv_tokens: int,
+        max_sequences: int = 1,
+        record: Recorder | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """record: how decode steps of up to `max_sequences` answers are recorded; None computes each step anew."""
         self._network = network
-        self._memory = KVMemory(network.shape, kv_tokens + GRANULE * bool(record), network.device, network.dtype)
+        self._memory = KVMemory(
+            network.shape, kv_tokens + GRANULE * bool(record), network.device, kv_dtype or network.dtype
+        )
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[Sequence, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
         self._kernel = choose_kernel(network.device, network.dtype)

@@ -206,3 +206,4 @@ class EngineLimits:
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows of one step, decode and prefill together
     kv_tokens: int = field(default=16_384)  # capacity of the cache
+    kv_dtype: torch.dtype | None = None  # keys and values are kept in it; None: in the network's own

@@ -80,6 +80,24 @@ def test_a_full_cache_preempts_and_the_answers_stay_the_same() -> None:
     assert asyncio.run(main()) > 0
 
 
+def test_keys_and_values_in_16_bits_change_no_answer_by_company_or_prefix() -> None:
+    """Rounded keys may say something else than exact ones, but the same thing alone, in a batch and after a hit."""
+    limits = EngineLimits(max_sequences=6, max_batch_tokens=64, kv_tokens=2048, kv_dtype=torch.bfloat16)
+    prompts = [prompt(length, length) for length in (5, 40, 90)]
+    network = MODELS["grouped"].network
+
+    async def main() -> None:
+        with running(network, limits) as engine:
+            alone = [await tokens(engine, ids, greedy(12)) for ids in prompts]
+            again = await asyncio.gather(*(tokens(engine, ids, greedy(12)) for ids in prompts))
+        assert again == alone
+        with running(network, EngineLimits(kv_tokens=2048)) as engine:
+            exact = [await tokens(engine, ids, greedy(12)) for ids in prompts]
+        assert [answer[:2] for answer in alone] == [answer[:2] for answer in exact]
+
+    asyncio.run(main())
+
+
 def test_a_seed_gives_the_same_text_alone_and_in_company() -> None:
     model = MODELS["grouped"]
     sampling = SamplingParams(max_tokens=40, temperature=1.3, top_p=0.9, seed=7)

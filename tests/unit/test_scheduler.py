@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.engine.attention import KVMemory
 from serving.engine.cache import BLOCK, GRANULE
+from serving.engine.device import GIB, kv_dtype
 from serving.engine.scheduler import Scheduler, StepPlan
 from serving.engine.sequence import Sequence
-from serving.engine.types import PromptLayout, SamplingParams
+from serving.engine.types import NetworkShape, PromptLayout, SamplingParams
 
 
 def sequence(num_tokens: int, first: int = 0, max_tokens: int = 100, two_way: int = 0, priority: int = 0) -> Sequence:
@@ -192,3 +195,16 @@ def test_everyone_finishes_and_every_place_is_free_again(jobs: list[tuple[int, i
             break
     assert not waiting
     assert plans.space.num_used == plans.num_idle_tokens
+
+
+def test_two_gib_carry_64_conversations_of_1000_tokens_of_the_6b_shape() -> None:
+    shape = NetworkShape(28, 32, 2, 128, 4096, 65_024, 64_794, 8192)
+    per_token = KVMemory.bytes_per_token(shape, kv_dtype(torch.device("cpu"), "bfloat16", torch.float32))
+    plans = scheduler(max_sequences=64, max_batch_tokens=4096, kv_tokens=2 * GIB // per_token)
+    conversations = [sequence(980, first=10_000 * i) for i in range(64)]
+    for one in conversations:
+        plans.add(one)
+    while not all(one.num_generated >= 20 for one in conversations):
+        carry_out(plans.schedule())
+    assert plans.counters.preemptions == 0
+    assert len(plans.running) == 64
