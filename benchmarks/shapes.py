@@ -21,6 +21,7 @@ from models.progress import ProgressPrinter
 VOCABULARY, NUM_TOKENS = 65_024, 64_794
 SHARD_BYTES = 2 * 10**9
 SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
     "quarter": {"hidden_size": 1024, "intermediate_size": 3424, "num_hidden_layers": 9, "num_attention_heads": 8},
     "6b": {"hidden_size": 4096, "intermediate_size": 13_696, "num_hidden_layers": 28, "num_attention_heads": 32},
 }
@@ -43,8 +44,10 @@ def config(name: str) -> GlmConfig:
     )
 
 
-def random_model(name: str, dtype: torch.dtype, num_layers: int | None = None) -> GlmForCausalLM:
-    """The network with random weights in memory, made on the CPU."""
+def random_model(
+    name: str, dtype: torch.dtype, num_layers: int | None = None, device: torch.device | None = None
+) -> GlmForCausalLM:
+    """The network with random weights in memory, made on `device` (else the CPU), the same ones each time."""
     shape = config(name)
     shape.num_hidden_layers = num_layers or shape.num_hidden_layers
     previous = torch.get_default_dtype()
@@ -52,8 +55,9 @@ def random_model(name: str, dtype: torch.dtype, num_layers: int | None = None) -
     try:
         with torch.device("meta"):
             model = GlmForCausalLM(shape)
-        model = model.to_empty(device="cpu")
+        model = model.to_empty(device=device or "cpu")
         model.model.rotary_emb.__init__(shape)  # its frequencies are no weights, and meta has none
+        model.model.rotary_emb.to(device or "cpu")
     finally:
         torch.set_default_dtype(previous)
     for parameter_name, parameter in model.named_parameters():
@@ -94,7 +98,7 @@ def write_folder(name: str, out: Path) -> None:
 
 
 def _fill(tensor: torch.Tensor, name: str) -> None:
-    generator = torch.Generator().manual_seed(sum(name.encode()))
+    generator = torch.Generator(tensor.device).manual_seed(sum(name.encode()))
     if tensor.ndim == 1:
         tensor.fill_(1.0 if name.endswith("norm.weight") else 0.0)
     else:
