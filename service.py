@@ -38,6 +38,10 @@ try:
     family = FAMILIES[stored.family]
     if settings.engine == "vllm" and family.open_format is None:
         raise SettingsError(f"vLLM does not have the network of the family {stored.family}: use CHATGLM_ENGINE=native")
+    kept_in = stored.metadata.get("quantized")
+    if kept_in and (settings.engine == "vllm" or settings.precision not in ("auto", kept_in)):
+        wanted = "CHATGLM_ENGINE=vllm" if settings.engine == "vllm" else f"CHATGLM_PRECISION={settings.precision}"
+        raise SettingsError(f"{stored.tag} is stored in {kept_in}, not for {wanted}: serve {stored.metadata['source']}")
     name, _, version = stored.tag.partition(":")
     served = Served(
         name=name,

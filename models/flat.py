@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from models import fused, linears, linears_cuda
+from models import fused, linears, linears_cuda, quantized
 from models.family import Precision, Progress
+from models.quantized import QuantizedLinear
 from serving.engine.types import CAUSAL, Attend, NetworkShape, PromptLayout, RaggedBatch
 
 INTERLEAVED = {GlmForCausalLM: True, LlamaForCausalLM: False}  # whether rotary pairs neighbours or halves
@@ -141,8 +142,17 @@ class FlatDecoder(nn.Module):
         return cast("Tensor", self.lm_head(hidden))
 
 
-def _joined(parts: list[nn.Linear], row_order: Tensor | None) -> nn.Linear:
+def _joined(parts: list[nn.Module], row_order: Tensor | None) -> nn.Module:
     """Several products of one input as one. `row_order` rearranges the channels of each head of query and key."""
+    if all(isinstance(part, QuantizedLinear) for part in parts):
+        small = cast("list[QuantizedLinear]", parts)
+        if row_order is not None:
+            small = [*(part.reordered(_in_each_head(row_order, part.out_features)) for part in small[:2]), *small[2:]]
+        return quantized.joined(small)
+    return _joined_linears(cast("list[nn.Linear]", parts), row_order)
+
+
+def _joined_linears(parts: list[nn.Linear], row_order: Tensor | None) -> nn.Linear:
     weights = [part.weight.detach() for part in parts]
     biases: list[Tensor | None] = [part.bias for part in parts]
     if row_order is not None:
@@ -157,6 +167,12 @@ def _joined(parts: list[nn.Linear], row_order: Tensor | None) -> nn.Linear:
 
 def _reordered(rows: Tensor, order: Tensor) -> Tensor:
     return rows.view(-1, len(order), *rows.shape[1:])[:, order].reshape(rows.shape)
+
+
+def _in_each_head(order: Tensor, num_rows: int) -> Tensor:
+    """An order of one head's channels as an order of all rows."""
+    heads = torch.arange(0, num_rows, len(order))
+    return (heads[:, None] + order).flatten()
 
 
 def _halves_to_pairs(head_dim: int, num_rotated: int) -> Tensor:

@@ -15,6 +15,7 @@ models/linears_cuda.py has int8 and int4 for GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, cast
 
@@ -24,8 +25,9 @@ from torch.nn import functional
 
 from models import linears_cuda
 from models.family import ImportRefused, Precision, Progress
+from models.quantized import GROUP, QuantizedLinear, unpack_groups
 
-GROUP = 64
+MAX_PACKING = 4  # layers packed at once; more would hold too much of the model twice
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3, "int8": 5e-2, "int4": 0.2}
 ops = cast("Any", torch.ops)
 
@@ -50,8 +52,9 @@ def storage_dtype(precision: Precision, device: torch.device, stored: torch.dtyp
 
 @torch.inference_mode()
 def pack(model: nn.Module, precision: Precision, device: torch.device, progress: Progress) -> None:
-    """Replace every nn.Linear of `model`, one by one, so that no more than one layer is held twice.
+    """Replace every linear layer of `model`, a few at a time, so that no more than those are held twice.
 
+    Packing is one thread's work for each layer, so each core takes a layer of its own.
     What is not a linear layer gets the compute type; embeddings stay as they are stored and are widened by the row.
     """
     if device.type != "cpu":
@@ -61,32 +64,49 @@ def pack(model: nn.Module, precision: Precision, device: torch.device, progress:
             linears_cuda.pack(model, precision, device, progress)
         return
     dtype = compute_dtype(precision, device)
-    found: list[tuple[nn.Module, str, nn.Linear | nn.Embedding]] = [
+    found: list[tuple[nn.Module, str, nn.Module]] = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear | nn.Embedding)
+        if isinstance(child, nn.Linear | nn.Embedding | QuantizedLinear)
     ]
-    total = sum(child.weight.nbytes for _, _, child in found)
+    total = sum(_num_bytes(child) for _, _, child in found)
     done = 0
-    for parent, name, child in found:
-        done += child.weight.nbytes
-        if isinstance(child, nn.Embedding):
-            setattr(parent, name, StoredEmbedding(child, dtype))
-        else:
-            kind: Precision = "int8" if precision == "int4" and name == "lm_head" else precision
-            setattr(parent, name, packed_linear(child, kind))
-        progress(done, total, f"packing {precision}")
+    with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_PACKING)) as pool:
+        while found:
+            few, found = found[:MAX_PACKING], found[MAX_PACKING:]
+            packed = list(pool.map(lambda place: _packed_child(*place[1:], precision, dtype), few))
+            for (parent, name, child), new in zip(few, packed, strict=True):
+                done += _num_bytes(child)
+                setattr(parent, name, new)
+            progress(done, total, f"packing {precision}")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
-def packed_linear(linear: nn.Linear, precision: Precision) -> nn.Module:
+def _num_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, QuantizedLinear):
+        return layer.num_bytes
+    return cast("nn.Linear | nn.Embedding", layer).weight.nbytes
+
+
+@torch.inference_mode()
+def _packed_child(name: str, child: nn.Module, precision: Precision, dtype: torch.dtype) -> nn.Module:
+    if isinstance(child, nn.Embedding):
+        return StoredEmbedding(child, dtype)
+    kind: Precision = "int8" if precision == "int4" and name == "lm_head" else precision
+    return packed_linear(cast("nn.Linear | QuantizedLinear", child), kind)
+
+
+def packed_linear(linear: nn.Linear | QuantizedLinear, precision: Precision) -> nn.Module:
     """One layer in its fastest form here; the float32 original only where the CPU has no kernel for the format."""
     if precision == "bfloat16" and not has_bfloat16_kernels():
         precision = "float16"
-    if precision == "int4" and linear.in_features % GROUP:
-        precision = "int8"
+    if precision in ("int8", "int4"):
+        if not isinstance(linear, QuantizedLinear):
+            linear = QuantizedLinear.of(linear, precision)
+        return SMALL_KERNELS[linear.precision](linear) if works_here(linear.precision) else linear.widened()
+    assert not isinstance(linear, QuantizedLinear), "opened in the precision that it is stored in"
     if not works_here(precision):
         return linear.to(compute_dtype(precision, torch.device("cpu")))
     return KERNELS[precision](linear)
@@ -142,15 +162,12 @@ class Int8Linear(nn.Module):
     as torch's dynamic quantisation has it, a neighbour's outlier would ruin the answer.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
-        values = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        quantized = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+        zeros = torch.zeros(linear.out_features, dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(linear.values, linear.scale.double(), zeros, 0)
         self._packed = ops.quantized.linear_prepack(quantized, None)
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self._bias = None if linear.bias is None else linear.bias.float()
         # without VNNI the kernel adds pairs of products in 16 bits: seven bits of activation cannot overflow them
         self._levels = 127 if has_vnni() else 63
 
@@ -167,17 +184,11 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """int4 weights in groups of GROUP along the input, each with a scale and an offset."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        rows, columns = weight.shape
-        groups = weight.view(rows, columns // GROUP, GROUP)
-        low, high = groups.amin(dim=2), groups.amax(dim=2)
-        scale = ((high - low) / 15).clamp(min=1e-12)
-        values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
-        self._packed = ops.aten._convert_weight_to_int4pack_for_cpu(values.view(rows, columns), 1)
-        self._scales = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous().bfloat16()
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self._packed = ops.aten._convert_weight_to_int4pack_for_cpu(unpack_groups(linear.values).int(), 1)
+        self._scales = linear.scale.clone()
+        self._bias = None if linear.bias is None else linear.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -191,9 +202,8 @@ KERNELS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "float32": lambda linear: OneDnnLinear(linear, torch.float32),
     "bfloat16": lambda linear: OneDnnLinear(linear, torch.bfloat16),
     "float16": HalfWeightLinear,
-    "int8": Int8Linear,
-    "int4": Int4Linear,
 }
+SMALL_KERNELS: dict[str, Callable[[QuantizedLinear], nn.Module]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 @cache
@@ -207,7 +217,11 @@ def works_here(precision: Precision) -> bool:
     x = torch.randn(1, 3, 2 * GROUP, generator=generator)
     expected = linear(x)
     try:
-        error = KERNELS[precision](linear)(x.to(dtype)).float() - expected
+        if precision in ("int8", "int4"):
+            packed = SMALL_KERNELS[precision](QuantizedLinear.of(linear, precision))
+        else:
+            packed = KERNELS[precision](linear)
+        error = packed(x.to(dtype)).float() - expected
     except (RuntimeError, AttributeError, NotImplementedError):
         return False  # an operator that this build of torch or this CPU does not have
     return bool(error.norm() <= TOLERANCE[precision] * expected.norm())

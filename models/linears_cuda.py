@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,12 @@ from torch.nn import functional
 
 from models.family import ImportRefused, Precision, Progress
 from models.fused import PLAIN
+from models.quantized import GROUP, QuantizedLinear, Small, quantize_groups, quantize_rows, unpack_groups
 
 logger = logging.getLogger(__name__)
-GROUP = 64
 MIN_ROWS = 32  # `_int_mm` wants more than 16
 TOLERANCE = {"int8": 5e-2, "int4": 0.2}
 ops = cast("Any", torch.ops)
-
-Small = Literal["int8", "int4"]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -50,14 +48,16 @@ def pack(model: nn.Module, precision: Small, device: torch.device, progress: Pro
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
+        if isinstance(child, nn.Linear | QuantizedLinear)
     ]
-    total = sum(child.weight.nbytes for _, _, child in found)
+    total = sum(child.in_features * child.out_features for _, _, child in found)
     done = 0
     for parent, name, child in found:
-        done += child.weight.nbytes
+        done += child.in_features * child.out_features
         fits = precision == "int4" and name != "lm_head" and child.in_features % (2 * GROUP) == 0
-        setattr(parent, name, packed_linear(child, "int4" if fits else "int8", device))
+        # what is stored small is widened for a moment and comes out with the same values
+        linear = child.widened() if isinstance(child, QuantizedLinear) else child
+        setattr(parent, name, packed_linear(linear, "int4" if fits else "int8", device))
         progress(done, total, f"packing {precision}")
     model.to(device)
 
@@ -70,28 +70,9 @@ def packed_linear(linear: nn.Linear, precision: Small, device: torch.device) -> 
     raise ImportRefused(f"{precision} weights do not work on {device}; use float16 or bfloat16")
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> int8 of the same shape, and [rows] float32 scales: weight = values * scale."""
-    weight = weight.float()
-    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> [rows, columns / 2] uint8, two values a byte, the first one in the upper half; and
-    [columns / GROUP, rows, 2] bfloat16, scale and middle of each group: weight = (value - 8) * scale + middle."""
-    rows, columns = weight.shape
-    groups = weight.float().view(rows, columns // GROUP, GROUP)
-    low, high = groups.amin(dim=2), groups.amax(dim=2)
-    scale = ((high - low) / 15).clamp(min=1e-12)
-    values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.uint8).view(rows, columns)
-    middles = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
-    return values[:, ::2] << 4 | values[:, 1::2], middles.bfloat16()
-
-
 def widen_groups(packed: Tensor, middles: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights that `quantize_groups` stands for, [rows, columns]."""
-    values = torch.stack((packed >> 4, packed & 15), dim=-1).view(len(packed), -1, GROUP)
+    values = unpack_groups(packed).view(len(packed), -1, GROUP)
     scale, middle = middles.to(dtype).transpose(0, 1).unbind(dim=-1)
     return ((values.to(dtype) - 8) * scale[..., None] + middle[..., None]).flatten(1)
 

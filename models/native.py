@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
-from models import linears, linears_cuda
+from models import linears, linears_cuda, quantized
 from models.family import ImportRefused, Precision, Progress
 from models.flat import FlatDecoder, can_flatten
 from serving.engine.types import CAUSAL, Attend, CausalLM, NetworkShape, PromptLayout, RaggedBatch
@@ -189,7 +189,9 @@ def open_native(
     folder: Path, device: torch.device, precision: Precision, progress: Progress, num_tokens: int, max_positions: int
 ) -> CausalLM:
     """A transformers folder as the engine's CausalLM, in the fastest form there is. See `load_native` for errors."""
-    model = load_native(folder, device, precision, progress)
+    precision = quantized.effective_precision(folder, precision)
+    is_small = quantized.stored_precision(folder) is not None
+    model = quantized.load_quantized(folder, progress) if is_small else load_native(folder, device, precision, progress)
     if can_flatten(model):
         return FlatDecoder(model, precision, num_tokens, max_positions, progress, device)
     linears.pack(model, precision, device, progress)

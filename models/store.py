@@ -1,6 +1,7 @@
 """Puts a model, with its family, into the Bento model store, and finds it again. Knows no architecture.
 
     python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]]
+    python -m models.store quantize NAME[:VERSION] int8|int4 [--name NAME[:VERSION]]
     python -m models.store list
 
 bentoml is imported inside the functions: it is slow, and a refusal should not wait for it.
@@ -23,6 +24,8 @@ from models.staging import move_folder, staging_folder
 
 if TYPE_CHECKING:
     from bentoml import Model, Tag
+
+    from models.quantized import Small
 
 DEMO_NAME = "chatglm2-demo"
 CONVERSION = "1"  # raise it when what an import writes changes, so that the demo is imported anew
@@ -68,6 +71,29 @@ def import_model(family: str, source: Path, name: str | None, options: Mapping[s
         folder = _register(tag, metadata, converted, staging / "store")
         _move_in(folder, tag)
     return str(tag)
+
+
+def quantize_model(tag: str, precision: Small, name: str | None, progress: Progress) -> str:
+    """Put a stored model into the store again with weights of 8 or 4 bits, which load faster and take less room; return
+    the new tag. Raises ImportRefused, StoreError.
+
+    name: as for `import_model`; None adds the precision to the model's own name.
+    """
+    from models.quantized import quantize_folder
+
+    stored = resolve(tag)
+    if FAMILIES[stored.family].open_format is None:
+        raise ImportRefused(f"a model of the family {stored.family} is quantised while it loads: CHATGLM_PRECISION")
+    new_tag = _new_tag(name or f"{stored.tag.partition(':')[0]}-{precision}")
+    with staging_folder(_store_dir().parent) as staging:
+        converted = staging / "converted"
+        converted.mkdir()
+        quantize_folder(stored.path, converted, precision, progress)
+        metadata = {key: value for key, value in stored.metadata.items() if key != "imported"}
+        before = metadata.get("source_precision", metadata.get("dtype"))
+        metadata |= {"quantized": precision, "dtype": precision, "source_precision": before, "source": stored.tag}
+        _move_in(_register(new_tag, metadata, converted, staging / "store"), new_tag)
+    return str(new_tag)
 
 
 def ensure_demo() -> str:

@@ -1,4 +1,4 @@
-"""The command line of the model store: `import` and `list`. Knows arguments, signals and exit codes, no models."""
+"""The command line of the model store: `import`, `quantize` and `list`. Knows arguments, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -14,7 +15,7 @@ from typing import TextIO
 from models import FAMILIES
 from models.family import ImportRefused, Progress
 from models.progress import ProgressPrinter, readable_bytes
-from models.store import StoreError, import_model, resolve, stored_models
+from models.store import StoredModel, StoreError, import_model, quantize_model, resolve, stored_models
 
 
 class Interrupted(Exception):
@@ -81,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     options = {option.name: option for family in FAMILIES.values() for option in family.options}
     for option in options.values():
         importing.add_argument(f"--{option.name}", metavar="|".join(option.choices) or "VALUE", help=option.help)
+    quantizing = commands.add_parser("quantize", help="store a model again with weights of 8 or 4 bits")
+    quantizing.set_defaults(run=_quantize)
+    quantizing.add_argument("tag", metavar="NAME[:VERSION]", help="a model in the store")
+    quantizing.add_argument("precision", choices=("int8", "int4"))
+    quantizing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the model's name and the precision")
     commands.add_parser("list", help="show what is in the store").set_defaults(run=_list)
     return parser
 
@@ -89,18 +95,35 @@ def _import(arguments: argparse.Namespace) -> None:
     names = {option.name for family in FAMILIES.values() for option in family.options}
     chosen = {name: getattr(arguments, name.replace("-", "_")) for name in names}
     options = {name: str(value) for name, value in chosen.items() if value is not None}
+    with _stoppable() as progress:
+        tag = import_model(arguments.family, arguments.source, arguments.name, options, progress)
+    stored = _say_stored(tag)
+    if stored.metadata.get("weights_only"):
+        print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    with _stoppable() as progress:
+        tag = quantize_model(arguments.tag, arguments.precision, arguments.name, progress)
+    _say_stored(tag)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Stoppable]:
     printer = ProgressPrinter(sys.stderr)
     stoppable = Stoppable(printer)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stoppable.on_signal)
     try:
-        tag = import_model(arguments.family, arguments.source, arguments.name, options, stoppable)
+        yield stoppable
     finally:
         printer.close()
+
+
+def _say_stored(tag: str) -> StoredModel:
     stored = resolve(tag)
     print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(stored.path))}, {stored.path})")
-    if stored.metadata.get("weights_only"):
-        print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
+    return stored
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,94 @@
+"""A model stored in 8 or 4 bits says what it says when it is quantised while it loads; the store knows which it is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models import FAMILIES
+from models.family import ImportRefused
+from models.progress import no_progress
+from models.quantized import GROUP, QuantizedLinear, Small, quantize_folder, stored_precision
+from models.store import StoreError, import_model, quantize_model, servable
+from serving.settings import Settings
+from serving.start import start_model
+from tests.hf_folders import SIZES, write_folder
+from tests.original_glm import SMALL, random_weights, write_checkpoint
+from tests.own_store import own_store
+from tests.reference_attention import ReferenceAttention, forward
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["hf"]
+
+
+def logits(folder: Path, metadata: dict[str, object], precision: Small) -> torch.Tensor:
+    network = FAMILY.load(folder, metadata, CPU, precision, no_progress).network
+    ids = list(range(5, 25))
+    return forward(network, ReferenceAttention(), {0: (ids, 0, network.layout(ids))})[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "glm", "glm4"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_stored_or_made_while_loading_the_logits_are_the_same(
+    tmp_path: Path, kind: str, precision: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary by halves and by neighbours, separate and joined products, a head that is the embedding."""
+    monkeypatch.setitem(SIZES, "hidden_size", 2 * GROUP)  # or int4 would have no groups
+    monkeypatch.setitem(SIZES, "intermediate_size", 3 * GROUP)
+    source, imported, small = (tmp_path / name for name in ("source", "imported", "small"))
+    write_folder(source, kind)
+    weights = {name: tensor.half() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    imported.mkdir()
+    small.mkdir()
+    metadata = FAMILY.import_checkpoint(source, imported, {}, no_progress)
+    quantize_folder(imported, small, precision, no_progress)
+    assert stored_precision(small) == precision
+    assert torch.equal(logits(small, metadata, precision), logits(imported, metadata, precision))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_stored_layer_is_as_near_as_its_format_allows(precision: Small) -> None:
+    torch.manual_seed(2)
+    linear = nn.Linear(4 * GROUP, 300)
+    widened = QuantizedLinear.of(linear, precision).widened()
+    steps = linear.weight.abs().amax() / (127 if precision == "int8" else 7.5)
+    assert (widened.weight - linear.weight).abs().max() <= 0.55 * steps  # scales of int4 are bfloat16
+    assert torch.equal(widened.bias, linear.bias)
+
+
+def test_a_group_that_does_not_fit_is_stored_in_eight_bits() -> None:
+    assert QuantizedLinear.of(nn.Linear(GROUP + 8, 16), "int4").precision == "int8"
+
+
+def test_the_store_keeps_a_small_copy_and_serves_it_as_it_is(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", SMALL, random_weights(SMALL, 1), shards=2)
+    with own_store(tmp_path / "home"):
+        import_model("chatglm2", tmp_path / "checkpoint", "tiny:1", {}, no_progress)
+        tag = quantize_model("tiny:1", "int8", None, no_progress)
+        assert tag.startswith("tiny-int8:")
+        stored = servable(tag)
+        assert stored.family == "chatglm2"
+        kept = {key: stored.metadata[key] for key in ("quantized", "dtype", "source_precision", "source")}
+        assert kept == {"quantized": "int8", "dtype": "int8", "source_precision": "float32", "source": "tiny:1"}
+        with pytest.raises(ImportRefused, match="in int8 already"):
+            quantize_model(tag, "int4", None, no_progress)
+        with pytest.raises(StoreError, match="already"):
+            quantize_model("tiny:1", "int8", tag, no_progress)
+        load = FAMILIES[stored.family].load
+        settings = Settings(device="cpu", threads=1, kv_cache_gib=0.01)
+        model = start_model(load, stored.path, stored.metadata, settings, logging.getLogger("tests"))
+        model.engine.stop(10)
+        with pytest.raises(ImportRefused, match="stored in int8"):
+            start_model(
+                load,
+                stored.path,
+                stored.metadata,
+                settings.model_copy(update={"precision": "bfloat16"}),
+                logging.getLogger("tests"),
+            )
