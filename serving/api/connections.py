@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import uvicorn
 
 IDLE_SECONDS = 30.0  # without a complete head of a request, or after an answer that nobody takes
+# uvicorn's 5 s are also httpx's: server and client would let go of a connection while the other just takes it up
+KEEP_ALIVE_SECONDS = 20
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ class Connections:
         handler = signal.getsignal(signal.SIGTERM)
         owner = getattr(handler, "__self__", None)
         self._server = owner if isinstance(owner, uvicorn.Server) else None
+        if self._server is not None:
+            self._server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         # of each connection, the request that it had last, and when it was seen to be over
         self._idle_since: WeakKeyDictionary[Any, tuple[object, float]] = WeakKeyDictionary()
 
