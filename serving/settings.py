@@ -41,7 +41,7 @@ class Settings(BaseModel):
         1,
         ge=1,
         le=64,
-        description="Processes that each serve a copy of the model, on a GPU of their own; all limits are for each.",
+        description="Processes that each serve a copy of the model, on a GPU of their own; limits hold for all.",
     )
     gpus_per_worker: int = Field(
         1, ge=1, le=64, description="GPUs that one copy is split over; above 1 only `ENGINE=vllm`."
@@ -120,7 +120,9 @@ class Settings(BaseModel):
         """Raises SettingsError for what only the other engine has."""
         if self.engine == "native":
             if self.gpus_per_worker > 1:
-                raise SettingsError("CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm")
+                raise SettingsError(
+                    "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm, whose tensor_parallel_size it sets"
+                )
             if self.vllm_options:
                 raise SettingsError("CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm")
             return

@@ -126,7 +126,10 @@ def test_a_named_gpu_is_every_workers() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"GPUS_PER_WORKER": "2"}, "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm"),
+        (
+            {"GPUS_PER_WORKER": "2"},
+            "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm, whose tensor_parallel_size it",
+        ),
         ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm"),
         ({"ENGINE": "vllm", "VLLM_OPTIONS": "[1]"}, "CHATGLM_VLLM_OPTIONS is not a JSON object"),
         ({"ENGINE": "vllm", "PRECISION": "int4"}, "CHATGLM_PRECISION=int4 is not for CHATGLM_ENGINE=vllm"),

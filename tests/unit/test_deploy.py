@@ -200,6 +200,23 @@ def test_compose_mounts_what_there_is_and_sets_what_exists() -> None:
     assert all((DEPLOY / "prometheus" / Path(rule).name).is_file() for rule in prometheus["rule_files"])
 
 
+def docker_has_compose() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return (
+        subprocess.run(["docker", "compose", "version"], capture_output=True, check=False, timeout=30).returncode == 0
+    )
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cuda", "watch"])
+def test_compose_itself_accepts_the_file(profile: str) -> None:
+    if not docker_has_compose():
+        pytest.skip("docker compose, which checks the file, is not here")
+    command = ["docker", "compose", "--file", str(DEPLOY / "compose.yaml"), "--profile", profile, "config", "--quiet"]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_dashboard_is_read_where_grafana_is_told_to_look() -> None:
     (provider,) = read(DEPLOY / "grafana" / "provisioning" / "dashboards" / "chatglm.yaml")
     (compose,) = read(DEPLOY / "compose.yaml")
