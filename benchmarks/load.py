@@ -109,7 +109,7 @@ def _has_text(choice: dict[str, object]) -> bool:
     return bool(choice.get("text") or (isinstance(delta, dict) and delta.get("content")))
 
 
-def summary(samples: list[Sample], seconds: float, cpu_seconds: float, memory: int) -> dict[str, float]:
+def summary(samples: list[Sample], seconds: float, before: Usage, after: Usage) -> dict[str, float]:
     """The figures of one round. Times in milliseconds."""
     good = [s for s in samples if s.error is None and s.arrivals]
     first = [s.arrivals[0] * 1000 for s in good]
@@ -123,8 +123,9 @@ def summary(samples: list[Sample], seconds: float, cpu_seconds: float, memory: i
         "gap_ms_p50": _quantile(gaps, 0.5),
         "gap_ms_p99": _quantile(gaps, 0.99),
         "errors": float(len(samples) - len(good)),
-        "cpu_seconds": cpu_seconds,
-        "memory_gib": memory / 2**30,
+        "cpu_seconds": after.cpu_seconds - before.cpu_seconds,
+        "main_thread_seconds": after.main_seconds - before.main_seconds,
+        "memory_gib": after.memory / 2**30,
     }
 
 
@@ -133,12 +134,25 @@ def _quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-def _usage(process: psutil.Process | None) -> tuple[float, int]:
-    """CPU seconds and resident bytes of a process and its children."""
+@dataclass(frozen=True)
+class Usage:
+    """What a process and its children have used so far."""
+
+    cpu_seconds: float = 0.0
+    main_seconds: float = 0.0  # of the main threads alone: in this server HTTP, BentoML, JSON and nothing of the engine
+    memory: int = 0  # bytes
+
+
+def _usage(process: psutil.Process | None) -> Usage:
     if process is None:
-        return 0.0, 0
+        return Usage()
     family = [process, *process.children(recursive=True)]
-    return sum(sum(p.cpu_times()[:2]) for p in family), sum(p.memory_info().rss for p in family)
+    main = (thread for p in family for thread in p.threads() if thread.id == p.pid)
+    return Usage(
+        sum(sum(p.cpu_times()[:2]) for p in family),
+        sum(thread.user_time + thread.system_time for thread in main),
+        sum(p.memory_info().rss for p in family),
+    )
 
 
 def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: int) -> dict[str, dict[str, float]]:
@@ -149,11 +163,10 @@ def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: i
         for name, url in servers.items():
             process = psutil.Process(pids[name]) if name in pids else None
             time.sleep(PAUSE_SECONDS)
-            cpu_before, _ = _usage(process)
+            before = _usage(process)
             samples, seconds = asyncio.run(measure(url, load, seed=f"{run}-{number}"))
-            cpu_after, memory = _usage(process)
             if number:
-                figures[name].append(summary(samples, seconds, cpu_after - cpu_before, memory))
+                figures[name].append(summary(samples, seconds, before, _usage(process)))
             for error in {s.error for s in samples if s.error}:
                 print(f"  {name}: {error}")
     return {

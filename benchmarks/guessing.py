@@ -1,0 +1,109 @@
+"""What guessing ahead brings one stream that quotes: the demonstration model asked for what it has said before.
+
+    python -m benchmarks.guessing --json benchmarks/results/DATE-guessing.json
+
+Fresh: a first question, nothing to quote. Quoting: the same question again, with the first answer in the history. Each
+with and without guesses, A B A B in one run; the answers are checked to be equal. `--cost` measures on the quarter
+shape what a step of 1 + 4 rows costs against a step of one, which is what a wrong guess wastes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence as Ids
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks.demo import QUESTIONS, asked, demo
+from benchmarks.engine import measure
+from benchmarks.shapes import random_model
+from models.family import LoadedModel
+from models.flat import FlatDecoder
+from models.progress import no_progress
+from serving.engine.device import num_usable_cores
+from serving.engine.lookup import MAX_DRAFT
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Sequence
+from serving.engine.types import SamplingParams
+
+MAX_TOKENS = 64
+GUESSING = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greedy as well, and never guessed
+
+
+def answer(model: LoadedModel, prompt_ids: Ids[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
+    """(tokens, steps, seconds) of one answer, by the scheduler and the runner as the engine uses them."""
+    scheduler = Scheduler(1, 512, len(prompt_ids) + 2 * MAX_TOKENS)
+    runner = Runner(model.network, scheduler.space.size)
+    sequence = Sequence(list(prompt_ids), sampling, seed=1)
+    scheduler.add(sequence)
+    steps, begun, reason = 0, time.perf_counter(), None
+    while reason is None:
+        plan = scheduler.schedule()
+        results = runner.run(plan)
+        steps += 1
+        for work in plan.work:
+            scheduler.computed(work)
+        for work, sampled in results:
+            guesses = (None, *work.draft)
+            for guess, before, token in zip(guesses, (None, *sampled), sampled, strict=False):
+                if reason is not None or (guess is not None and (before is None or guess != before.token_id)):
+                    break
+                sequence.num_computed += guess is not None
+                is_end = token.token_id in model.chat_format.stop_token_ids
+                reason = sequence.append(token.token_id) or ("stop" if is_end else None)
+    return sequence.token_ids[len(prompt_ids) :], steps, time.perf_counter() - begun
+
+
+def compare(model: LoadedModel, rounds: int) -> list[dict[str, float | str]]:
+    """Tokens a step and the ratio of times, of fresh answers and of quoted ones."""
+    results: list[dict[str, float | str]] = []
+    fresh = [model.chat_format.render(asked(question)) for question in QUESTIONS]
+    said = [model.chat_format.decode(answer(model, ids, PLAIN)[0]) for ids in fresh]
+    quoting = [model.chat_format.render(asked(q, q, text)) for q, text in zip(QUESTIONS, said, strict=True)]
+    for name, prompts in (("fresh", fresh), ("quoting", quoting)):
+        ratios, tokens, steps = list[float](), 0, 0
+        for _ in range(rounds):
+            for ids in prompts:
+                plain, _, plain_seconds = answer(model, ids, PLAIN)
+                guessed, num_steps, seconds = answer(model, ids, GUESSING)
+                assert guessed == plain, "a guess changed an answer"
+                ratios.append(plain_seconds / seconds)
+                tokens, steps = tokens + len(guessed), steps + num_steps
+        results.append({"workload": name, "tokens_per_step": tokens / steps, "speedup": statistics.median(ratios)})
+    return results
+
+
+def cost_of_a_guess() -> float:
+    """Seconds of a step of 1 + MAX_DRAFT rows over those of one row, quarter shape, 16-bit weights."""
+    network = FlatDecoder(random_model("quarter", torch.bfloat16), "bfloat16", 64_794, 8192, no_progress)
+    one, five = (statistics.median(measure(network, rows, 64, 16)[1] for _ in range(3)) for rows in (1, 1 + MAX_DRAFT))
+    return five / one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(num_usable_cores())
+    results = compare(demo(["float32"])["float32"], arguments.rounds)
+    for result in results:
+        print("{workload:8} {tokens_per_step:.2f} tokens a step, {speedup:.2f} times as fast".format(**result))
+    report: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "results": results}
+    if arguments.cost:
+        report["cost_of_a_guess"] = cost_of_a_guess()
+        print(f"a step with a guess of {MAX_DRAFT} takes {report['cost_of_a_guess']:.2f} times one without")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
