@@ -115,9 +115,10 @@ class PackedAttention:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
-        keys.index_copy_(1, self._places, key.transpose(0, 1))
-        values.index_copy_(1, self._places, value.transpose(0, 1))
-        return self._attend(query, keys, values, self._packed, scale, window)
+        # the memory may be narrower than the rows, and the kernels want one type
+        keys.index_copy_(1, self._places, key.transpose(0, 1).to(keys.dtype))
+        values.index_copy_(1, self._places, value.transpose(0, 1).to(keys.dtype))
+        return self._attend(query.to(keys.dtype), keys, values, self._packed, scale, window).to(query.dtype)
 
 
 class TwoAttentions:

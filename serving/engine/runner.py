@@ -43,7 +43,7 @@ class Runner:
         )
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[Sequence, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
-        self._kernel = choose_kernel(network.device, network.dtype)
+        self._kernel = choose_kernel(network.device, self._memory.keys.dtype)
         self._is_packed = record is not None or network.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         can_record = self._kernel is FLASH or network.device.type != "cuda"
