@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from models import fused, linears, linears_cuda, quantized
@@ -58,7 +57,7 @@ class FlatLayer(nn.Module):
         self, index: int, hidden: Tensor, turns: Tensor, shape: NetworkShape, attend: Attend, small: fused.SmallOps
     ) -> Tensor:
         """hidden: [rows, hidden_size]; turns: [rows, 1, rotated / 2] complex64. Returns hidden's shape."""
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], self.input_norm, self.epsilon)
+        normed = fused.norm(hidden, self.input_norm, self.epsilon)
         heads = self.qkv(normed).view(len(hidden), -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_kv_heads
         small.rotate(heads[:, :num_rotated, : 2 * turns.shape[-1]], turns)
@@ -134,7 +133,7 @@ class FlatDecoder(nn.Module):
         hidden = self.embedding(batch.token_ids)
         for index, layer in enumerate(self.layers):
             hidden = layer(index, hidden, turns, self.shape, attend, self._small)
-        return functional.rms_norm(hidden, hidden.shape[-1:], self.norm, self.epsilon)
+        return fused.norm(hidden, self.norm, self.epsilon)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

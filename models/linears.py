@@ -75,7 +75,7 @@ def pack(model: nn.Module, precision: Precision, device: torch.device, progress:
     with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_PACKING)) as pool:
         while found:
             few, found = found[:MAX_PACKING], found[MAX_PACKING:]
-            packed = list(pool.map(lambda place: _packed_child(*place[1:], precision, dtype), few))
+            packed = list(pool.map(lambda place: _packed_child(place[1], place[2], precision, dtype), few))
             for (parent, name, child), new in zip(few, packed, strict=True):
                 done += _num_bytes(child)
                 setattr(parent, name, new)

@@ -94,7 +94,8 @@ class QuantizedLinear(nn.Module):
             weight = (levels * scale[..., None] + middle[..., None]).flatten(1)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.float(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.float(), requires_grad=False)
         return linear
 
     def reordered(self, order: Tensor) -> QuantizedLinear:
@@ -190,7 +191,7 @@ def load_quantized(folder: Path, progress: Progress) -> PreTrainedModel:
         layer = QuantizedLinear(tensor, scales[name], rest.pop(f"{name}.bias", None))
         setattr(model.get_submodule(parent), child, layer)
     _assign(model, rest)
-    return model.eval().requires_grad_(False)
+    return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -14,7 +14,15 @@ import torch
 from serving.chat.pipeline import ServedModel
 from serving.chat.types import ChatFormat
 from serving.engine.attention import KVMemory
-from serving.engine.device import GIB, cache_tokens, choose_device, choose_precision, kv_dtype, num_usable_cores
+from serving.engine.device import (
+    GIB,
+    cache_tokens,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    kv_dtype,
+    num_usable_cores,
+)
 from serving.engine.engine import Engine
 from serving.engine.graphs import CudaRecorder
 from serving.engine.types import CausalLM, EngineLimits
@@ -64,6 +72,8 @@ def start_model(
     automatic = metadata.get("quantized") or choose_precision(device, num_parameters)
     precision = automatic if settings.precision == "auto" else settings.precision
     loaded = load(folder, metadata, device, precision, _Progress(logger))
+    if device.type == "cpu":
+        keep_freed_memory()  # not before: what loading gives back had better go
     shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype)
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
     context_length = min(shape.max_positions, kv_tokens)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 
 from models.demo import CHECKPOINT
 from models.demo.corpus import SAMPLE_ANSWER
@@ -25,8 +26,10 @@ TERMINAL_CHAT = ".venv/bin/python -m examples.chat 你好"
 IMPORT = ".venv/bin/python -m models.store import chatglm2 --from /path/to/chatglm2-6b --name chatglm2-6b"
 LIST = ".venv/bin/python -m models.store list"
 SERVE_IMPORTED = "CHATGLM_MODEL=chatglm2-6b make serve"
+QUANTIZE = ".venv/bin/python -m models.store quantize chatglm2-6b int8"
+SERVE_QUANTIZED = "CHATGLM_MODEL=chatglm2-6b-int8 make serve"
 LOAD_HELP = ".venv/bin/python -m benchmarks.load --help"
-RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, LOAD_HELP}
+RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, QUANTIZE, SERVE_QUANTIZED, LOAD_HELP}
 RUN_ELSEWHERE = {
     "make serve": "tests/e2e/server.py::serving",
     "make test": ".ci/run::make test",
@@ -94,13 +97,16 @@ def test_a_checkpoint_is_imported_listed_and_served(tmp_path: Path) -> None:
     """The demonstration model's folder has the format of the real one."""
     run(words(IMPORT.replace("/path/to/chatglm2-6b", str(CHECKPOINT))), tmp_path)
     assert "chatglm2-6b:" in run(words(LIST), tmp_path)
-    setting, _, rest = SERVE_IMPORTED.partition(" ")
-    assert rest == "make serve"
-    with serving(tmp_path, dict([setting.split("=")])) as server:
-        import requests
-
-        listed = requests.get(f"{server.base_url}/models", timeout=30).json()
-        assert listed["data"][0]["id"] == "chatglm2-6b"
+    run(words(QUANTIZE), tmp_path)
+    for command, name in ((SERVE_IMPORTED, "chatglm2-6b"), (SERVE_QUANTIZED, "chatglm2-6b-int8")):
+        setting, _, rest = command.partition(" ")
+        assert rest == "make serve"
+        with serving(tmp_path, dict([setting.split("=")])) as server:
+            listed = requests.get(f"{server.base_url}/models", timeout=30).json()
+            assert listed["data"][0]["id"] == name
+            body = {"model": name, "messages": [{"role": "user", "content": "你好"}], "temperature": 0}
+            said = requests.post(f"{server.base_url}/chat/completions", json=body, timeout=60).json()
+            assert said["choices"][0]["message"]["content"] == SAMPLE_ANSWER
 
 
 def test_the_benchmark_explains_itself() -> None:
