@@ -130,6 +130,8 @@ def main() -> None:
                     "decode_tokens_per_second": batch / seconds,
                     "of_bandwidth": of_bandwidth,
                     "bandwidth": read,
+                    "bytes_per_token": weights * BYTES_PER_WEIGHT[precision],
+                    "product_tokens_per_second": peak / 2 / weights,
                     "prefill_tokens_per_second": prefill,
                     "of_product_peak": of_peak,
                 }

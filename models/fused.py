@@ -54,7 +54,8 @@ def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return functional.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
-    return (hidden * scale).mul_(weight).to(hidden.dtype)
+    normed: Tensor = (hidden * scale).mul_(weight).to(hidden.dtype)
+    return normed
 
 
 def add_norm(hidden: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
