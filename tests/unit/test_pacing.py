@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from serving.engine.pacing import MIN_ROWS, STRETCH, Pacer
 
-DECODE, ROW = 0.100, 0.002  # seconds of the machine that these tests imagine
+STEP, ROW = 0.100, 0.002  # seconds of the machine that these tests imagine: of a step's weights, and of each row
 
 
 def step_seconds(num_decoding: int, num_rows: int) -> float:
-    return (DECODE if num_decoding else 0.0) + ROW * num_rows
+    return STEP + ROW * (num_decoding + num_rows)
 
 
 def learned() -> Pacer:
@@ -24,9 +24,17 @@ def test_alone_a_prompt_takes_the_whole_step() -> None:
 
 
 def test_a_step_is_stretched_no_further_than_allowed() -> None:
-    rows = learned().num_prompt_rows(4)
-    assert MIN_ROWS <= rows <= STRETCH * DECODE / ROW
-    assert step_seconds(4, rows) <= (1 + STRETCH) * DECODE + 1e-9
+    for num_decoding in (4, 16, 64):
+        rows = learned().num_prompt_rows(num_decoding)
+        assert rows > MIN_ROWS
+        assert step_seconds(num_decoding, rows) <= 1.1 * (1 + STRETCH) * step_seconds(num_decoding, 0)
+
+
+def test_the_more_answers_are_running_the_more_of_a_prompt_goes_beside_them() -> None:
+    """Their step takes longer by itself; with a burst of prompts there is hardly ever one without any."""
+    pacer = learned()
+    few, many = pacer.num_prompt_rows(4), pacer.num_prompt_rows(60)
+    assert many - few >= STRETCH * 50
 
 
 def test_mixed_steps_alone_do_not_lead_astray() -> None:
@@ -34,7 +42,7 @@ def test_mixed_steps_alone_do_not_lead_astray() -> None:
     for _ in range(200):
         rows = pacer.num_prompt_rows(16)
         pacer.observe(16, rows, step_seconds(16, rows))
-    assert step_seconds(16, pacer.num_prompt_rows(16)) <= (1.1 + STRETCH) * DECODE
+    assert step_seconds(16, pacer.num_prompt_rows(16)) <= 1.1 * (1 + STRETCH) * step_seconds(16, 0)
 
 
 def test_prompts_always_move() -> None:
