@@ -1,6 +1,7 @@
 """The engine without HTTP, beside the machine's own limits measured in the same run.
 
     python -m benchmarks.engine --shape quarter --precision float16 int8 --batch 1 16 --prompt 64
+    python -m benchmarks.engine --shape 6b --folder /tmp/6b --precision bfloat16 --batch 1 --steps 8
 
 Prints decode steps and prefill as tokens per second, and the fraction of what memory bandwidth (decode, one sequence)
 and the best matrix product of that precision (prefill) would allow.
@@ -17,7 +18,9 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
+import psutil
 import torch
 from torch import nn
 
@@ -25,6 +28,7 @@ from benchmarks.shapes import SHAPES, random_model
 from models.family import Precision
 from models.flat import FlatDecoder
 from models.linears import compute_dtype, packed_linear
+from models.native import open_native
 from models.progress import no_progress
 from serving.engine.device import keep_freed_memory, kv_dtype, num_usable_cores
 from serving.engine.runner import Runner
@@ -90,10 +94,57 @@ def measure(
     return batch * prompt_tokens / prefill, statistics.median(step() for _ in range(num_steps))
 
 
+def opened(arguments: argparse.Namespace, precision: Precision) -> tuple[FlatDecoder, dict[str, float]]:
+    """The network, and what it took to load it."""
+    begun = time.perf_counter()
+    if arguments.folder is None:
+        model = random_model(arguments.shape, torch.bfloat16, arguments.layers)
+        network = FlatDecoder(model, precision, model.config.vocab_size, 8192, no_progress)
+    else:
+        network = cast(
+            "FlatDecoder", open_native(arguments.folder, torch.device("cpu"), precision, no_progress, 64_794, 8192)
+        )
+    gc.collect()
+    memory = psutil.Process().memory_info()
+    return network, {"load_seconds": time.perf_counter() - begun, "own_gib": (memory.rss - memory.shared) / 2**30}
+
+
+def report(network: FlatDecoder, precision: Precision, batch: int, peak: float, arguments: Any) -> dict[str, Any]:
+    """Measure one batch size and print its line."""
+    shape = network.shape
+    hidden, inner = shape.hidden_size, SHAPES[arguments.shape]["intermediate_size"]
+    width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    weights = shape.num_layers * hidden * (2 * width + 3 * inner) + hidden * shape.vocab_size
+    before = bandwidth()
+    prefill, seconds = measure(network, batch, arguments.prompt, arguments.steps, precision)
+    read = (before + bandwidth()) / 2  # around each measurement: on shared machines it changes by the minute
+    num_bytes = weights * BYTES_PER_WEIGHT[precision]
+    in_prompts = weights - hidden * shape.vocab_size * (1 - 1 / arguments.prompt)  # the head sees a prompt's last row
+    figures = {
+        "precision": precision,
+        "batch": batch,
+        "decode_tokens_per_second": batch / seconds,
+        "of_bandwidth": num_bytes / seconds / read,
+        "bandwidth": read,
+        "bytes_per_token": num_bytes,
+        "product_tokens_per_second": peak / 2 / weights,
+        "prefill_tokens_per_second": prefill,
+        "of_product_peak": 2 * in_prompts * prefill / peak,
+    }
+    print(
+        f"{precision:9} batch {batch:<3} decode {batch / seconds:8.1f} tokens/s ({1000 * seconds:.1f} ms, "
+        f"{figures['of_bandwidth']:.0%} of {read / 1e9:.1f} GB/s)   prefill {prefill:8.1f} tokens/s "
+        f"({figures['of_product_peak']:.0%} of the product's peak, {peak / 1e9:.0f} GFLOP/s)",
+        flush=True,
+    )
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="quarter")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
+    parser.add_argument("--folder", type=Path, help="read the weights from here, as benchmarks.shapes wrote them")
     parser.add_argument("--precision", nargs="+", default=["float16", "int8"], choices=BYTES_PER_WEIGHT)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64)
@@ -102,45 +153,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(num_usable_cores())
     keep_freed_memory()
-    print(f"{torch.get_num_threads()} threads, {bandwidth() / 1e9:.1f} GB/s read from memory")
-    results: list[dict[str, object]] = []
+    results: list[dict[str, Any]] = []
     for precision in arguments.precision:
+        network, loaded = opened(arguments, precision)
         peak = product_flops(precision)
-        model = random_model(arguments.shape, torch.bfloat16, arguments.layers)
-        weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
-        network = FlatDecoder(model, precision, model.config.vocab_size, 8192, no_progress)
-        del model
-        gc.collect()
-        for batch in arguments.batch:
-            before = bandwidth()
-            prefill, seconds = measure(network, batch, arguments.prompt, arguments.steps, precision)
-            read = (before + bandwidth()) / 2  # around each measurement: on shared machines it changes by the minute
-            of_bandwidth = weights * BYTES_PER_WEIGHT[precision] / seconds / read
-            of_peak = 2 * weights * prefill / peak
-            print(
-                f"{precision:9} batch {batch:<3} decode {batch / seconds:8.1f} tokens/s ({1000 * seconds:.1f} ms, "
-                f"{of_bandwidth:.0%} of bandwidth)   prefill {prefill:8.1f} tokens/s "
-                f"({of_peak:.0%} of the product's peak)",
-                flush=True,
-            )
-            results.append(
-                {
-                    "precision": precision,
-                    "batch": batch,
-                    "decode_tokens_per_second": batch / seconds,
-                    "of_bandwidth": of_bandwidth,
-                    "bandwidth": read,
-                    "bytes_per_token": weights * BYTES_PER_WEIGHT[precision],
-                    "product_tokens_per_second": peak / 2 / weights,
-                    "prefill_tokens_per_second": prefill,
-                    "of_product_peak": of_peak,
-                }
-            )
+        print(f"{precision}: loaded in {loaded['load_seconds']:.1f} s, {loaded['own_gib']:.2f} GiB")
+        results += [report(network, precision, batch, peak, arguments) | loaded for batch in arguments.batch]
         del network
         gc.collect()
     if arguments.json:
         head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "shape": arguments.shape}
-        arguments.json.write_text(json.dumps(head | {"results": results}, indent=1))
+        arguments.json.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Prompts are token ids through /completions, so that every server reads the same number of tokens; --chat sends words
 through /chat/completions to servers that have nothing else. Closed loop: as many requests under way as --concurrency.
-Open loop: --rate requests a second, whatever the server does. Times are seen by the client.
+Open loop: --rate requests a second, whatever the server does. --beside-rate lets long prompts arrive meanwhile, which
+is when the gaps between tokens grow. Times are seen by the client.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Load:
     new_tokens: int
     rate: float | None
     chat: bool
+    beside_tokens: int = 0  # of prompts that arrive beside the measured requests
+    beside_rate: float = 0.0  # of them a second
 
 
 async def measure(base_url: str, load: Load, seed: str) -> tuple[list[Sample], float]:
@@ -64,9 +67,21 @@ async def measure(base_url: str, load: Load, seed: str) -> tuple[list[Sample], f
             async with gate:
                 return await _request(client, path, body)
 
+        beside = asyncio.create_task(_send_beside(client, path, load, rng))
         begun = time.perf_counter()
         samples = await asyncio.gather(*(one(i, body) for i, body in enumerate(bodies)))
-        return list(samples), time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        beside.cancel()
+        return list(samples), seconds
+
+
+async def _send_beside(client: httpx.AsyncClient, path: str, load: Load, rng: random.Random) -> None:
+    """Send long prompts with short answers for as long as nobody cancels it; what they get is not counted."""
+    long = replace(load, prompt_tokens=load.beside_tokens, new_tokens=4)
+    async with asyncio.TaskGroup() as group:
+        while load.beside_rate:
+            group.create_task(_request(client, path, _body(long, rng)))
+            await asyncio.sleep(1 / load.beside_rate)
 
 
 def _body(load: Load, rng: random.Random) -> dict[str, object]:
@@ -187,6 +202,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", type=float, help="open loop: requests a second")
+    parser.add_argument("--beside-tokens", type=int, default=1000, help="of prompts that arrive beside")
+    parser.add_argument("--beside-rate", type=float, default=0.0, help="of them a second; none by default")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -202,6 +219,8 @@ def main() -> None:
             arguments.new_tokens,
             arguments.rate,
             arguments.chat,
+            arguments.beside_tokens,
+            arguments.beside_rate,
         )
         figures = compare(servers, pids, load, arguments.rounds)
         for name, values in figures.items():

@@ -29,7 +29,8 @@ class Settings(BaseModel):
     accept_any_model: bool = Field(False, description="Answer to every model name instead of 404 for unknown ones.")
     device: str = Field("auto", description="`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
-        "auto", description="Format of the weights; `auto` takes 16 bits for all but small models."
+        "auto",
+        description="Format of the weights; `auto` takes 16 bits where they fit, full precision for small models.",
     )
     engine: Literal["native", "vllm"] = Field(
         "native", description="`vllm` runs the network in vLLM, which needs the environment of `requirements-vllm.txt`."

@@ -19,6 +19,7 @@ from serving.engine.device import (
     cache_tokens,
     choose_device,
     choose_precision,
+    free_memory,
     keep_freed_memory,
     kv_dtype,
     num_usable_cores,
@@ -69,7 +70,7 @@ def start_model(
         os.environ.setdefault(KERNELS, NUM_KERNELS)  # read at the first operation
         torch.set_num_threads(settings.threads or max(1, num_usable_cores() // settings.workers))
     num_parameters = int(metadata["parameters"])
-    automatic = metadata.get("quantized") or choose_precision(device, num_parameters)
+    automatic = metadata.get("quantized") or choose_precision(device, num_parameters, free_memory(device))
     precision = automatic if settings.precision == "auto" else settings.precision
     loaded = load(folder, metadata, device, precision, _Progress(logger))
     if device.type == "cpu":

@@ -17,6 +17,7 @@ SMALL_MODEL_BYTES = GIB // 4  # below this, full precision costs nothing
 CPU_CACHE_SHARE = 0.25  # of the memory that is free after loading; the rest stays for activations and others
 CPU_CACHE_LIMIT = 8 * GIB
 GPU_CACHE_SHARE = 0.85
+WEIGHTS_MARGIN = 1.1  # beside the weights there must be some cache and the tensors of a step
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 MAX_KEPT_BLOCK = 32 * 2**20  # the most that glibc allows
 MAX_KEPT = 512 * 2**20
@@ -51,8 +52,14 @@ def _gpu_of(worker: int) -> torch.device:
     return torch.device("cuda", worker)
 
 
-def choose_precision(device: torch.device, num_parameters: int) -> Literal["float32", "bfloat16", "float16"]:
-    """What `auto` means: 16 bits, in the kind that the device computes fastest; full precision for small models."""
+def choose_precision(
+    device: torch.device, num_parameters: int, free_bytes: int
+) -> Literal["float32", "bfloat16", "float16", "int8", "int4"]:
+    """What `auto` means: 16 bits, in the kind that the device computes fastest; full precision for small models; fewer
+    bits where 16 would leave no room in `free_bytes` of the device."""
+    room = free_bytes / WEIGHTS_MARGIN / max(num_parameters, 1)  # bytes for each parameter
+    if device.type != "mps" and room < 2:
+        return "int8" if room >= 1.1 else "int4"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "mps":
