@@ -16,6 +16,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -173,13 +174,15 @@ def _usage(process: psutil.Process | None) -> Usage:
 def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: int) -> dict[str, dict[str, float]]:
     """Rounds in turn; the median of each figure by server, after one warm-up round each."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    begun = time.monotonic()
     run = random.getrandbits(32)  # prompts that no server has in its cache from an earlier run
     for number in range(rounds + 1):
-        for name, url in servers.items():
+        for turn, (name, url) in enumerate(servers.items(), 1):
             process = psutil.Process(pids[name]) if name in pids else None
             time.sleep(PAUSE_SECONDS)
             before = _usage(process)
             samples, seconds = asyncio.run(measure(url, load, seed=f"{run}-{number}"))
+            _say_progress(number * len(servers) + turn, (rounds + 1) * len(servers), begun, load)
             if number:
                 figures[name].append(summary(samples, seconds, before, _usage(process)))
             for error in {s.error for s in samples if s.error}:
@@ -187,6 +190,13 @@ def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: i
     return {
         name: {key: statistics.median(one[key] for one in many) for key in many[0]} for name, many in figures.items()
     }
+
+
+def _say_progress(done: int, total: int, begun: float, load: Load) -> None:
+    """On one line of a terminal, plainly where there is none."""
+    left = (time.monotonic() - begun) / done * (total - done)
+    line = f"  {load.concurrency} at once: {done} of {total} turns, {int(left) // 60}:{int(left) % 60:02d} left"
+    print(line, end="\r" if sys.stderr.isatty() and done < total else "\n", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -92,7 +92,8 @@ class Scheduler:
         self._admit_waiting()
         busy = {work.sequence for work in decoding}
         prefilling = [s for s in self.running if s not in busy and not s.is_paused]
-        chunks = self._prompt_chunks(prefilling, self.pacer.num_prompt_rows(len(decoding)))
+        backlog = sum(s.num_uncomputed for s in (*prefilling, *self.waiting))
+        chunks = self._prompt_chunks(prefilling, self.pacer.num_prompt_rows(len(decoding), backlog))
         return StepPlan(tuple(self._moves), tuple(decoding), tuple(chunks))
 
     def computed(self, work: Work) -> None:

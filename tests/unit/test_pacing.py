@@ -45,6 +45,12 @@ def test_mixed_steps_alone_do_not_lead_astray() -> None:
     assert step_seconds(16, pacer.num_prompt_rows(16)) <= 1.1 * (1 + STRETCH) * step_seconds(16, 0)
 
 
+def test_a_backlog_of_prompts_is_read_in_larger_pieces_and_one_prompt_is_not() -> None:
+    pacer = learned()
+    assert pacer.num_prompt_rows(4, backlog=1000) == pacer.num_prompt_rows(4)
+    assert pacer.num_prompt_rows(4, backlog=16_000) >= 4 * pacer.num_prompt_rows(4)
+
+
 def test_prompts_always_move() -> None:
     pacer = learned()
     for _ in range(50):
