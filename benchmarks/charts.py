@@ -37,10 +37,11 @@ def line(name: str, values: dict[int, float], unit: str, is_limit: bool = False)
 
 
 def limit(path: Path, concurrencies: list[int]) -> dict[int, float]:
-    """Tokens a second that bandwidth and products allow, by the engine's own run."""
+    """New tokens a second that bandwidth and products allow, each with a prompt's row, by the engine's own run."""
     (result, *_) = json.loads(path.read_text(encoding="utf-8"))["results"]
     steps = result["bandwidth"] / result["bytes_per_token"]
-    return {c: min(c * steps, result["product_tokens_per_second"]) for c in concurrencies}
+    prompt_row = result["of_product_peak"] / result["prefill_tokens_per_second"]  # seconds at the peak
+    return {c: 1 / (1 / min(c * steps, result["product_tokens_per_second"]) + prompt_row) for c in concurrencies}
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
         series = [line("this server", ours, unit)]
         series += [line(name, points(files, "b", key), unit) for name, files in peers.items()]
         if chart == "throughput":
-            series.append(line("limit of the machine", limit(arguments.engine, list(ours)), unit, is_limit=True))
+            series.append(line("limit here", limit(arguments.engine, list(ours)), unit, is_limit=True))
         content = {
             "title": f"{title}: 0.25B model, 64-token prompts, 64 new tokens",
             "date": arguments.date,

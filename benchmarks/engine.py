@@ -23,6 +23,7 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import SHAPES, random_model
 from models.family import Precision
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--profile", action="store_true", help="say what the steps of the first batch size consist of")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(num_usable_cores())
@@ -158,6 +160,10 @@ def main() -> None:
         network, loaded = opened(arguments, precision)
         peak = product_flops(precision)
         print(f"{precision}: loaded in {loaded['load_seconds']:.1f} s, {loaded['own_gib']:.2f} GiB")
+        if arguments.profile:
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                measure(network, arguments.batch[0], arguments.prompt, arguments.steps, precision)
+            print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
         results += [report(network, precision, batch, peak, arguments) | loaded for batch in arguments.batch]
         del network
         gc.collect()
