@@ -18,8 +18,9 @@ from serving.chat.types import PromptError, Tool, ToolSyntax
 MAX_CALLS = 16  # of one answer
 MAX_CHOICES = 2000
 HEADER = '%llguidance {"no_forcing": true}\n'  # every spelling of a text in tokens may be sampled
-# Between the parts of a document: nothing, a space, or a line break and its indent. A model cannot stay in it for ever.
-WHITE_SPACE = r" ?|\n {0,24}"
+# Between the parts of a document: a space behind commas and colons, or none, and no other. A pattern for white space in
+# general (`whitespace_pattern`) may be repeated for ever up to llguidance 1.7, which vLLM pins.
+SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**compilable(schema), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    return json.dumps({**compilable(schema), "x-guidance": SPACING})
 
 
 def _text_grammar(pattern: str) -> str:

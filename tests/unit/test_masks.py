@@ -210,7 +210,7 @@ def test_a_model_that_likes_nothing_but_white_space_cannot_stay_in_it(
         text += piece
         run = run + len(piece) if not inside_string and not piece.strip() else 0
         longest = max(longest, run)
-    assert 1 <= longest <= 26, text  # one in front of the answer, a line break and 24 spaces
+    assert 1 <= longest <= 2, text  # ChatGLM3 itself breaks the line behind "grow"
 
 
 def test_an_answer_may_begin_with_the_space_that_decoding_drops(answers: Answers) -> None:
