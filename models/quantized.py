@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -120,16 +119,19 @@ def stored_precision(folder: Path) -> Small | None:
 
 def _linear_names(folder: Path) -> tuple[set[str], bool]:
     """The names of the weights that are quantised, and whether the head is the embedding."""
-    with init_empty_weights(include_buffers=False):
-        model = _skeleton(folder)
+    model = _skeleton(folder)
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     is_tied = bool(model.config.tie_word_embeddings)
     return names, is_tied
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
+    """The network without weights; its buffers are real."""
+    from accelerate import init_empty_weights  # vLLM's environment imports this file and has no accelerate
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    with init_empty_weights(include_buffers=False):
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def quantize_folder(source: Path, target: Path, precision: Small, progress: Progress) -> None:
@@ -169,8 +171,7 @@ def quantize_folder(source: Path, target: Path, precision: Small, progress: Prog
 
 def load_quantized(folder: Path, progress: Progress) -> PreTrainedModel:
     """The network of a quantised folder, its linear layers as QuantizedLinear, everything mapped from the files."""
-    with init_empty_weights(include_buffers=False):
-        model = _skeleton(folder)
+    model = _skeleton(folder)
     shards = checkpoint.find_shards(folder)
     total, done = sum(shard.stat().st_size for shard in shards), 0
     scales: dict[str, Tensor] = {}
