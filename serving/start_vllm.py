@@ -39,6 +39,7 @@ def start_on_vllm(
     take_devices(worker, settings)
     try:
         from serving.engine.vllm_engine import VllmEngine, engine_arguments
+        from serving.vllm_masks import mask_maker
     except ImportError as error:
         raise CannotStart(f"CHATGLM_ENGINE=vllm needs requirements-vllm.txt installed: {error}") from None
     chat_format = open_format(folder)
@@ -46,7 +47,9 @@ def start_on_vllm(
     config = cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
     context_length = int(metadata["context_length"])
     try:
-        told = engine_arguments(str(folder), limits, chat_format.num_tokens, context_length, arguments)
+        told = engine_arguments(
+            str(folder), limits, chat_format.num_tokens, context_length, arguments, mask_maker(chat_format)
+        )
         engine = VllmEngine(told, limits, _shape(config, chat_format.num_tokens, context_length))
     except (TypeError, ValueError) as error:
         raise CannotStart(f"vLLM refuses: {str(error).splitlines()[0]}") from error
@@ -58,7 +61,9 @@ def start_on_vllm(
         time.monotonic() - started,
     )
     length = min(engine.max_model_len, engine.limits.kv_tokens)
-    return ServedModel(engine, chat_format, length, settings.drop_oldest_rounds)
+    model = ServedModel(engine, chat_format, length, settings.drop_oldest_rounds)
+    model.grammars.prepare()  # now, while nobody waits for an answer
+    return model
 
 
 def _arguments(settings: Settings) -> dict[str, Any]:

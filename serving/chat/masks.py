@@ -5,6 +5,7 @@ Source: llguidance (Earley parser over byte-level lexemes). Its torch helper is 
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from serving.chat.types import PromptError
+from serving.engine.types import TokenMask
 
 logger = logging.getLogger(__name__)
 
@@ -119,44 +121,65 @@ class Grammars:
         """Build the vocabulary, before anybody needs it."""
         _ = self.vocabulary
 
-    def compile(self, grammar: str, what: str, param: str) -> Grammar:
-        """Raises PromptError for a grammar that the library refuses, that is too complex, or that nothing fits."""
+    def compile(self, grammar: str, what: str, param: str, is_rehearsed: bool = False) -> Grammar:
+        """Raises PromptError for a grammar that the library refuses, that is too complex, or that nothing fits.
+
+        is_rehearsed: it was found to be walkable before.
+        """
         vocabulary = self.vocabulary
         with self._lock:
             matcher = self._compiled.get(grammar)
             if matcher is not None:
                 self._compiled.move_to_end(grammar)
-                return Grammar(vocabulary, matcher.deep_copy())
+                return Grammar(vocabulary, grammar, matcher.deep_copy())
         matcher = llguidance.LLMatcher(vocabulary.library, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise PromptError(f"Invalid {what}: {_reason(matcher.get_error())}", param)
-        for number in range(REHEARSALS):
+        for number in range(0 if is_rehearsed else REHEARSALS):
             if not _rehearse(matcher.deep_copy(), vocabulary, random.Random(number)):
                 raise PromptError(f"Invalid {what}: it is too complex, or nothing can satisfy it.", param)
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
-            return Grammar(vocabulary, matcher.deep_copy())
+            return Grammar(vocabulary, grammar, matcher.deep_copy())
+
+    def mask_of(self, recipe: str) -> TokenMask:
+        """The mask that says this of itself, made anew."""
+        parts = json.loads(recipe)
+        grammars = {
+            opening: self.compile(text, "recipe", "recipe", is_rehearsed=True)
+            for opening, text in parts["grammars"].items()
+        }
+        if parts["is_free_before"]:
+            return CallMask(grammars, self.vocabulary, parts["is_at_start"])
+        (grammar,) = grammars.values()
+        return grammar.walk()
 
 
 class Grammar:
     """A compiled grammar; gives each answer a walk of its own."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, vocabulary: Vocabulary, text: str, matcher: llguidance.LLMatcher) -> None:
         self.vocabulary = vocabulary
+        self.text = text
         self._matcher = matcher
 
     def walk(self) -> GrammarMask:
-        return GrammarMask(self._matcher.deep_copy(), self.vocabulary.num_words)
+        return GrammarMask(self._matcher.deep_copy(), self.vocabulary.num_words, self.text)
 
 
 class GrammarMask:
     """One answer's way through a grammar; a TokenMask."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, num_words: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, num_words: int, text: str) -> None:
         self._matcher = matcher
         self._words = torch.zeros(num_words, dtype=torch.int32)
+        self._text = text
+
+    @property
+    def recipe(self) -> str:
+        return json.dumps({"grammars": {"": self._text}, "is_free_before": False})
 
     def allowed(self) -> Tensor | None:
         self._matcher.unsafe_compute_mask_ptr(self._words.data_ptr(), self._words.nbytes)
@@ -184,6 +207,11 @@ class CallMask:
         self._tail = b""
         self._is_text = False
         self._walk: GrammarMask | None = None
+
+    @property
+    def recipe(self) -> str:
+        grammars = {opening.decode(): grammar.text for opening, grammar in self._grammars.items()}
+        return json.dumps({"grammars": grammars, "is_free_before": True, "is_at_start": self._is_at_start})
 
     def allowed(self) -> Tensor | None:
         if self._walk is not None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Self, cast
 from uuid import uuid4
 
@@ -25,6 +26,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from serving.engine.engine import EngineStats
+from serving.engine.faults import where_from
 from serving.engine.port import Abilities, Steps
 from serving.engine.types import (
     EngineError,
@@ -39,17 +41,21 @@ from serving.engine.types import (
     TokenLogprob,
     TokenMask,
 )
+from serving.engine.vllm_tokens import KNOWN_TOKENS, NUM_TOKENS, RECIPE, MaskMaker
 
 logger = logging.getLogger(__name__)
 
 MAX_TOP_LOGPROBS = 20
 MAX_UNREAD = 64  # steps of one request that wait for a reader; vLLM joins further ones into one
-KNOWN_TOKENS = "serving.engine.vllm_tokens:OnlyKnownTokens"
-NUM_TOKENS = "num_tokens"  # the key of vLLM's additional_config that carries it
 
 
 def engine_arguments(
-    folder: str, limits: EngineLimits, num_tokens: int, context_length: int, options: Mapping[str, Any]
+    folder: str,
+    limits: EngineLimits,
+    num_tokens: int,
+    context_length: int,
+    options: Mapping[str, Any],
+    masks: MaskMaker,
 ) -> AsyncEngineArgs:
     """What vLLM is told. options: vLLM's own arguments, which go before ours. Raises TypeError for unknown names."""
     arguments: dict[str, Any] = {
@@ -61,8 +67,8 @@ def engine_arguments(
         "max_logprobs": MAX_TOP_LOGPROBS,
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
-        "logits_processors": [KNOWN_TOKENS],
-        "additional_config": {NUM_TOKENS: num_tokens},
+        "logits_processors": [KNOWN_TOKENS, masks.processor],
+        "additional_config": {NUM_TOKENS: num_tokens, **masks.config},
         "enable_log_requests": False,
     }
     return AsyncEngineArgs(**{**arguments, **options})
@@ -104,7 +110,7 @@ class Watch(StatLoggerBase):
 class VllmEngine:
     """vLLM's AsyncLLM as an engine. It runs the network in processes of its own."""
 
-    abilities = Abilities(has_masks=False, has_embeddings=False)
+    abilities = Abilities(has_embeddings=False)
 
     def __init__(self, arguments: AsyncEngineArgs, limits: EngineLimits, shape: NetworkShape) -> None:
         """Load the weights: minutes for big ones. limits.kv_tokens is what vLLM then says. Any thread."""
@@ -161,16 +167,15 @@ class VllmEngine:
         priority: int = 0,
         masks: Sequence[TokenMask | None] | None = None,
     ) -> Steps[Step]:
-        """See EnginePort. masks: none, by `abilities`. Raises RequestTooLarge."""
-        if any(masks or ()):
-            raise RequestFailed("vLLM's processes cannot be handed masks")
+        """See EnginePort. Raises RequestTooLarge."""
         needed = len(prompt_ids) + max(sampling.max_tokens for sampling in samplings)
         room = min(self.limits.kv_tokens, self.max_model_len)
         if needed > room:
             raise RequestTooLarge(
                 f"prompt and answer need {needed} tokens of cache, and there are {room}", needed, room
             )
-        return VllmSteps(self, self._llm, list(prompt_ids), samplings, priority)
+        answers = list(zip(samplings, masks or [None] * len(samplings), strict=True))
+        return VllmSteps(self, self._llm, list(prompt_ids), answers, priority)
 
     def embed(self, texts: Sequence[tuple[Sequence[int], range]]) -> Steps[Pooled]:
         raise RequestFailed("vLLM either generates or embeds; this one generates")
@@ -194,12 +199,17 @@ class VllmSteps:
     """
 
     def __init__(
-        self, engine: VllmEngine, llm: AsyncLLM, prompt: list[int], samplings: Sequence[SamplingParams], priority: int
+        self,
+        engine: VllmEngine,
+        llm: AsyncLLM,
+        prompt: list[int],
+        answers: Sequence[tuple[SamplingParams, TokenMask | None]],
+        priority: int,
     ) -> None:
         self._engine = engine
         self._llm = llm
         self._prompt = prompt
-        self._samplings = samplings
+        self._answers = answers
         self._priority = priority
         self._mailbox: asyncio.Queue[tuple[int, Step | EngineError]] = asyncio.Queue(MAX_UNREAD)
         self._open: dict[int, asyncio.Task[None]] = {}
@@ -208,7 +218,7 @@ class VllmSteps:
         if not self._engine.is_alive:
             raise EngineStopped("the engine is not running")
         self._open = {
-            choice: asyncio.create_task(self._pump(choice, sampling)) for choice, sampling in enumerate(self._samplings)
+            choice: asyncio.create_task(self._pump(choice, *answer)) for choice, answer in enumerate(self._answers)
         }
         self._engine.open.add(self)
         return self
@@ -248,26 +258,43 @@ class VllmSteps:
                 self._mailbox.get_nowait()
             self._mailbox.put_nowait((choice, error))
 
-    async def _pump(self, choice: int, sampling: SamplingParams) -> None:
+    async def _pump(self, choice: int, sampling: SamplingParams, mask: TokenMask | None) -> None:
         try:
-            await self._run(choice, sampling)
+            await self._run(choice, sampling, mask)
         except EngineDeadError:
             await self._mailbox.put((choice, EngineStopped("vLLM's engine process has ended")))
         except Exception as error:
             logger.exception("vLLM could not answer one request")
             await self._mailbox.put((choice, RequestFailed(f"vLLM could not answer: {type(error).__name__}")))
 
-    async def _run(self, choice: int, sampling: SamplingParams) -> None:
+    async def _run(self, choice: int, sampling: SamplingParams, mask: TokenMask | None) -> None:
         prompt = TokensPrompt(prompt_token_ids=self._prompt)
-        request_id = f"{uuid4().hex}-{choice}"
-        outputs = self._llm.generate(prompt, to_vllm(sampling), request_id, priority=self._priority)
-        async for output in outputs:
-            for step in to_steps(cast("RequestOutput", output), sampling.num_top_logprobs):
-                await self._mailbox.put((choice, step))
+        told = to_vllm(sampling, mask.recipe if mask else None)
+        outputs = self._llm.generate(prompt, told, f"{uuid4().hex}-{choice}", priority=self._priority)
+        async with aclosing(outputs):
+            async for output in outputs:
+                for step in to_steps(cast("RequestOutput", output), sampling.num_top_logprobs):
+                    if mask is not None and not _is_accepted(mask, step.token_id):
+                        await self._mailbox.put((choice, RequestFailed("its mask refused a token")))
+                        return
+                    await self._mailbox.put((choice, step))
 
 
-def to_vllm(sampling: SamplingParams) -> VllmSampling:
-    """Our settings in vLLM's words; the distribution behind them is the same, the random numbers are not."""
+def _is_accepted(mask: TokenMask, token_id: int) -> bool:
+    """Whether vLLM's processes held to the mask: one that fails there lets everything pass."""
+    try:
+        mask.accept(token_id)
+    except Exception as error:  # noqa: BLE001
+        logger.error("the mask of one request failed: %s", where_from(error))
+        return False
+    return True
+
+
+def to_vllm(sampling: SamplingParams, recipe: str | None = None) -> VllmSampling:
+    """Our settings in vLLM's words; the distribution behind them is the same, the random numbers are not.
+
+    recipe: of the answer's mask.
+    """
     return VllmSampling(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -285,6 +312,7 @@ def to_vllm(sampling: SamplingParams) -> VllmSampling:
         logprobs=sampling.num_top_logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        extra_args=None if recipe is None else {RECIPE: recipe},
     )
 
 

@@ -19,6 +19,8 @@ NUM_WORDS = (VOCABULARY + 31) // 32
 class Congruent:
     """Allows the tokens that are `offset` + n modulo `step` as the n-th of an answer: a mask with a state."""
 
+    recipe = "for engines in other processes"
+
     def __init__(self, step: int, offset: int = 0, fails_at: int | None = None) -> None:
         self._step, self._offset, self._fails_at = step, offset, fails_at
         self.accepted: list[int] = []
@@ -39,6 +41,8 @@ class Congruent:
 
 class Everything:
     """Lets every token pass."""
+
+    recipe = ""
 
     def allowed(self) -> Tensor | None:
         return None
