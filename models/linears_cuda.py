@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from models.family import ImportRefused, Precision, Progress
 from models.fused import PLAIN
-from models.quantized import GROUP, QuantizedLinear, Small, quantize_groups, quantize_rows, unpack_groups
+from models.quantized import GROUP, QuantizedLinear, Small, quantize_groups, quantize_rows, widen_groups
 
 logger = logging.getLogger(__name__)
 MIN_ROWS = 32  # `_int_mm` wants more than 16
@@ -68,13 +68,6 @@ def packed_linear(linear: nn.Linear, precision: Small, device: torch.device) -> 
         if works_here(kernel, precision, device):
             return kernel(linear, device, compute_dtype(device))
     raise ImportRefused(f"{precision} weights do not work on {device}; use float16 or bfloat16")
-
-
-def widen_groups(packed: Tensor, middles: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights that `quantize_groups` stands for, [rows, columns]."""
-    values = unpack_groups(packed).view(len(packed), -1, GROUP)
-    scale, middle = middles.to(dtype).transpose(0, 1).unbind(dim=-1)
-    return ((values.to(dtype) - 8) * scale[..., None] + middle[..., None]).flatten(1)
 
 
 class Int8Linear(nn.Module):

@@ -189,9 +189,10 @@ def open_native(
     folder: Path, device: torch.device, precision: Precision, progress: Progress, num_tokens: int, max_positions: int
 ) -> CausalLM:
     """A transformers folder as the engine's CausalLM, in the fastest form there is. See `load_native` for errors."""
-    precision = quantized.effective_precision(folder, precision)
-    is_small = quantized.stored_precision(folder) is not None
-    model = quantized.load_quantized(folder, progress) if is_small else load_native(folder, device, precision, progress)
+    if quantized.is_quantized(folder, precision):
+        model = quantized.load_quantized(folder, progress)
+    else:
+        model = load_native(folder, device, precision, progress)
     if can_flatten(model):
         return FlatDecoder(model, precision, num_tokens, max_positions, progress, device)
     linears.pack(model, precision, device, progress)

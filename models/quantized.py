@@ -25,6 +25,7 @@ GROUP = 64
 ROWS_AT_ONCE = 256  # they stay in the CPU's caches from one operation to the next
 MARK = "quantized.json"
 SCALE = "_scale"
+HEAD = "lm_head.weight"
 NOT_TAKEN = {"model.yaml", "model.safetensors.index.json"}  # written anew
 
 
@@ -60,6 +61,20 @@ def unpack_groups(values: Tensor) -> Tensor:
     return torch.stack((values >> 4, values & 15), dim=-1).flatten(1)
 
 
+def widen_groups(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights that `quantize_groups` stands for, [out, in]."""
+    levels = unpack_groups(values).unflatten(1, (-1, GROUP))
+    scale, middle = scales.to(dtype).transpose(0, 1).unbind(dim=-1)
+    weight: Tensor = (levels.to(dtype) - 8) * scale[..., None] + middle[..., None]
+    return weight.flatten(1)
+
+
+def quantize(weight: Tensor, precision: Small) -> tuple[Tensor, Tensor]:
+    """Values and scales in `precision`; in int8 where the input does not divide into groups."""
+    is_grouped = precision == "int4" and weight.shape[1] % GROUP == 0
+    return quantize_groups(weight) if is_grouped else quantize_rows(weight)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer's weights as they are stored, until a kernel takes them. Cannot compute."""
 
@@ -72,11 +87,9 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, precision: Small) -> QuantizedLinear:
-        """Quantise a layer; int8 where its input does not divide into groups."""
-        weight = linear.weight.detach()
+        """Quantise a layer, see `quantize`."""
         bias = None if linear.bias is None else linear.bias.detach()
-        is_small = precision == "int4" and linear.in_features % GROUP == 0
-        return cls(*(quantize_groups(weight) if is_small else quantize_rows(weight)), bias)
+        return cls(*quantize(linear.weight.detach(), precision), bias)
 
     @property
     def num_bytes(self) -> int:
@@ -84,13 +97,10 @@ class QuantizedLinear(nn.Module):
 
     def widened(self) -> nn.Linear:
         """The float32 layer that these values stand for, where they are."""
-        weight: Tensor
         if self.precision == "int8":
             weight = self.values.float() * self.scale[:, None]
         else:
-            scale, middle = self.scale.float().transpose(0, 1).unbind(dim=-1)
-            levels = unpack_groups(self.values).float().unflatten(1, (-1, GROUP)) - 8
-            weight = (levels * scale[..., None] + middle[..., None]).flatten(1)
+            weight = widen_groups(self.values, self.scale, torch.float32)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -139,8 +149,8 @@ def quantize_folder(source: Path, target: Path, precision: Small, progress: Prog
 
     Reads and writes tensor by tensor. Raises ImportRefused.
     """
-    if stored_precision(source):
-        raise ImportRefused(f"it is in {stored_precision(source)} already; quantise the model that it was made from")
+    if stored := stored_precision(source):
+        raise ImportRefused(f"it is in {stored} already; quantise the model that it was made from")
     linears, is_tied = _linear_names(source)
     shards = checkpoint.find_shards(source)
     found = checkpoint.inspect_shards(shards)
@@ -156,11 +166,10 @@ def quantize_folder(source: Path, target: Path, precision: Small, progress: Prog
             if is_head:
                 writer.add(name, tensor)
             if name in linears or is_head:
-                stored = "lm_head.weight" if is_head else name
-                is_small = precision == "int4" and stored != "lm_head.weight" and tensor.shape[1] % GROUP == 0
-                values, scale = quantize_groups(tensor) if is_small else quantize_rows(tensor)
-                writer.add(stored, values)
-                writer.add(f"{stored}{SCALE}", scale)
+                target_name = HEAD if is_head else name
+                values, scale = quantize(tensor, "int8" if target_name == HEAD else precision)
+                writer.add(target_name, values)
+                writer.add(f"{target_name}{SCALE}", scale)
             else:
                 writer.add(name, tensor)
             done += found[name].num_bytes
@@ -203,9 +212,10 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise ImportRefused(f"the quantised weights do not fit config.json ({strange[0]} …): quantise the model again")
 
 
-def effective_precision(folder: Path, precision: Precision) -> Precision:
-    """The precision to open a folder in. Raises ImportRefused if it is stored in another one."""
+def is_quantized(folder: Path, precision: Precision) -> bool:
+    """Whether the folder's weights are stored in `precision`, one of the small ones. Raises ImportRefused if they are
+    stored in another small one."""
     stored = stored_precision(folder)
-    if stored is None or stored == precision:
-        return precision
-    raise ImportRefused(f"the model is stored in {stored}; leave CHATGLM_PRECISION at auto or set it to {stored}")
+    if stored not in (None, precision):
+        raise ImportRefused(f"the model is stored in {stored}; leave CHATGLM_PRECISION at auto or set it to {stored}")
+    return stored is not None

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -252,37 +252,43 @@ def test_a_body_that_drips_in_is_not_waited_for(folder: Path, monkeypatch: pytes
     asyncio.run(run())
 
 
+@asynccontextmanager
+async def listening(worker: Guarded) -> AsyncIterator[int]:
+    """Serve it as BentoML does; the port on loopback."""
+    server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await serving
+
+
 def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.api.connections.IDLE_SECONDS", 0.2)
 
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.01)) as worker:
-            server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
-            serving = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            connections = Connections()
-            port = server.servers[0].sockets[0].getsockname()[1]
-            slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
-            slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
-            busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
-            payload = json.dumps(body(max_tokens=60, ignore_eos=True, stream=True)).encode()
-            busy_writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n"
-                b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(payload), payload)
-            )
-            closed = 0
-            for _ in range(5):
-                await asyncio.sleep(0.1)
-                closed += connections.sweep()
-            assert closed == 1
-            with suppress(ConnectionResetError):
-                assert await slow_reader.read() == b""
-            assert b"[DONE]" in await busy_reader.read()
-            for writer in (slow_writer, busy_writer):
-                writer.close()
-            server.should_exit = True
-            await serving
+            async with listening(worker) as port:
+                connections = Connections()
+                slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
+                slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
+                busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
+                payload = json.dumps(body(max_tokens=60, ignore_eos=True, stream=True)).encode()
+                busy_writer.write(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n"
+                    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(payload), payload)
+                )
+                closed = 0
+                for _ in range(5):
+                    await asyncio.sleep(0.1)
+                    closed += connections.sweep()
+                assert closed == 1
+                with suppress(ConnectionResetError):
+                    assert await slow_reader.read() == b""
+                assert b"[DONE]" in await busy_reader.read()
+                for writer in (slow_writer, busy_writer):
+                    writer.close()
 
     asyncio.run(run())
 
@@ -295,28 +301,22 @@ def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
 
     async def run() -> None:
         with guarded(folder) as worker:
-            server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
-            serving = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            connections = Connections()
-            port = server.servers[0].sockets[0].getsockname()[1]
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            for _ in range(8):
-                writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")
-                head = await reader.readuntil(b"\r\n\r\n")
-                assert head.startswith(b"HTTP/1.1 200")
-                (size,) = re.findall(rb"content-length: (\d+)", head)
-                await reader.readexactly(int(size))
-                await asyncio.sleep(0.1)
-                assert connections.sweep() == 0
-            for _ in range(4):
-                await asyncio.sleep(0.1)
-                connections.sweep()
-            assert await reader.read() == b""
-            writer.close()
-            server.should_exit = True
-            await serving
+            async with listening(worker) as port:
+                connections = Connections()
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                for _ in range(8):
+                    writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    assert head.startswith(b"HTTP/1.1 200")
+                    (size,) = re.findall(rb"content-length: (\d+)", head)
+                    await reader.readexactly(int(size))
+                    await asyncio.sleep(0.1)
+                    assert connections.sweep() == 0
+                for _ in range(4):
+                    await asyncio.sleep(0.1)
+                    connections.sweep()
+                assert await reader.read() == b""
+                writer.close()
 
     asyncio.run(run())
 

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import linears, linears_cuda
 from models.family import ImportRefused
-from models.linears_cuda import KERNELS, TOLERANCE, widen_groups
+from models.linears_cuda import KERNELS, TOLERANCE
 from models.progress import no_progress
-from models.quantized import GROUP, quantize_groups, quantize_rows
+from models.quantized import GROUP, quantize_groups, quantize_rows, widen_groups
 
 CPU = torch.device("cpu")
 
