@@ -15,18 +15,19 @@ import bentoml
 from bentoml.models import BentoModel
 from starlette.middleware.cors import CORSMiddleware
 
-from models import FAMILIES
-from models.store import StoreError, ensure_demo, servable
-from serving.api.app import create_app
-from serving.api.gate import Gate
-from serving.api.generation import Generations
-from serving.api.native import Question, ask
-from serving.api.openapi import DescribedService
-from serving.api.pages import page_routes
-from serving.api.served import ApiLimits, Served
-from serving.image import BuildArguments, container_image
-from serving.operations import CORS_HEADERS, CUT_SECONDS, pass_on_second_signal, prepare
+from models.families import FAMILIES
+from models.store.model_store import StoreError, ensure_demo, servable
+from serving.http.access_middleware import AccessMiddleware
+from serving.http.pages import page_routes
+from serving.openai.common import ApiLimits
+from serving.openai.router import create_app
+from serving.openai.start_generation import GenerationStarter
+from serving.registry import ModelRegistry
 from serving.settings import Settings, SettingsError
+from serving.worker.bentoml_adapter import BentoMLService
+from serving.worker.bentoml_generate import GenerateRequest, ask
+from serving.worker.container_image import BuildArguments, container_image
+from serving.worker.runtime import CORS_HEADERS, CUT_SECONDS, pass_on_second_signal, prepare
 
 logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that its handler prints it
 
@@ -43,7 +44,7 @@ try:
         wanted = "CHATGLM_ENGINE=vllm" if settings.engine == "vllm" else f"CHATGLM_PRECISION={settings.precision}"
         raise SettingsError(f"{stored.tag} is stored in {kept_in}, not for {wanted}: serve {stored.metadata['source']}")
     name, _, version = stored.tag.partition(":")
-    served = Served(
+    served = ModelRegistry(
         name=name,
         aliases=settings.alias_names,
         accept_any=settings.accept_any_model,
@@ -62,7 +63,7 @@ limits = ApiLimits(
     stall_seconds=settings.stall_seconds,
     timeout_seconds=settings.request_timeout,
 )
-generations = Generations(operations.admission, limits)
+generations = GenerationStarter(operations.admission, limits)
 at_v1 = create_app(served, limits, admission=operations.admission)
 at_root = create_app(
     served,
@@ -75,12 +76,12 @@ at_root = create_app(
 
 @bentoml.service(
     name="chatglm2",
-    service_class=DescribedService,
+    service_class=BentoMLService,
     http={"port": 8000},
     image=container_image(built),
     resources={"gpu": settings.workers * settings.gpus_per_worker},
     workers=settings.workers,
-    traffic={"timeout": 86400},  # read by others than this server; DescribedService takes the limit out
+    traffic={"timeout": 86400},  # read by others than this server; BentoMLService takes the limit out
     tracing={"excluded_urls": "."},  # a span for every token costs more than the token; serving/tracing.py has ours
     metrics={"enabled": False},  # a series for every path that anybody asks for; /metrics is our own route
     logging={"access": {"enabled": False}},  # ours knows tokens and keys
@@ -101,11 +102,13 @@ class ChatGLM2:
         worker = (bentoml.server_context.worker_index or 1) - 1  # BentoML counts from 1
         try:
             if settings.engine == "vllm" and family.open_format is not None:
-                from serving.start_vllm import start_on_vllm
+                from serving.engine.vllm.start import start_on_vllm
 
                 served.model = start_on_vllm(family.open_format, stored.path, stored.metadata, settings, logger, worker)
             else:
-                from serving.start import start_model  # imports torch, which the parent process never needs
+                from serving.worker.start_native import (
+                    start_model,  # imports torch, which the parent process never needs
+                )
 
                 served.model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
             logger.info("%s is ready at http://localhost:8000/v1", stored.tag)
@@ -138,7 +141,7 @@ class ChatGLM2:
         max_tokens: int = 2048,
     ) -> AsyncGenerator[str, None]:
         """Answer one question as a stream of text, for BentoML's own clients."""
-        question = Question(prompt, system, temperature, top_p, max_tokens)
+        question = GenerateRequest(prompt, system, temperature, top_p, max_tokens)
         async with aclosing(ask(generations, ctx.request, served.model, question)) as texts:
             async for text in texts:
                 yield text
@@ -158,4 +161,4 @@ if settings.cors_origin_list:
         allow_headers=["*"],
         expose_headers=CORS_HEADERS,
     )
-ChatGLM2.add_asgi_middleware(Gate, guard=operations.guard([at_v1, at_root]))
+ChatGLM2.add_asgi_middleware(AccessMiddleware, guard=operations.guard([at_v1, at_root]))

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from models import FAMILIES
+from kernels.precision import Precision
 from models.demo import CHECKPOINT
-from models.family import LoadedModel, Precision
-from models.progress import no_progress
-from serving.chat.types import Conversation, Message
+from models.families import FAMILIES
+from models.family import LoadedNetwork
+from models.store.progress import no_progress
+from serving.generation.interface import Conversation, Message
 
 QUESTIONS = ["你好", "你是谁？", "Hello", "What can you do?", "介绍一下你自己", "晚上睡不着应该怎么办", "谢谢", "再见"]
 
 
-def demo(precisions: list[Precision]) -> dict[Precision, LoadedModel]:
+def demo(precisions: list[Precision]) -> dict[Precision, LoadedNetwork]:
     """The imported checkpoint, loaded once for each precision."""
     family = FAMILIES["chatglm2"]
     with tempfile.TemporaryDirectory() as folder:

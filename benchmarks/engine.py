@@ -26,16 +26,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import SHAPES, random_model
-from models.family import Precision
-from models.flat import FlatDecoder
-from models.linears import compute_dtype, packed_linear
-from models.native import open_native
-from models.progress import no_progress
-from serving.engine.device import keep_freed_memory, kv_dtype, num_usable_cores
-from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Sequence
-from serving.engine.types import SamplingParams
+from kernels.linears import compute_dtype, packed_linear
+from kernels.precision import Precision
+from models.networks.flat_decoder import FlatDecoder
+from models.networks.transformers_decoder import open_decoder
+from models.store.progress import no_progress
+from serving.engine.interface import SamplingParams
+from serving.engine.native.device import keep_freed_memory, kv_dtype, num_usable_cores
+from serving.engine.native.model_runner import ModelRunner
+from serving.engine.native.scheduler import Scheduler
+from serving.engine.native.sequence import SequenceState
 
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 
@@ -47,7 +47,7 @@ def bandwidth() -> float:
 
 
 def product_flops(precision: Precision) -> float:
-    """Operations a second of one large product in this precision, weights packed."""
+    """WorkerRuntime a second of one large product in this precision, weights packed."""
     rows, inputs, outputs = 512, 2048, 4096
     linear = packed_linear(nn.Linear(inputs, outputs, bias=False), precision)
     x = torch.randn(rows, inputs).to(compute_dtype(precision, torch.device("cpu")))
@@ -72,11 +72,11 @@ def measure(
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
     kept = kv_dtype(network.device, precision, network.dtype)
-    runner = Runner(network, scheduler.space.size, kv_dtype=kept)
+    runner = ModelRunner(network, scheduler.space.size, kv_dtype=kept)
     plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but nothing is guessed
     for seed in range(batch):
         ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
-        scheduler.add(Sequence(ids, plain, seed=seed))
+        scheduler.add(SequenceState(ids, plain, seed=seed))
 
     def step() -> float:
         plan = scheduler.schedule()
@@ -103,7 +103,7 @@ def opened(arguments: argparse.Namespace, precision: Precision) -> tuple[FlatDec
         network = FlatDecoder(model, precision, model.config.vocab_size, 8192, no_progress)
     else:
         network = cast(
-            "FlatDecoder", open_native(arguments.folder, torch.device("cpu"), precision, no_progress, 64_794, 8192)
+            "FlatDecoder", open_decoder(arguments.folder, torch.device("cpu"), precision, no_progress, 64_794, 8192)
         )
     gc.collect()
     memory = psutil.Process().memory_info()

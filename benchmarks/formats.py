@@ -20,10 +20,11 @@ from torch import Tensor
 
 from benchmarks.demo import QUESTIONS, asked, demo
 from benchmarks.sizing import weight_bytes
-from models.family import LoadedModel, Precision
-from serving.engine.attention import AttentionSpan, KVMemory, StepAttention
-from serving.engine.device import kv_dtype
-from serving.engine.types import CAUSAL, CausalLM, RaggedBatch, Span
+from kernels.precision import Precision
+from models.family import LoadedNetwork
+from serving.engine.interface import CAUSAL, CausalLM, RaggedBatch, Span
+from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
+from serving.engine.native.device import kv_dtype
 
 MAX_TOKENS = 60
 
@@ -39,7 +40,7 @@ def logits(network: CausalLM, token_ids: list[int], precision: Precision) -> Ten
         return network.logits(network.forward(batch, attend)).float()[:, : network.shape.num_tokens]
 
 
-def answered(model: LoadedModel, question: str) -> tuple[list[int], int]:
+def answered(model: LoadedNetwork, question: str) -> tuple[list[int], int]:
     """Prompt and greedy answer in float32, and where the answer begins."""
     ids = model.chat_format.render(asked(question))
     start = len(ids)

@@ -32,9 +32,9 @@ from benchmarks.gpu_measure import Bench, Figures, Serving
 from benchmarks.plots import ROOT
 from benchmarks.shapes import SHAPES, VOCABULARY, random_model
 from benchmarks.sizing import weight_bytes
-from models.family import Precision
-from models.flat import FlatDecoder
-from serving.engine.device import cache_tokens
+from kernels.precision import Precision
+from models.networks.flat_decoder import FlatDecoder
+from serving.engine.native.device import cache_tokens
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float16", "int8", "int4")
 CHECKED = (5, 64, 300)  # lengths of the prompts whose logits are compared
@@ -138,7 +138,7 @@ def _measure_serving(
     """Without graphs only what shows their worth. `spoken`: what each variant said, to be compared."""
     serving = Serving(bench, decoder, kv_tokens, max(plan.concurrency), graphs)
     try:
-        found: Figures = {"start": serving.start, "kv_tokens": kv_tokens}
+        found: Figures = {"start": serving.worker.start_native, "kv_tokens": kv_tokens}
         serving.load(1, 64, 8, seed=0)
         spoken.append(serving.greedy(gpu_measure.prompt(64, 77), 64))
         found["same_tokens_as_eager"] = spoken[0] == spoken[-1]

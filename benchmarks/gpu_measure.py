@@ -23,15 +23,15 @@ from transformers import GenerationConfig, GlmForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from benchmarks.shapes import config, random_model
-from models import linears, linears_cuda
-from models.family import Precision
-from models.flat import FlatDecoder
-from models.progress import no_progress
-from serving.engine.attention import AttentionSpan, KVMemory
-from serving.engine.attention_cuda import choose_kernel, step_attention
-from serving.engine.engine import Engine
-from serving.engine.graphs import CudaRecorder, Recorder, play_eagerly
-from serving.engine.types import CAUSAL, EngineLimits, RaggedBatch, SamplingParams, Span
+from kernels import linears, linears_cuda
+from kernels.precision import Precision
+from models.networks.flat_decoder import FlatDecoder
+from models.store.progress import no_progress
+from serving.engine.interface import CAUSAL, EngineLimits, RaggedBatch, SamplingParams, Span
+from serving.engine.native.attention import AttentionSpan, KVMemory
+from serving.engine.native.attention_cuda import choose_kernel, step_attention
+from serving.engine.native.cuda_graphs import CudaRecorder, Recorder, play_eagerly
+from serving.engine.native.engine import NativeEngine
 
 IDS = range(1000, 60_000)
 Figures = dict[str, Any]
@@ -187,7 +187,7 @@ class Serving:
     def __init__(self, bench: Bench, decoder: FlatDecoder, kv_tokens: int, max_sequences: int, graphs: bool) -> None:
         self._bench = bench
         begun = time.perf_counter()
-        self.engine = Engine(
+        self.engine = NativeEngine(
             decoder,
             EngineLimits(max_sequences, max(bench.max_batch_tokens, max_sequences + 1), kv_tokens),
             bench.recorder() if graphs else None,

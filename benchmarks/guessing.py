@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,26 +22,26 @@ import torch
 from benchmarks.demo import QUESTIONS, asked, demo
 from benchmarks.engine import measure
 from benchmarks.shapes import random_model
-from models.family import LoadedModel
-from models.flat import FlatDecoder
-from models.progress import no_progress
-from serving.engine.device import num_usable_cores
-from serving.engine.lookup import MAX_DRAFT
-from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Sequence
-from serving.engine.types import SamplingParams
+from models.family import LoadedNetwork
+from models.networks.flat_decoder import FlatDecoder
+from models.store.progress import no_progress
+from serving.engine.interface import SamplingParams
+from serving.engine.native.device import num_usable_cores
+from serving.engine.native.model_runner import ModelRunner
+from serving.engine.native.prompt_lookup import MAX_DRAFT
+from serving.engine.native.scheduler import Scheduler
+from serving.engine.native.sequence import SequenceState
 
 MAX_TOKENS = 64
 GUESSING = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
 PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greedy as well, and never guessed
 
 
-def answer(model: LoadedModel, prompt_ids: Ids[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
+def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
     """(tokens, steps, seconds) of one answer, by the scheduler and the runner as the engine uses them."""
     scheduler = Scheduler(1, 512, len(prompt_ids) + 2 * MAX_TOKENS)
-    runner = Runner(model.network, scheduler.space.size)
-    sequence = Sequence(list(prompt_ids), sampling, seed=1)
+    runner = ModelRunner(model.network, scheduler.space.size)
+    sequence = SequenceState(list(prompt_ids), sampling, seed=1)
     scheduler.add(sequence)
     steps, begun, reason = 0, time.perf_counter(), None
     while reason is None:
@@ -61,7 +61,7 @@ def answer(model: LoadedModel, prompt_ids: Ids[int], sampling: SamplingParams) -
     return sequence.token_ids[len(prompt_ids) :], steps, time.perf_counter() - begun
 
 
-def compare(model: LoadedModel, rounds: int) -> list[dict[str, float | str]]:
+def compare(model: LoadedNetwork, rounds: int) -> list[dict[str, float | str]]:
     """Tokens a step and the ratio of times, of fresh answers and of quoted ones."""
     results: list[dict[str, float | str]] = []
     fresh = [model.chat_format.render(asked(question)) for question in QUESTIONS]

@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import NUM_TOKENS, SHAPES, random_model
-from models.family import Precision
-from models.flat import FlatDecoder
-from models.progress import no_progress
-from models.sentencepiece import SentencePieceTokenizer
-from serving.chat.constraint import JsonAnswer, answer_grammar
-from serving.chat.masks import Grammar, Grammars
-from serving.engine.device import num_usable_cores
-from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Sequence
-from serving.engine.types import SamplingParams
+from kernels.precision import Precision
+from models.networks.flat_decoder import FlatDecoder
+from models.store.progress import no_progress
+from models.tokenizers.sentencepiece import SentencePieceTokenizer
+from serving.engine.interface import SamplingParams
+from serving.engine.native.device import num_usable_cores
+from serving.engine.native.model_runner import ModelRunner
+from serving.engine.native.scheduler import Scheduler
+from serving.engine.native.sequence import SequenceState
+from serving.generation.structured.grammar import JsonAnswer, answer_grammar
+from serving.generation.structured.token_masks import Grammar, Grammars
 
 PERSON = {
     "type": "object",
@@ -71,11 +71,11 @@ def stepper(
     """Prefill `batch` sequences; what comes back carries out one decode step and returns its seconds."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
-    runner = Runner(network, scheduler.space.size)
+    runner = ModelRunner(network, scheduler.space.size)
     for seed in range(batch):
         sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # as dear for any logits
         mask = grammar.walk() if grammar else None
-        scheduler.add(Sequence(rng.choices(range(1000, 60_000), k=64), sampling, seed=seed, mask=mask))
+        scheduler.add(SequenceState(rng.choices(range(1000, 60_000), k=64), sampling, seed=seed, mask=mask))
 
     def step() -> float:
         plan = scheduler.schedule()

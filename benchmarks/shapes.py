@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GlmConfig, GlmForCausalLM
 
-from models.progress import ProgressPrinter
+from models.store.progress import ProgressPrinter
 
 VOCABULARY, NUM_TOKENS = 65_024, 64_794
 SHARD_BYTES = 2 * 10**9

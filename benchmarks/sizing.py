@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, VOCABULARY
-from serving.engine.device import GPU_CACHE_SHARE
+from serving.engine.native.device import GPU_CACHE_SHARE
 
 GB, GIB = 10**9, 2**30
 KV_HEADS, HEAD_DIM = 2, 128

@@ -13,16 +13,16 @@ from typing import Any, cast
 
 import service
 from benchmarks.streaming_ticks import Ticks
-from models import FAMILIES
-from serving.chat.pipeline import Prompt, ServedModel
-from serving.chat.types import ChatEvent, Finished, TextDelta, Usage
-from serving.start import start_model
+from models.families import FAMILIES
+from serving.generation.interface import ChatEvent, Finished, TextDelta, Usage
+from serving.generation.pipeline import Prompt, RunningModel
+from serving.worker.start_native import start_model
 
 ticks = Ticks(float(os.environ["TICK_SECONDS"]))
 
 
 @dataclass(frozen=True)
-class Ticking(ServedModel):
+class Ticking(RunningModel):
     """The demonstration model, whose answers are ticks."""
 
     async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:

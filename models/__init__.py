@@ -1,14 +1,1 @@
-"""The shelf: every model family that can be imported and served, by name. One file per family."""
-
-from __future__ import annotations
-
-from models import chatglm, chatglm2, chatglm3, codegeex2, hf
-from models.family import Family
-
-FAMILIES: dict[str, Family] = {
-    "chatglm": chatglm.FAMILY,
-    "chatglm2": chatglm2.FAMILY,
-    "chatglm3": chatglm3.FAMILY,
-    "codegeex2": codegeex2.FAMILY,
-    "hf": hf.FAMILY,
-}
+"""Checkpoint folder -> stored model -> prompt format and network. Nothing here knows HTTP."""

@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
+
+from kernels.precision import Precision, Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from serving.chat.types import ChatFormat
-    from serving.engine.types import CausalLM
-
-
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]  # of the weights while they are served
+    from serving.engine.interface import CausalLM
+    from serving.generation.interface import ChatFormat
 
 
 class ImportRefused(Exception):
     """This folder cannot be imported; the message is one clear line for a person."""
-
-
-class Progress(Protocol):
-    """Told how far an import or a load is."""
-
-    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class ImportOption:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedNetwork:
     """A stored model, ready to be pushed into the server."""
 
     network: CausalLM
@@ -59,6 +52,6 @@ class Family:
     name: str
     title: str
     import_checkpoint: Callable[[Path, Path, Mapping[str, str], Progress], dict[str, Any]]
-    load: Callable[[Path, Mapping[str, Any], torch.device, Precision, Progress], LoadedModel]
+    load: Callable[[Path, Mapping[str, Any], torch.device, Precision, Progress], LoadedNetwork]
     options: tuple[ImportOption, ...] = ()
     open_format: Callable[[Path], ChatFormat] | None = None

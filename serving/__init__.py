@@ -1,1 +1,1 @@
-"""The server: it knows chat, tokens and HTTP; it knows no model."""
+"""The server: HTTP requests -> prompts -> token ids -> answers. Model families are given to it from outside."""

@@ -11,8 +11,8 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import chatglm
-from models.progress import no_progress
+from models.families import chatglm
+from models.store.progress import no_progress
 from tests import hf_folders, original_chatglm, original_glm
 from tests.reference_attention import greedy
 

@@ -10,9 +10,9 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from models import chatglm_checkpoint
-from models.chatglm_network import ChatGLMNetwork
-from models.chatglm_tokenizer import ChatGLMTokenizer
+from models.checkpoints import chatglm as chatglm_checkpoint
+from models.networks.chatglm import ChatGLMNetwork
+from models.tokenizers.chatglm import ChatGLMTokenizer
 
 
 def train_tokenizer(file: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.models import ModelStore
 
-from models import FAMILIES
-from models.progress import no_progress
-from models.store import import_model, servable
-from serving.chat.pipeline import ServedModel
+from models.families import FAMILIES
+from models.store.model_store import import_model, servable
+from models.store.progress import no_progress
+from serving.generation.pipeline import RunningModel
 from serving.settings import Settings
-from serving.start import start_model
+from serving.worker.start_native import start_model
 
 SETTINGS = Settings(device="cpu", precision="float32", threads=1, kv_cache_gib=0.01)
 
@@ -36,8 +36,8 @@ def own_store(home: Path) -> Iterator[None]:
 
 def imported_and_started(
     home: Path, family: str, source: Path, options: Mapping[str, str], settings: Settings = SETTINGS
-) -> ServedModel:
-    """What `python -m models.store import` and then `service.py` do, up to the engine that has to be stopped."""
+) -> RunningModel:
+    """What `python -m models.store import` and then `service.py` do; stop its engine."""
     with own_store(home):
         tag = import_model(family, source, f"tiny-{family}:1", options, no_progress)
         stored = servable(tag)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.types import CausalLM, PromptLayout, RaggedBatch, Span
+from serving.engine.interface import CausalLM, PromptLayout, RaggedBatch, Span
 
 
 @dataclass

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GlmConfig, GlmForCausalLM
 
-from models.native import NativeDecoder
-from serving.engine.engine import Engine
-from serving.engine.types import CausalLM, EngineLimits, SamplingParams, Step
+from models.networks.transformers_decoder import TransformersDecoder
+from serving.engine.interface import CausalLM, EngineLimits, SamplingParams, TokenOutput
+from serving.engine.native.engine import NativeEngine
 
 VOCABULARY = 300
 
@@ -22,7 +22,7 @@ VOCABULARY = 300
 class TinyModel:
     """The same weights twice: behind the engine's socket, and as transformers made them."""
 
-    network: NativeDecoder
+    network: TransformersDecoder
     oracle: GlmForCausalLM
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -65,12 +65,12 @@ def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, head_dim: int =
                 parameter.data.mul_(8)  # far apart logits: greedy choices that rounding cannot turn
         models.append(model)
     models[1].set_attn_implementation("sdpa")
-    return TinyModel(NativeDecoder(models[0], VOCABULARY, 2048), models[1])
+    return TinyModel(TransformersDecoder(models[0], VOCABULARY, 2048), models[1])
 
 
 @contextmanager
-def running(network: CausalLM, limits: EngineLimits) -> Iterator[Engine]:
-    engine = Engine(network, limits)
+def running(network: CausalLM, limits: EngineLimits) -> Iterator[NativeEngine]:
+    engine = NativeEngine(network, limits)
     engine.start()
     try:
         yield engine
@@ -78,16 +78,16 @@ def running(network: CausalLM, limits: EngineLimits) -> Iterator[Engine]:
         engine.stop()
 
 
-async def generate(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> list[Step]:
+async def generate(engine: NativeEngine, prompt: Sequence[int], sampling: SamplingParams) -> list[TokenOutput]:
     async with engine.generate(prompt, [sampling]) as steps:
         return [step async for _, step in steps]
 
 
-async def tokens(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+async def tokens(engine: NativeEngine, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
     return [step.token_id for step in await generate(engine, prompt, sampling)]
 
 
-async def settled(engine: Engine, seconds: float = 10.0) -> None:
+async def settled(engine: NativeEngine, seconds: float = 10.0) -> None:
     """Wait until nothing runs and nothing waits; fail if that does not happen."""
     async with asyncio.timeout(seconds):
         while engine.stats().num_running or engine.stats().num_waiting:

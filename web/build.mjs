@@ -1,11 +1,11 @@
-// Writes serving/api/page/vendor/: one minified module, and the licences of everything that is in it.
+// Writes web/page/vendor/: one minified module, and the licences of everything that is in it.
 import { readFileSync, writeFileSync, existsSync, readdirSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import path from "node:path";
 import { build } from "esbuild";
 
 const here = path.dirname(fileURLToPath(import.meta.url));
-const out = path.join(here, "..", "serving", "api", "page", "vendor");
+const out = path.join(here, "page", "vendor");
 
 const result = await build({
   entryPoints: [path.join(here, "entry.js")],

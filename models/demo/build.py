@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GlmConfig, GlmForCausalLM
 
-from models.chatglm2 import FAMILY
 from models.demo import CHECKPOINT
 from models.demo.check import check
 from models.demo.training import STAGES, make_config, train_stage
 from models.demo.vocabulary import train_vocabulary
+from models.families.chatglm2 import FAMILY
 
 SEED = 1
 NUM_SPECIALS = 5  # [MASK], [gMASK], [sMASK], sop, eop

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out. Knows nothing of text, chat or HTTP."""
+"""Token ids -> sampled tokens, for many requests at once: the interface and its two implementations."""

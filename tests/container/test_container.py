@@ -86,7 +86,16 @@ def test_it_serves_the_openai_sdk_to_any_user_from_a_read_only_root(image: str) 
 
 def test_it_serves_a_mounted_model_store(tmp_path: Path) -> None:
     """The store is read-only and belongs to another user; the model in it is not in the image."""
-    importing = ["-m", "models.store", "import", "chatglm2", "--from", "models/demo/checkpoint", "--name", "mine:v1"]
+    importing = [
+        "-m",
+        "models.store",
+        "import",
+        "chatglm2",
+        "--from",
+        "models/demo/checkpoint",
+        "--name",
+        "mine:v1",
+    ]
     subprocess.run(
         [shutil.which("python") or "python", *importing],
         cwd=REPOSITORY,

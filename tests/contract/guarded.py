@@ -12,17 +12,18 @@ from typing import Any
 import httpx2
 from starlette.types import Message
 
-from serving.api.admission import Admission, AdmissionLimits
-from serving.api.app import create_app
-from serving.api.auth import Keys
-from serving.api.drain import Drain
-from serving.api.gate import Gate, Guard, RouteNames
-from serving.api.monitor import Monitor
-from serving.api.record import RequestRecord
-from serving.api.served import ApiLimits, Served
-from serving.chat.pipeline import ServedModel
-from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits
+from serving.admission.admission_control import Admission, AdmissionLimits
+from serving.engine.interface import EngineLimits
+from serving.engine.native.engine import NativeEngine
+from serving.generation.pipeline import RunningModel
+from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames
+from serving.http.api_keys import Keys
+from serving.http.request_context import RequestContext
+from serving.openai.common import ApiLimits
+from serving.openai.router import create_app
+from serving.registry import ModelRegistry
+from serving.worker.graceful_shutdown import GracefulShutdown
+from serving.worker.health import HealthMonitor
 from tests.contract.tiny import CONTEXT, NAME, Meddled, chat_format, random_network
 
 KEYS = ["sk-alice alice", "sk-bob bob"]
@@ -33,13 +34,13 @@ CHAT = "/v1/chat/completions"
 class Guarded:
     """Everything of one worker."""
 
-    app: Gate
-    engine: Engine
-    model: ServedModel
+    app: AccessMiddleware
+    engine: NativeEngine
+    model: RunningModel
     admission: Admission
-    drain: Drain
-    monitor: Monitor
-    records: list[RequestRecord]
+    drain: GracefulShutdown
+    monitor: HealthMonitor
+    records: list[RequestContext]
 
 
 @contextmanager
@@ -55,26 +56,26 @@ def guarded(
     """A worker without BentoML around it, for as long as the block lasts."""
     form = chat_format(folder, "chatglm2")
     network = random_network(form.num_tokens)
-    engine = Engine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
+    engine = NativeEngine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
     engine.start()
-    model = ServedModel(engine, form, CONTEXT)
-    served = Served(NAME, model=model)
+    model = RunningModel(engine, form, CONTEXT)
+    served = ModelRegistry(NAME, model=model)
     admission = Admission(door or AdmissionLimits())
-    drain = Drain(1.0, lambda: engine.stop(1.0))
+    drain = GracefulShutdown(1.0, lambda: engine.stop(1.0))
     app = create_app(served, limits, admission=admission)
-    records: list[RequestRecord] = []
-    guard = Guard(
+    records: list[RequestContext] = []
+    guard = AccessPolicy(
         Keys(KEYS if keys is None else keys), drain, RouteNames([]), finished=lambda record, _: records.append(record)
     )
     mounted = Prefixed(app)
     try:
         yield Guarded(
-            Gate(mounted, guard),
+            AccessMiddleware(mounted, guard),
             engine,
             model,
             admission,
             drain,
-            Monitor(served, admission, drain, max_step_seconds),
+            HealthMonitor(served, admission, drain, max_step_seconds),
             records,
         )
     finally:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from serving.api.app import create_app
-from serving.api.protocol import ACCEPTED_WITHOUT_EFFECT, REFUSED, ChatRequest, CompletionRequest
-from serving.api.served import ApiLimits, Served
+from serving.openai.chat.request import ACCEPTED_WITHOUT_EFFECT, REFUSED, ChatRequest, CompletionRequest
+from serving.openai.common import ApiLimits
+from serving.openai.router import create_app
+from serving.registry import ModelRegistry
 from tests.contract.tiny import NAME, USER, assert_openai_error, post, send, serving
 
 CHAT: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 2}
@@ -212,7 +213,7 @@ def test_unknown_paths_methods_and_models_are_told_as_openai_tells_them(app: Sta
 
 
 def test_a_model_that_loads_or_failed_is_a_503() -> None:
-    served = Served(NAME)
+    served = ModelRegistry(NAME)
     response = post(create_app(served), "/chat/completions", CHAT)
     assert assert_openai_error(response, 503)["code"] == "model_loading"
     assert response.headers["retry-after"]
@@ -224,7 +225,7 @@ def test_a_model_that_loads_or_failed_is_a_503() -> None:
 
 
 def test_the_size_and_depth_of_a_body_are_settings() -> None:
-    app = create_app(Served(NAME), ApiLimits(max_body_bytes=200, max_json_depth=3))
+    app = create_app(ModelRegistry(NAME), ApiLimits(max_body_bytes=200, max_json_depth=3))
     assert_openai_error(post(app, "/chat/completions", {**CHAT, "user": "x" * 200}), 413)
     assert_openai_error(post(app, "/chat/completions", {"user": [[[[]]]]}), 400)
 

@@ -8,11 +8,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api import sse
-from serving.api.chunks import ChatChunks, ChunkOptions, Envelope, IndexedEvent, to_completion
-from serving.api.text_chunks import TextChunks, TextPlan, to_text_completion
-from serving.chat.types import Finished, TextDelta, ToolCallDelta, Usage
-from serving.engine.types import TokenLogprob
+from serving.engine.interface import TokenLogprob
+from serving.generation.interface import Finished, TextDelta, ToolCallDelta, Usage
+from serving.http import server_sent_events as sse
+from serving.openai.chat.response import ChatCompletionStream, ChunkOptions, Envelope, IndexedEvent, to_completion
+from serving.openai.completions.response import CompletionStream, TextPlan, to_text_completion
 
 ENVELOPE = Envelope("chatcmpl-X", 1_795_364_990, "chatglm2-6b", "fp_1")
 HEAD = (
@@ -28,7 +28,7 @@ def token_bytes(token_id: int) -> bytes:
 
 
 def stream(events: list[IndexedEvent], options: ChunkOptions = PLAIN, prompt_tokens: int = 17) -> list[str]:
-    fold = ChatChunks(ENVELOPE, options, token_bytes, prompt_tokens)
+    fold = ChatCompletionStream(ENVELOPE, options, token_bytes, prompt_tokens)
     return [chunk for index, event in events for chunk in fold.push(index, event)] + fold.end()
 
 
@@ -167,7 +167,7 @@ def test_text_chunks_glued_together_are_the_whole_completion(
     options, plan = ChunkOptions(logprobs=logprobs), TextPlan(len(per_choice), ("" if logprobs else "echo ",))
     events = _interleaved(per_choice, random)
     whole = to_text_completion([events], plan, ENVELOPE, options, token_bytes)
-    fold = TextChunks(plan, ENVELOPE, options, token_bytes, [17])
+    fold = CompletionStream(plan, ENVELOPE, options, token_bytes, [17])
     chunks = [json.loads(chunk) for index, event in events for chunk in fold.push(index, event)]
     for choice in whole["choices"]:
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]

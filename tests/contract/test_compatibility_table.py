@@ -16,8 +16,10 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel
 from starlette.applications import Starlette
 
-from serving.api import embeddings, protocol, responses_protocol
-from serving.api.messages import MESSAGE_FIELDS_WITHOUT_EFFECT, ChatMessage
+from serving.openai import embeddings
+from serving.openai.chat import request as protocol
+from serving.openai.chat.messages import MESSAGE_FIELDS_WITHOUT_EFFECT, ChatMessage
+from serving.openai.responses import request as responses_protocol
 from tests.contract.tiny import NAME, USER, assert_openai_error, post
 from tests.golden_data import REPOSITORY
 

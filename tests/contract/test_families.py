@@ -16,8 +16,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.applications import Starlette
 
-from serving.chat.pipeline import ServedModel
-from serving.chat.types import TextDelta
+from serving.generation.interface import TextDelta
+from serving.generation.pipeline import RunningModel
 from tests.contract.tiny import NAME, assert_openai_error, in_front_of, post, sdk
 from tests.families import FAMILIES, Written
 from tests.own_store import imported_and_started
@@ -37,12 +37,12 @@ class Running:
     """A family's checkpoint, and the application that serves what was imported from it."""
 
     written: Written
-    model: ServedModel
+    model: RunningModel
     app: Starlette
 
     def text(self, token_ids: list[int]) -> str:
         """What a client sees of an answer."""
-        reader = self.model.chat_format.reader()
+        reader = self.model.chat_format.parser()
         parts = [*reader.push(self.model.chat_format.decode(token_ids)), *reader.flush()]
         return "".join(part.text for part in parts if isinstance(part, TextDelta))
 

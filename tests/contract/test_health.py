@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from serving import metrics
-from serving.api.access_log import AccessLog, to_fields
-from serving.api.admission import AdmissionLimits
-from serving.api.connections import Connections
-from serving.api.gate import RouteNames
-from serving.engine.types import EngineLimits
-from serving.tracing import Tracing
+from serving.admission.admission_control import AdmissionLimits
+from serving.engine.interface import EngineLimits
+from serving.http.access_log import AccessLog, to_fields
+from serving.http.access_middleware import RouteNames
+from serving.worker.tracing import Tracing
+from serving.worker.uvicorn_adapter import IdleConnections
 from tests.contract.guarded import CHAT, Guarded, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
 
@@ -237,7 +237,7 @@ def test_neither_prompts_nor_keys_are_in_any_log(folder: Path, caplog: pytest.Lo
 
 
 def test_a_body_that_drips_in_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.api.body.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("serving.http.json_body.BODY_SECONDS", 0.2)
 
     async def drip() -> AsyncIterator[bytes]:
         while True:
@@ -265,12 +265,12 @@ async def listening(worker: Guarded) -> AsyncIterator[int]:
 
 
 def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.api.connections.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.2)
 
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.01)) as worker:
             async with listening(worker) as port:
-                connections = Connections()
+                connections = IdleConnections()
                 slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
                 slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
                 busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
@@ -297,12 +297,12 @@ def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each look finds it between two requests; it must not add these pauses up."""
-    monkeypatch.setattr("serving.api.connections.IDLE_SECONDS", 0.3)
+    monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.3)
 
     async def run() -> None:
         with guarded(folder) as worker:
             async with listening(worker) as port:
-                connections = Connections()
+                connections = IdleConnections()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 for _ in range(8):
                     writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")

@@ -16,10 +16,10 @@ import httpx2
 import pytest
 from starlette.applications import Starlette
 
-from models.native import NativeDecoder
-from serving.chat.pipeline import ServedModel
-from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits, NotFinite
+from models.networks.transformers_decoder import TransformersDecoder
+from serving.engine.interface import EngineLimits, NotFinite
+from serving.engine.native.engine import NativeEngine
+from serving.generation.pipeline import RunningModel
 from tests.contract.tiny import (
     CONTEXT,
     NAME,
@@ -48,12 +48,12 @@ def poisoned(
     model = random_glm(form.num_tokens)
     (token_id,) = set(form.encode(f"a{POISON}")) - set(form.encode("a"))
     model.get_input_embeddings().weight.data[token_id] = value
-    network: Any = NativeDecoder(model, num_tokens=form.num_tokens, max_positions=CONTEXT)
+    network: Any = TransformersDecoder(model, num_tokens=form.num_tokens, max_positions=CONTEXT)
     if script:
         network = Scripted(network, form.encode(script)[2:])
-    engine = Engine(network, EngineLimits(max_batch_tokens=max_batch_tokens, kv_tokens=4096))
+    engine = NativeEngine(network, EngineLimits(max_batch_tokens=max_batch_tokens, kv_tokens=4096))
     engine.start()
-    with in_front_of(ServedModel(engine, form, CONTEXT)) as app:
+    with in_front_of(RunningModel(engine, form, CONTEXT)) as app:
         yield app
 
 
@@ -108,11 +108,11 @@ def test_nothing_of_a_broken_prompt_is_left_for_those_who_begin_alike() -> None:
         if next(steps) == 4:  # the chunk behind the broken one, if there is still a use for it
             gate.wait(5)
 
-    def engine_with(value: float, hook: Callable[[], None]) -> Engine:
+    def engine_with(value: float, hook: Callable[[], None]) -> NativeEngine:
         model = random_glm(num_tokens)
         model.get_input_embeddings().weight.data[broken] = value
-        network = Meddled(NativeDecoder(model, num_tokens=num_tokens, max_positions=CONTEXT), hook)
-        return Engine(network, EngineLimits(max_batch_tokens=16, kv_tokens=4096))
+        network = Meddled(TransformersDecoder(model, num_tokens=num_tokens, max_positions=CONTEXT), hook)
+        return NativeEngine(network, EngineLimits(max_batch_tokens=16, kv_tokens=4096))
 
     async def run() -> list[int]:
         sick = asyncio.create_task(tokens(engine, [*beginning, broken, *beginning], greedy(4)))

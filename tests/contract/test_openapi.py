@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serving.api.app import create_app
-from serving.api.openapi import OPERATIONS, PREFIX, document
+from serving.openai.openapi import OPERATIONS, PREFIX, document
+from serving.openai.router import create_app
 from tests.contract.tiny import NAME, USER, chunks, post, send
 
 DOCUMENT = document((PREFIX, ""))
@@ -78,9 +78,9 @@ def test_every_reference_leads_somewhere_and_every_schema_is_one() -> None:
 def test_bentomls_document_has_its_own_routes_and_these() -> None:
     import bentoml
 
-    from serving.api.openapi import DescribedService
+    from serving.worker.bentoml_adapter import BentoMLService
 
-    @bentoml.service(service_class=DescribedService)
+    @bentoml.service(service_class=BentoMLService)
     class Small:
         @bentoml.api
         def shout(self, text: str) -> str:

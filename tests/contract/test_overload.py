@@ -15,12 +15,12 @@ import torch
 from bentoml.exceptions import BentoMLException
 from starlette.requests import Request
 
-from serving.api.admission import AdmissionLimits
-from serving.api.generation import Generations
-from serving.api.native import Question, ask
-from serving.api.served import ApiLimits
-from serving.engine.engine import MAX_UNREAD
-from serving.engine.types import EngineLimits
+from serving.admission.admission_control import AdmissionLimits
+from serving.engine.interface import EngineLimits
+from serving.engine.native.engine import MAX_UNREAD
+from serving.openai.common import ApiLimits
+from serving.openai.start_generation import GenerationStarter
+from serving.worker.bentoml_generate import GenerateRequest, ask
 from tests.contract.guarded import CHAT, SlowReader, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
 
@@ -154,9 +154,9 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
 def test_the_native_route_comes_through_the_same_door(folder: Path) -> None:
     async def run() -> None:
         with guarded(folder, door=AdmissionLimits(requests_per_minute=1)) as worker:
-            generations = Generations(worker.admission, ApiLimits())
+            generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
-            question = Question("你好", "", 0.0, 1.0, 8)
+            question = GenerateRequest("你好", "", 0.0, 1.0, 8)
             texts = [text async for text in ask(generations, request, worker.model, question)]
             assert "".join(texts)
             with pytest.raises(BentoMLException) as caught:

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from starlette.applications import Starlette
 
-from serving.api.pages import ASSETS, FOLDER, page_routes
+from serving.http.pages import ASSETS, FOLDER, page_routes
 from tests.contract.tiny import send
 from tests.golden_data import REPOSITORY
 
@@ -84,7 +84,7 @@ def test_the_bundle_is_what_its_lock_file_says() -> None:
 
 
 def test_a_file_outside_the_folder_is_not_served() -> None:
-    assert Path(FOLDER / ".." / "auth.py").resolve().exists()
+    assert Path(FOLDER / ".." / "build.mjs").resolve().exists()
     for path in (f"{ASSETS}/../auth.py", f"{ASSETS}/%2e%2e/auth.py", f"{ASSETS}/vendor/NOTICE"):
         reply: httpx2.Response = send(APP, "GET", path)
         assert reply.status_code == 404

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from serving.api.generation import DROPPED_ROUNDS_HEADER
-from serving.chat.rounds import drop_oldest
-from serving.chat.types import Conversation, Message, Role
+from serving.generation.history import drop_oldest
+from serving.generation.interface import Conversation, Message, Role
+from serving.openai.start_generation import DROPPED_ROUNDS_HEADER
 from serving.settings import Settings
 from tests.contract.tiny import CONTEXT, NAME, assert_openai_error, chunks, in_front_of, post, serving
 from tests.original_glm import SMALL, random_weights, write_checkpoint

@@ -16,17 +16,18 @@ from openai import AsyncOpenAI
 from starlette.applications import Starlette
 from starlette.types import Message
 
-from serving.api.feed import Feed
-from serving.api.served import ApiLimits, Served
-from serving.engine.engine import Engine
+from serving.engine.native.engine import NativeEngine
+from serving.generation.event_stream import EventStream
+from serving.openai.common import ApiLimits
+from serving.registry import ModelRegistry
 from tests.contract.tiny import NAME, USER, assert_openai_error, post, sdk, send, serving
 
 ASKED: Any = USER
 LONG: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 200, "ignore_eos": True, "seed": 1}
 
 
-def engine_of(app: Starlette) -> Engine:
-    served: Served = app.state.served
+def engine_of(app: Starlette) -> NativeEngine:
+    served: ModelRegistry = app.state.served
     assert served.model
     return served.model.engine
 
@@ -168,7 +169,7 @@ def test_a_stopped_engine_is_a_503_to_be_tried_again(folder: Path) -> None:
 
 def test_an_answer_that_can_never_fit_the_cache_is_a_400(folder: Path) -> None:
     with serving(folder) as app:
-        served: Served = app.state.served
+        served: ModelRegistry = app.state.served
         assert served.model
         object.__setattr__(served.model, "context_length", 100_000)  # more than the cache of this engine holds
         error = assert_openai_error(post(app, "/chat/completions", {**LONG, "max_tokens": 50_000}), 400)
@@ -194,7 +195,7 @@ def test_a_feed_holds_no_more_than_its_reader_lets_it() -> None:
             await asyncio.sleep(0)
 
     async def run() -> list[Any]:
-        feed = Feed([endless()], 1, max_ready=5)
+        feed = EventStream([endless()], 1, max_ready=5)
         await asyncio.sleep(0.05)
         assert made <= 6
         first = await feed.take()

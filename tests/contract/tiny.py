@@ -19,16 +19,17 @@ from starlette.applications import Starlette
 from torch import Tensor
 from transformers import GlmConfig, GlmForCausalLM
 
-from models.chatglm2 import ChatGLM2Format
-from models.chatglm3 import NUM_ROLES, ChatGLM3Format
-from models.native import NativeDecoder
-from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
-from serving.api.app import create_app
-from serving.api.served import ApiLimits, Served
-from serving.chat.pipeline import ServedModel
-from serving.chat.types import ChatFormat
-from serving.engine.engine import Engine
-from serving.engine.types import Attend, CausalLM, EngineLimits, PromptLayout, RaggedBatch
+from models.families.chatglm2 import ChatGLM2Format
+from models.families.chatglm3 import NUM_ROLES, ChatGLM3Format
+from models.networks.transformers_decoder import TransformersDecoder
+from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
+from serving.engine.interface import AttentionFunction, CausalLM, EngineLimits, PromptLayout, RaggedBatch
+from serving.engine.native.engine import NativeEngine
+from serving.generation.interface import ChatFormat
+from serving.generation.pipeline import RunningModel
+from serving.openai.common import ApiLimits
+from serving.openai.router import create_app
+from serving.registry import ModelRegistry
 
 T = TypeVar("T")
 CONTEXT = 256
@@ -49,7 +50,7 @@ class Meddled:
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return self.network.layout(prompt_ids)
 
-    def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
+    def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
         self.before()
         return self.network.forward(batch, attend)
 
@@ -68,7 +69,7 @@ class Scripted:
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return self._network.layout(prompt_ids)
 
-    def forward(self, batch: RaggedBatch, attend: Attend) -> Tensor:
+    def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
         return self._network.forward(batch, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def random_glm(num_tokens: int, context: int = CONTEXT) -> GlmForCausalLM:
 
 
 def random_network(num_tokens: int, context: int = CONTEXT) -> CausalLM:
-    return NativeDecoder(random_glm(num_tokens, context), num_tokens=num_tokens, max_positions=context)
+    return TransformersDecoder(random_glm(num_tokens, context), num_tokens=num_tokens, max_positions=context)
 
 
 @contextmanager
@@ -147,16 +148,20 @@ def serving(
     network = random_network(form.num_tokens, context)
     if script:
         network = Scripted(network, form.encode(script)[2:])  # without the prefix of a prompt
-    engine = Engine(network if before is None else Meddled(network, before), EngineLimits(kv_tokens=max(4096, context)))
+    engine = NativeEngine(
+        network if before is None else Meddled(network, before), EngineLimits(kv_tokens=max(4096, context))
+    )
     engine.start()
-    with in_front_of(ServedModel(engine, form, context, drops_oldest_rounds), limits) as app:
+    with in_front_of(RunningModel(engine, form, context, drops_oldest_rounds), limits) as app:
         yield app
 
 
 @contextmanager
-def in_front_of(model: ServedModel, limits: ApiLimits | None = None) -> Iterator[Starlette]:
+def in_front_of(model: RunningModel, limits: ApiLimits | None = None) -> Iterator[Starlette]:
     """The application with this started model behind it; ends the model's engine with the block."""
-    served = Served(NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test", model=model)
+    served = ModelRegistry(
+        NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test", model=model
+    )
     try:
         yield create_app(served, limits)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import requests
 
-from serving.api.openapi import document
+from serving.openai.openapi import document
 from tests.e2e.server import Server
 
 

@@ -17,7 +17,7 @@ import torch
 from openai import OpenAI
 
 from models.demo.corpus import SAMPLE_ANSWER
-from serving.engine.device import choose_device
+from serving.engine.native.device import choose_device
 from serving.settings import Settings, SettingsError
 from tests.e2e.server import Server, serving, wait_until_ready
 
@@ -141,7 +141,7 @@ def test_what_only_the_other_engine_has_is_refused_in_one_line(values: dict[str,
 
 
 def test_workers_on_vllm_see_only_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving.start_vllm import CannotStart, take_devices
+    from serving.engine.vllm.start import CannotStart, take_devices
 
     settings = Settings(engine="vllm", workers=2, gpus_per_worker=2)
     seen = []

@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from models import chatglm, chatglm_checkpoint, checkpoint
-from models.answers import TrimmedAnswer
-from models.chatglm_answers import ChatGLMReader, clean_up_spaces, widen
-from models.chatglm_network import ChatGLMNetwork
-from models.chatglm_tokenizer import ChatGLMTokenizer
-from models.checkpoint import read_json
+from models.checkpoints import chatglm as chatglm_checkpoint
+from models.checkpoints import shards as checkpoint
+from models.checkpoints.shards import read_json
+from models.families import chatglm
+from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.chatglm_answer_parser import ChatGLMAnswerParser, clean_up_spaces, widen
 from models.family import ImportRefused
-from serving.chat.types import Conversation, Message, PromptError, TextDelta, Tool
+from models.networks.chatglm import ChatGLMNetwork
+from models.tokenizers.chatglm import ChatGLMTokenizer
+from serving.generation.interface import Conversation, Message, PromptError, TextDelta, Tool
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_chatglm import train_tokenizer, write_checkpoint
 from tests.reference_attention import ReferenceAttention, forward, greedy
@@ -307,7 +309,7 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
 
 
 def read(*chunks: str) -> str:
-    reader = ChatGLMReader(TrimmedAnswer())
+    reader = ChatGLMAnswerParser(TrimmedAnswerParser())
     parts = [part for chunk in chunks for part in reader.push(chunk)] + reader.flush()
     return "".join(part.text for part in parts if isinstance(part, TextDelta))
 
@@ -323,7 +325,7 @@ def test_an_answer_that_goes_on_knows_its_neighbour_and_keeps_its_space(tmp_path
     train_tokenizer(tmp_path / "ice_text.model")
     chat_format = chatglm.ChatGLMFormat(ChatGLMTokenizer(tmp_path / "ice_text.model", 0), *SUFFIX, 130005)
     for begun, text, shown in (("你好", "!", "！"), ("hello", "!", "!"), ("hello", " a", " a"), ("", " a", "a")):
-        reader = chat_format.reader(begun)
+        reader = chat_format.parser(begun)
         parts = [*reader.push(text), *reader.flush()]
         assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == shown
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
-from models.checkpoint import ShardWriter
+from models.checkpoints.chatglm2 import RopeRule, convert
+from models.checkpoints.shards import ShardWriter
 from models.family import ImportRefused
-from models.glm_checkpoint import RopeRule, convert
-from models.native import NativeDecoder, load_native
-from models.progress import no_progress
-from serving.engine.types import RaggedBatch
+from models.networks.transformers_decoder import TransformersDecoder, load_transformers
+from models.store.progress import no_progress
+from serving.engine.interface import RaggedBatch
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_glm import SMALL, random_weights, reference_logits, write_checkpoint
 
@@ -52,8 +52,8 @@ def causal(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, 
 
 
 def decoder_logits(folder: Path, ids: Tensor) -> Tensor:
-    model = load_native(folder, torch.device("cpu"), "float32", no_progress)
-    decoder = NativeDecoder(model, num_tokens=ids.max().item() + 1, max_positions=4096)
+    model = load_transformers(folder, torch.device("cpu"), "float32", no_progress)
+    decoder = TransformersDecoder(model, num_tokens=ids.max().item() + 1, max_positions=4096)
     return decoder.logits(decoder.forward(RaggedBatch(ids, torch.arange(len(ids)), ()), causal))
 
 
@@ -305,7 +305,7 @@ def test_any_native_decoder_fits_the_socket(model_type: str) -> None:
     ids = torch.arange(5, 25)
     with torch.no_grad():
         wanted = model(ids[None]).logits[0]
-    decoder = NativeDecoder(model, num_tokens=60, max_positions=99)
+    decoder = TransformersDecoder(model, num_tokens=60, max_positions=99)
     ours = decoder.logits(decoder.forward(RaggedBatch(ids, torch.arange(20), ()), causal))
     torch.testing.assert_close(ours, wanted, rtol=0, atol=TOLERANCE)
     shape = decoder.shape
@@ -330,5 +330,5 @@ def test_any_native_decoder_fits_the_socket(model_type: str) -> None:
 def test_a_network_that_needs_another_attention_or_head_is_refused(model_type: str, changes: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()
     with pytest.raises(ImportRefused) as refusal:
-        NativeDecoder(model, num_tokens=64, max_positions=64)
+        TransformersDecoder(model, num_tokens=64, max_positions=64)
     assert "\n" not in str(refusal.value)

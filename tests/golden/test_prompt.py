@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from models.chatglm2 import ChatGLM2Format, round_prompt
-from models.chatglm3 import NUM_ROLES, TOOL_PROMPT, ChatGLM3Format
-from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
-from serving.chat.types import Conversation, Message, PromptError, Tool, ToolCall
+from models.families.chatglm2 import ChatGLM2Format, round_prompt
+from models.families.chatglm3 import NUM_ROLES, TOOL_PROMPT, ChatGLM3Format
+from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
+from serving.generation.interface import Conversation, Message, PromptError, Tool, ToolCall
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_glm import tiny_tokenizer
 

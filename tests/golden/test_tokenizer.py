@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from models.chatglm2 import ChatGLM2Format
-from models.chatglm3 import NUM_ROLES
+from models.families.chatglm2 import ChatGLM2Format
+from models.families.chatglm3 import NUM_ROLES
 from models.family import ImportRefused
-from models.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
-from serving.chat.types import PromptError
+from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
+from serving.generation.interface import PromptError
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_glm import tiny_tokenizer
 

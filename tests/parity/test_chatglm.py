@@ -11,12 +11,12 @@ import numpy
 import pytest
 import torch
 
-from models import chatglm_checkpoint
-from models.chatglm_network import ChatGLMNetwork
-from models.checkpoint import read_json
-from models.progress import no_progress
-from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits, SamplingParams
+from models.checkpoints import chatglm as chatglm_checkpoint
+from models.checkpoints.shards import read_json
+from models.networks.chatglm import ChatGLMNetwork
+from models.store.progress import no_progress
+from serving.engine.interface import EngineLimits, SamplingParams
+from serving.engine.native.engine import NativeEngine
 from tests.golden_data import GOLDEN, needs_golden
 from tests.original_chatglm import write_checkpoint
 from tests.reference_attention import greedy as reference
@@ -109,7 +109,7 @@ def test_the_engine_gives_the_originals_64_tokens(limits: EngineLimits, tmp_path
     answers = [recorded[f"greedy64_{k}"].tolist() for k in range(5)]
     sampling = SamplingParams(max_tokens=64, temperature=0.0, logit_bias=((GOLDEN_END, -1e6),))
 
-    async def twice(engine: Engine, ids: list[int]) -> list[list[int]]:
+    async def twice(engine: NativeEngine, ids: list[int]) -> list[list[int]]:
         return [await tokens(engine, ids, sampling), await tokens(engine, ids, sampling)]
 
     async def main() -> None:

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits, RequestTooLarge
+from serving.engine.interface import EngineLimits, RequestTooLarge
+from serving.engine.native.engine import NativeEngine
 from tests.tiny import VOCABULARY, TinyModel, greedy, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(4)
@@ -25,7 +25,7 @@ def mean_of_oracle(model: TinyModel, ids: list[int], counted: range) -> torch.Te
     return hidden[counted.start : counted.stop].mean(dim=0)
 
 
-async def embedded(engine: Engine, texts: list[tuple[list[int], range]]) -> list[torch.Tensor]:
+async def embedded(engine: NativeEngine, texts: list[tuple[list[int], range]]) -> list[torch.Tensor]:
     vectors = [torch.empty(0)] * len(texts)
     async with engine.embed(texts) as results:
         async for index, pooled in results:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.types import (
+from serving.engine.interface import (
     CAUSAL,
-    Attend,
+    AttentionFunction,
     EngineLimits,
     EngineStopped,
     NetworkShape,
@@ -263,7 +263,7 @@ class Counting:
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return CAUSAL
 
-    def forward(self, batch: RaggedBatch, attend: Attend) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> torch.Tensor:
         heads = torch.zeros(len(batch.token_ids), 1, 8)
         attend(0, heads, heads, heads, 1.0)
         return torch.nn.functional.one_hot((batch.token_ids + 1) % 10, 10).float()

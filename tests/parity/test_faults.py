@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from serving.engine.engine import MAX_UNREAD, Engine
-from serving.engine.types import EngineLimits, EngineStopped, OutOfMemory, RequestFailed, SamplingParams
+from serving.engine.interface import EngineLimits, EngineStopped, OutOfMemory, RequestFailed, SamplingParams
+from serving.engine.native.engine import MAX_UNREAD, NativeEngine
 from tests.contract.tiny import Meddled
 from tests.tiny import VOCABULARY, generate, greedy, settled, tiny_model, tokens
 
@@ -21,9 +21,9 @@ OTHER = [30, 31, 32]
 
 
 @contextmanager
-def meddled(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[Engine]:
+def meddled(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[NativeEngine]:
     torch.set_num_threads(1)
-    engine = Engine(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens))
+    engine = NativeEngine(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens))
     engine.start()
     try:
         yield engine

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GlmConfig, GlmForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from models.flat import FlatDecoder, can_flatten
-from models.progress import no_progress
+from models.networks.flat_decoder import FlatDecoder, can_flatten
+from models.store.progress import no_progress
 from tests.reference_attention import ReferenceAttention, forward, greedy
 
 SIZES = {"vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}

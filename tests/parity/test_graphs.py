@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.native import NativeDecoder
-from serving.engine.attention import AttentionSpan, KVMemory, StepAttention
-from serving.engine.attention_cuda import PADDED, Kernel, Packed, flash, step_attention
-from serving.engine.engine import Engine
-from serving.engine.graphs import bucket_sizes, play_eagerly
-from serving.engine.types import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
+from models.networks.transformers_decoder import TransformersDecoder
+from serving.engine.interface import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
+from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
+from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, flash, step_attention
+from serving.engine.native.cuda_graphs import bucket_sizes, play_eagerly
+from serving.engine.native.engine import NativeEngine
 from tests.reference_attention import dense_attention, visible
 from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens
 
@@ -45,10 +45,13 @@ class Watched:
 
 
 def answers(
-    network: NativeDecoder, limits: EngineLimits, jobs: list[tuple[list[int], SamplingParams]], record: object = None
+    network: TransformersDecoder,
+    limits: EngineLimits,
+    jobs: list[tuple[list[int], SamplingParams]],
+    record: object = None,
 ) -> list[list[int]]:
     async def main() -> list[list[int]]:
-        engine = Engine(network, limits, record)
+        engine = NativeEngine(network, limits, record)
         engine.start()
         try:
             found = await asyncio.gather(*(tokens(engine, *job) for job in jobs))

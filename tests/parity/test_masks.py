@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.engine import Engine
-from serving.engine.types import EngineLimits, RequestFailed, SamplingParams, TokenMask
+from serving.engine.interface import EngineLimits, RequestFailed, SamplingParams, TokenMask
+from serving.engine.native.engine import NativeEngine
 from tests.tiny import VOCABULARY, generate, greedy, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(1)
@@ -19,7 +19,7 @@ NUM_WORDS = (VOCABULARY + 31) // 32
 class Congruent:
     """Allows the tokens that are `offset` + n modulo `step` as the n-th of an answer: a mask with a state."""
 
-    recipe = "for engines in other processes"
+    specification = "for engines in other processes"
 
     def __init__(self, step: int, offset: int = 0, fails_at: int | None = None) -> None:
         self._step, self._offset, self._fails_at = step, offset, fails_at
@@ -42,7 +42,7 @@ class Congruent:
 class Everything:
     """Lets every token pass."""
 
-    recipe = ""
+    specification = ""
 
     def allowed(self) -> Tensor | None:
         return None
@@ -54,7 +54,7 @@ def sampled(seed: int, max_tokens: int = 40) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=seed)
 
 
-async def masked(engine: Engine, prompt: list[int], sampling: SamplingParams, mask: TokenMask) -> list[int]:
+async def masked(engine: NativeEngine, prompt: list[int], sampling: SamplingParams, mask: TokenMask) -> list[int]:
     async with engine.generate(prompt, [sampling], masks=[mask]) as steps:
         return [step.token_id async for _, step in steps]
 

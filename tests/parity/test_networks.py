@@ -24,9 +24,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from models.native import open_native
-from models.progress import no_progress
-from serving.engine.types import EngineLimits
+from models.networks.transformers_decoder import open_decoder
+from models.store.progress import no_progress
+from serving.engine.interface import EngineLimits
 from tests.tiny import generate, greedy, running, tokens
 
 VOCABULARY, LENGTH, NUM_NEW = 300, 512, 24
@@ -75,7 +75,7 @@ class Both:
                 parameter.data.mul_(1 if "embed" in name or "lm_head" in name else 10)
         model.save_pretrained(folder)
         self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.network = open_native(folder, torch.device("cpu"), "float32", no_progress, VOCABULARY, LENGTH)
+        self.network = open_decoder(folder, torch.device("cpu"), "float32", no_progress, VOCABULARY, LENGTH)
 
     def greedy(self, prompt: Sequence[int]) -> list[int]:
         with torch.inference_mode():

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from serving.api import accounts
-from serving.api.accounts import Accounts
-from serving.api.admission import Admission, AdmissionLimits, Capacity, Ticket
-from serving.api.errors import APIError
+from serving.admission import client_usage as accounts
+from serving.admission.admission_control import Admission, AdmissionLimits, Capacity, Permit
+from serving.admission.client_usage import UsageTable
+from serving.http.errors import APIError
 from tests.golden_data import REPOSITORY
 
 CAPACITY = Capacity(max_sequences=2, kv_tokens=1000)
 HOLDS_AND_WAITS = """
 import sys
 from pathlib import Path
-from serving.api.accounts import Accounts
-accounts = Accounts(Path(sys.argv[1]), 4)
+from serving.admission.client_usage import UsageTable
+accounts = UsageTable(Path(sys.argv[1]), 4)
 hold = accounts.hold("alice", 3, 300)
 accounts.remember(hold, 1.0, 5.0, 1000.0)
 print("held", flush=True)
@@ -41,7 +41,7 @@ class Workers:
 
     def __init__(self, folder: Path, count: int, limits: AdmissionLimits) -> None:
         self.clock = Clock()
-        self.accounts = [Accounts(folder, 2 * count) for _ in range(count)]
+        self.accounts = [UsageTable(folder, 2 * count) for _ in range(count)]
         self.doors = [Admission(limits, self.clock, own) for own in self.accounts]
         self.look()
         self.look()  # whoever came last was not seen by the first
@@ -50,7 +50,7 @@ class Workers:
         for own in self.accounts:
             own.look()
 
-    def admit(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> Ticket:
+    def admit(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> Permit:
         return self.doors[worker].admit(client, answers, tokens, CAPACITY)
 
     def refused(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> APIError:
@@ -142,7 +142,7 @@ def test_a_refused_request_holds_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_worker_held_is_free_and_what_it_spent_is_spent(
     tmp_path: Path, dead_worker: subprocess.Popen[str]
 ) -> None:
-    own = Accounts(tmp_path, 4)
+    own = UsageTable(tmp_path, 4)
     hold = own.hold("alice", 1, 10)
     own.look()
     assert (own.num_workers, own.in_flight()) == (2, (4, 310))
@@ -161,7 +161,7 @@ def test_whoever_replaces_a_killed_worker_begins_with_empty_hands(
 ) -> None:
     dead_worker.kill()
     dead_worker.wait()
-    successor = Accounts(tmp_path, 4)  # the first free page is the dead one's
+    successor = UsageTable(tmp_path, 4)  # the first free page is the dead one's
     hold = successor.hold("alice", 1, 10)
     assert successor.in_flight() == (1, 10)
     assert successor.standing(hold).num_requests == 1
@@ -169,10 +169,10 @@ def test_whoever_replaces_a_killed_worker_begins_with_empty_hands(
 
 
 def test_more_workers_than_pages_are_refused(tmp_path: Path) -> None:
-    taken = [Accounts(tmp_path, 2) for _ in range(2)]
+    taken = [UsageTable(tmp_path, 2) for _ in range(2)]
     assert [own.num_workers for own in taken] == [1, 2]
     with pytest.raises(RuntimeError, match="more than 2 workers"):
-        Accounts(tmp_path, 2).look()
+        UsageTable(tmp_path, 2).look()
 
 
 def test_more_clients_than_places_are_let_in_and_leave_nothing_behind(

@@ -29,7 +29,7 @@ def edited(text: str, diff: str) -> str:
     """Every run of removed lines replaced by the added lines behind it; each must be there exactly once."""
     for removed, added in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, flags=re.MULTILINE):
         old, new = (re.sub(r"^[-+]", "", part, flags=re.MULTILINE) for part in (removed, added))
-        assert text.count(old) == 1, f"models/__init__.py no longer has {old!r}"
+        assert text.count(old) == 1, f"models/families/__init__.py no longer has {old!r}"
         text = text.replace(old, new)
     return text
 
@@ -39,8 +39,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of models/ in which the page was followed."""
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(REPOSITORY / "models", root / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "models" / "letters.py").write_text(block("python", "1. The file"), encoding="utf-8")
-    init = root / "models" / "__init__.py"
+    (root / "models" / "families" / "letters.py").write_text(block("python", "1. The file"), encoding="utf-8")
+    init = root / "models" / "families" / "__init__.py"
     init.write_text(edited(init.read_text(encoding="utf-8"), block("diff", "2. The line")), encoding="utf-8")
     (root / "test_letters.py").write_text(block("python", "3. The test"), encoding="utf-8")
     return root
@@ -61,7 +61,7 @@ def run(tree: Path, *command: str) -> str:
 def test_the_file_is_short_and_clean(tree: Path) -> None:
     assert sum(map(bool, block("python", "1. The file").splitlines())) <= MAX_LINES
     config = ["--config", str(REPOSITORY / "pyproject.toml")]
-    written = [str(tree / "models" / "letters.py"), str(tree / "test_letters.py")]
+    written = [str(tree / "models" / "families" / "letters.py"), str(tree / "test_letters.py")]
     run(tree, sys.executable, "-m", "ruff", "check", *config, *written)
     run(tree, sys.executable, "-m", "ruff", "format", "--check", *config, *written)
 

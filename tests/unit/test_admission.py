@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving.api.admission import Admission, AdmissionLimits, Capacity, Ticket, duration
-from serving.api.errors import APIError
+from serving.admission.admission_control import Admission, AdmissionLimits, Capacity, Permit, duration
+from serving.http.errors import APIError
 
 CAPACITY = Capacity(max_sequences=4, kv_tokens=1000)
 
@@ -23,7 +23,7 @@ def door(**limits: int) -> tuple[Admission, Clock]:
     return Admission(AdmissionLimits(**limits), clock), clock
 
 
-def fill(admission: Admission, count: int, client: str = "", tokens: int = 10) -> list[Ticket]:
+def fill(admission: Admission, count: int, client: str = "", tokens: int = 10) -> list[Permit]:
     """Requests of as many clients, or of one."""
     return [admission.admit(client or f"client-{i}", 1, tokens, CAPACITY) for i in range(count)]
 

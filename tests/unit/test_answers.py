@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from models.answers import PLACEHOLDER, REPLACEMENT, TrimmedAnswer
-from serving.chat.types import TextDelta
+from models.families.answer_parsers import PLACEHOLDER, REPLACEMENT, TrimmedAnswerParser
+from serving.generation.interface import TextDelta
 from tests.golden_data import GOLDEN, needs_golden
 
 
 def said(parts: list[str]) -> str:
-    reader = TrimmedAnswer()
+    reader = TrimmedAnswerParser()
     out = [delta for part in parts for delta in reader.push(part)] + reader.flush()
     assert all(isinstance(delta, TextDelta) and delta.text for delta in out)
     return "".join(delta.text for delta in out if isinstance(delta, TextDelta))
@@ -21,7 +21,7 @@ def said(parts: list[str]) -> str:
 
 def pushed(text: str) -> str:
     """What is settled after each character, joined."""
-    reader = TrimmedAnswer()
+    reader = TrimmedAnswerParser()
     return "".join(delta.text for c in text for delta in reader.push(c) if isinstance(delta, TextDelta))
 
 
@@ -60,7 +60,7 @@ def test_only_what_can_still_change_is_held_back(text: str, settled: str) -> Non
 
 
 def test_an_answer_that_goes_on_from_a_beginning_keeps_the_space_in_between() -> None:
-    reader = TrimmedAnswer(has_begun=True)
+    reader = TrimmedAnswerParser(has_begun=True)
     parts = [*reader.push("\n"), *reader.push(" 好 "), *reader.flush()]
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == "\n 好"
 

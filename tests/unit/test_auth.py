@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.api import auth
-from serving.api.auth import KeyFileError, Keys
-from serving.api.errors import APIError
+from serving.http import api_keys as auth
+from serving.http.api_keys import KeyFileError, Keys
+from serving.http.errors import APIError
 
 SECRET = "sk-secret-0123456789"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bentoml
 from starlette.applications import Starlette
 
-from serving.api.openapi import DescribedService
+from serving.worker.bentoml_adapter import BentoMLService
 
 
 def test_no_request_leaves_a_timer_behind() -> None:
     """BentoML's time limit keeps a timer of each request until it runs out: a day's worth, with `timeout=86400`."""
 
-    @bentoml.service(name="untimed", service_class=DescribedService, traffic={"timeout": 86400})
+    @bentoml.service(name="untimed", service_class=BentoMLService, traffic={"timeout": 86400})
     class Untimed:
         pass
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engine.cache import BLOCK, GRANULE, PrefixIndex, TokenSpace, round_up
-from serving.engine.sequence import Extent, Sequence
-from serving.engine.types import PromptLayout, SamplingParams
+from serving.engine.interface import PromptLayout, SamplingParams
+from serving.engine.native.kv_cache import BLOCK, GRANULE, PrefixIndex, SlotAllocator, round_up
+from serving.engine.native.sequence import SequenceState, SlotRange
 
 SIZE = 20 * GRANULE
 
 
-def sequence(token_ids: list[int], num_computed: int | None = None, layout: PromptLayout | None = None) -> Sequence:
-    made = Sequence(token_ids, SamplingParams(max_tokens=8), layout=layout or PromptLayout())
+def sequence(
+    token_ids: list[int], num_computed: int | None = None, layout: PromptLayout | None = None
+) -> SequenceState:
+    made = SequenceState(token_ids, SamplingParams(max_tokens=8), layout=layout or PromptLayout())
     made.num_computed = len(token_ids) if num_computed is None else num_computed
     return made
 
 
-def check_disjoint(extents: list[Extent]) -> None:
+def check_disjoint(extents: list[SlotRange]) -> None:
     ordered = sorted(extents, key=lambda extent: extent.start)
     ends = [0, *(extent.start + extent.capacity for extent in ordered)]
     assert all(extent.start >= end for extent, end in zip(ordered, ends, strict=False))
@@ -27,9 +29,9 @@ def check_disjoint(extents: list[Extent]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "grow", "shrink", "free", "rearrange"]), st.integers(1, 300))))
 def test_extents_stay_disjoint_and_their_content_survives_every_move(steps: list[tuple[str, int]]) -> None:
-    space = TokenSpace(SIZE)
+    space = SlotAllocator(SIZE)
     places: list[int | None] = [None] * SIZE  # whose token lies where: what the device memory would hold
-    live: list[tuple[int, Extent]] = []
+    live: list[tuple[int, SlotRange]] = []
     for number, (action, amount) in enumerate(steps):
         chosen = live[amount % len(live)] if live else None
         if action == "allocate":

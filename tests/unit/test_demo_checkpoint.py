@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import GlmForCausalLM
 
-from models.chatglm2 import FAMILY
 from models.demo import CHECKPOINT
 from models.demo import questions as ask
 from models.demo.check import FOREIGN
@@ -27,7 +26,8 @@ from models.demo.corpus import (
     answer_to,
 )
 from models.demo.words import HELD_OUT
-from serving.chat.types import ChatFormat, Conversation, Message
+from models.families.chatglm2 import FAMILY
+from serving.generation.interface import ChatFormat, Conversation, Message
 
 FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
 MAX_NEW_TOKENS = 200

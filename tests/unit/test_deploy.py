@@ -16,8 +16,8 @@ import yaml
 
 from benchmarks import sizing
 from serving import metrics
-from serving.operations import CUT_SECONDS
 from serving.settings import PREFIX, Settings
+from serving.worker.runtime import CUT_SECONDS
 from tests.golden_data import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"

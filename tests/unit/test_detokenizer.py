@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.chat.detokenizer import REPLACEMENT, Detokenizer
-from serving.chat.stop import StopStrings
+from serving.generation.detokenizer import REPLACEMENT, Detokenizer
+from serving.generation.stop_strings import StopStrings
 
 
 def decode_bytes(token_ids: Sequence[int]) -> str:

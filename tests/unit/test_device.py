@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serving.engine.device import GIB, choose_precision
+from serving.engine.native.device import GIB, choose_precision
 
 CPU = torch.device("cpu")
 CHATGLM2_6B = 6_243_584_000

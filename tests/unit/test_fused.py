@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.fused import PLAIN, agree, with_compiler
+from kernels.small_ops import PLAIN, agree, with_compiler
 
 CPU = torch.device("cpu")
 

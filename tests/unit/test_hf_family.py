@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from models.family import ImportRefused, LoadedModel
-from models.hf import FAMILY, HFFormat
-from models.sentencepiece_convert import convert
-from serving.chat.types import Conversation, Message, PromptError, Tool, ToolCall
+from models.families.hf import FAMILY, HFFormat
+from models.family import ImportRefused, LoadedNetwork
+from models.tokenizers.sentencepiece_to_json import convert
+from serving.generation.interface import Conversation, Message, PromptError, Tool, ToolCall
 from tests.hf_folders import LINES, llama, write_folder, write_llama_style_pieces
 from tests.reference_attention import ReferenceAttention, forward, greedy
 
@@ -43,7 +43,7 @@ class Imported:
         self.tokenizer = write_folder(self.source, kind)
         self.stored.mkdir()
         self.metadata = FAMILY.import_checkpoint(self.source, self.stored, {}, silent)
-        self.model: LoadedModel = FAMILY.load(self.stored, self.metadata, torch.device("cpu"), "float32", silent)
+        self.model: LoadedNetwork = FAMILY.load(self.stored, self.metadata, torch.device("cpu"), "float32", silent)
 
     @property
     def chat_format(self) -> HFFormat:

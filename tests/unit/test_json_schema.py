@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
-from serving.chat.constraint import AnswerConstraint, ChoiceAnswer, JsonAnswer, RegexAnswer, answer_grammar
-from serving.chat.json_schema import compilable
-from serving.chat.masks import Grammars
-from serving.chat.types import PromptError
+from serving.generation.interface import PromptError
+from serving.generation.structured.grammar import (
+    AnswerConstraint,
+    ChoiceAnswer,
+    JsonAnswer,
+    RegexAnswer,
+    answer_grammar,
+)
+from serving.generation.structured.json_schema import compilable
+from serving.generation.structured.token_masks import Grammars
 from tests.contract.tiny import chat_format
 
 

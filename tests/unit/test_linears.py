@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import linears
-from models.family import Precision
+from kernels import linears
+from kernels.precision import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 

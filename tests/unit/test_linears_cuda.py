@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import linears, linears_cuda
-from models.family import ImportRefused
-from models.linears_cuda import KERNELS, TOLERANCE
-from models.progress import no_progress
-from models.quantized import GROUP, quantize_groups, quantize_rows, widen_groups
+from kernels import linears, linears_cuda
+from kernels.linears_cuda import KERNELS, TOLERANCE
+from kernels.quantization import GROUP, quantize_groups, quantize_rows, widen_groups
+from kernels.precision import UnsupportedPrecision
+from models.store.progress import no_progress
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_tinygemm_takes_what_it_is_given(inputs: int) -> None:
 def test_where_no_kernel_works_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(linears_cuda.packed_linear(layer(), "int4", CPU), linears_cuda.Widened4Linear)  # no tinygemm here
     monkeypatch.setitem(KERNELS, "int4", KERNELS["int4"][:1])
-    with pytest.raises(ImportRefused, match="int4 weights do not work on cpu"):
+    with pytest.raises(UnsupportedPrecision, match="int4 weights do not work on cpu"):
         linears_cuda.packed_linear(layer(), "int4", CPU)
 
 
@@ -103,5 +103,5 @@ def test_small_weights_are_read_to_the_host_for_a_card_and_refused_elsewhere() -
     cuda = torch.device("cuda", 1)
     assert linears_cuda.load_device("int8", cuda) == CPU
     assert linears_cuda.load_device("float16", cuda) == cuda
-    with pytest.raises(ImportRefused, match="int8 weights are for CPUs and CUDA"):
+    with pytest.raises(UnsupportedPrecision, match="int8 weights are for CPUs and CUDA"):
         linears.pack(nn.Sequential(layer()), "int8", torch.device("mps"), no_progress)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from serving.engine.lookup import MAX_DRAFT, PAUSE, Lookup, can_guess
-from serving.engine.types import SamplingParams
+from serving.engine.interface import SamplingParams
+from serving.engine.native.prompt_lookup import MAX_DRAFT, PAUSE, PromptLookup, can_guess
 
 
 def test_after_the_same_tokens_the_same_tokens_are_guessed() -> None:
-    assert Lookup().propose([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], 10) == (4, 5, 6, 7)[:MAX_DRAFT]
-    assert Lookup().propose([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == (4, 5)
+    assert PromptLookup().propose([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], 10) == (4, 5, 6, 7)[:MAX_DRAFT]
+    assert PromptLookup().propose([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == (4, 5)
 
 
 def test_the_latest_occurrence_counts_and_growth_is_followed() -> None:
-    lookup = Lookup()
+    lookup = PromptLookup()
     ids = [1, 2, 3, 4, 8, 1, 2, 3, 5, 9, 1, 2]
     assert lookup.propose(ids, 4) == ()
     assert lookup.propose([*ids, 3], 4) == (5, 9, 1, 2)
 
 
 def test_without_repetition_nothing_is_guessed() -> None:
-    assert Lookup().propose(list(range(50)), 4) == ()
-    assert Lookup().propose([1, 1], 4) == ()
+    assert PromptLookup().propose(list(range(50)), 4) == ()
+    assert PromptLookup().propose([1, 1], 4) == ()
 
 
 def test_guessing_pauses_where_it_does_not_pay_and_comes_back() -> None:
-    lookup, ids = Lookup(), [1, 2, 3, 4, 1, 2, 3]
+    lookup, ids = PromptLookup(), [1, 2, 3, 4, 1, 2, 3]
     for _ in range(20):
         lookup.learn(len(ids), 0)
     assert lookup.propose(ids, 4) == ()

@@ -12,10 +12,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from models.chatglm2 import ChatGLM2Format
-from models.chatglm3 import CALL
-from models.sentencepiece import SentencePieceTokenizer
-from serving.chat.constraint import (
+from models.families.chatglm2 import ChatGLM2Format
+from models.families.chatglm3 import CALL
+from models.tokenizers.sentencepiece import SentencePieceTokenizer
+from serving.engine.interface import TokenMask
+from serving.generation.interface import AnswerParser, TextDelta, Tool, ToolCallDelta
+from serving.generation.structured.grammar import (
     AnswerConstraint,
     ChoiceAnswer,
     JsonAnswer,
@@ -25,11 +27,9 @@ from serving.chat.constraint import (
     call_grammars,
     forced_grammar,
 )
-from serving.chat.masks import CallMask, Grammar, Grammars, MaskFailed
-from serving.chat.tool_calls import ConstrainedText, ToolCallReader
-from serving.chat.tool_prompt import PLAIN
-from serving.chat.types import AnswerReader, TextDelta, Tool, ToolCallDelta
-from serving.engine.types import TokenMask
+from serving.generation.structured.token_masks import Grammar, Grammars, MaskFailed, ToolCallMask
+from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
+from serving.generation.tools.prompt import PLAIN
 from tests.contract.tiny import chat_format
 from tests.golden_data import GOLDEN
 
@@ -84,7 +84,7 @@ class Answers:
         return [shown(ConstrainedText(), self.text(ids)) for ids in answers if ids is not None]
 
 
-def shown(reader: AnswerReader, text: str) -> str:
+def shown(reader: AnswerParser, text: str) -> str:
     return "".join(part.text for part in [*reader.push(text), *reader.flush()] if isinstance(part, TextDelta))
 
 
@@ -246,7 +246,7 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
     for _ in range(40):
         ids = answers.random(grammar.walk(), choose, 2000)
         assert ids is not None
-        calls = called(ToolCallReader(syntax, ("weather", "weather_now"), ConstrainedText(), True), answers.text(ids))
+        calls = called(ToolCallParser(syntax, ("weather", "weather_now"), ConstrainedText(), True), answers.text(ids))
         numbers.add(len(calls))
         for name, arguments in calls:
             schema = next(tool.parameters for tool in TOOLS if tool.name == name)
@@ -257,11 +257,11 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
     ids = answers.random(answers.grammars.compile(named, "", "").walk(), choose)
     assert ids is not None
     assert [
-        name for name, _ in called(ToolCallReader(syntax, ("weather",), ConstrainedText(), True), answers.text(ids))
+        name for name, _ in called(ToolCallParser(syntax, ("weather",), ConstrainedText(), True), answers.text(ids))
     ] == ["weather"]
 
 
-def called(reader: ToolCallReader, text: str) -> list[tuple[str, str]]:
+def called(reader: ToolCallParser, text: str) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
     for part in [*reader.push(text), *reader.flush()]:
         assert isinstance(part, ToolCallDelta), part
@@ -277,7 +277,7 @@ def test_a_call_that_the_model_begins_is_held_to_its_schema(answers: Answers, sy
         opening: answers.grammars.compile(text, "", "")
         for opening, text in call_grammars(syntax, TOOLS, ToolUse(is_parallel=False)).items()
     }
-    mask = CallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+    mask = ToolCallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
     opening = syntax.opening.replace("{name}", "weather_now")
     begun = " " + opening if syntax.is_at_start else "So: a < b. " + opening
     token_ids = [answers.tokens.index(bytes([byte])) for byte in begun.encode()]
@@ -297,7 +297,7 @@ def test_text_without_a_call_is_never_masked(answers: Answers) -> None:
             opening: answers.grammars.compile(text, "", "")
             for opening, text in call_grammars(syntax, TOOLS, ToolUse()).items()
         }
-        mask = CallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+        mask = ToolCallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
         for byte in b"1 < 2, weather_then\nweather\n<tool_ca> ":
             words = mask.allowed()
             forbidden = set(range(len(answers.tokens))) - set(answers.allowed(mask).tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.engine.pacing import MIN_ROWS, STRETCH, Pacer
+from serving.engine.native.prefill_pacing import MIN_ROWS, STRETCH, PrefillPacer
 
 STEP, ROW = 0.100, 0.002  # seconds of the machine that these tests imagine: of a step's weights, and of each row
 
@@ -11,15 +11,15 @@ def step_seconds(num_decoding: int, num_rows: int) -> float:
     return STEP + ROW * (num_decoding + num_rows)
 
 
-def learned() -> Pacer:
-    pacer = Pacer(max_rows=512)
+def learned() -> PrefillPacer:
+    pacer = PrefillPacer(max_rows=512)
     for num_decoding, num_rows in ((0, 512), (0, 300), (4, 0), (4, 0)):
         pacer.observe(num_decoding, num_rows, step_seconds(num_decoding, num_rows))
     return pacer
 
 
 def test_alone_a_prompt_takes_the_whole_step() -> None:
-    assert Pacer(512).num_prompt_rows(0) == 512
+    assert PrefillPacer(512).num_prompt_rows(0) == 512
     assert learned().num_prompt_rows(0) == 512
 
 

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import FAMILIES
+from kernels.quantization import GROUP, QuantizedLinear, Small
+from models.checkpoints.quantized import quantize_folder, stored_precision
+from models.families import FAMILIES
 from models.family import ImportRefused
-from models.progress import no_progress
-from models.quantized import GROUP, QuantizedLinear, Small, quantize_folder, stored_precision
-from models.store import StoreError, import_model, quantize_model, servable
+from models.store.model_store import StoreError, import_model, quantize_model, servable
+from models.store.progress import no_progress
 from serving.settings import Settings
-from serving.start import start_model
+from serving.worker.start_native import start_model
 from tests.hf_folders import SIZES, write_folder
 from tests.original_glm import SMALL, random_weights, write_checkpoint
 from tests.own_store import own_store

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.sampler import NUM_CANDIDATES, Draw, Sampler
-from serving.engine.sequence import Sequence
-from serving.engine.types import SamplingParams
+from serving.engine.interface import SamplingParams
+from serving.engine.native.sampler import NUM_CANDIDATES, Draw, Sampler
+from serving.engine.native.sequence import SequenceState
 
 
 def sequence(
     sampling: SamplingParams, seed: int = 0, token_ids: tuple[int, ...] = (1,), answer: tuple[int, ...] = ()
-) -> Sequence:
-    made = Sequence(list(token_ids), sampling, seed=seed)
+) -> SequenceState:
+    made = SequenceState(list(token_ids), sampling, seed=seed)
     made.token_ids += answer
     return made
 

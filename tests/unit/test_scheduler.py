@@ -6,25 +6,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.attention import KVMemory
-from serving.engine.cache import BLOCK, GRANULE
-from serving.engine.device import GIB, kv_dtype
-from serving.engine.scheduler import Scheduler, StepPlan
-from serving.engine.sequence import Sequence
-from serving.engine.types import NetworkShape, PromptLayout, SamplingParams
+from serving.engine.interface import NetworkShape, PromptLayout, SamplingParams
+from serving.engine.native.attention import KVMemory
+from serving.engine.native.device import GIB, kv_dtype
+from serving.engine.native.kv_cache import BLOCK, GRANULE
+from serving.engine.native.scheduler import Scheduler, SchedulerOutput
+from serving.engine.native.sequence import SequenceState
 
 
-def sequence(num_tokens: int, first: int = 0, max_tokens: int = 100, two_way: int = 0, priority: int = 0) -> Sequence:
+def sequence(
+    num_tokens: int, first: int = 0, max_tokens: int = 100, two_way: int = 0, priority: int = 0
+) -> SequenceState:
     ids = list(range(first, first + num_tokens))
     layout = PromptLayout(num_two_way=two_way)
-    return Sequence(ids, SamplingParams(max_tokens=max_tokens), layout=layout, priority=priority)
+    return SequenceState(ids, SamplingParams(max_tokens=max_tokens), layout=layout, priority=priority)
 
 
 def scheduler(max_sequences: int = 8, max_batch_tokens: int = 64, kv_tokens: int = 4096) -> Scheduler:
     return Scheduler(max_sequences, max_batch_tokens, kv_tokens)
 
 
-def carry_out(plan: StepPlan, token: int = 9999) -> None:
+def carry_out(plan: SchedulerOutput, token: int = 9999) -> None:
     """Do what the engine does, with the same token for every sequence that samples."""
     for work in plan.work:
         samples = work.samples
@@ -33,7 +35,7 @@ def carry_out(plan: StepPlan, token: int = 9999) -> None:
             work.sequence.token_ids.append(token)
 
 
-def rows(plan: StepPlan) -> dict[Sequence, int]:
+def rows(plan: SchedulerOutput) -> dict[SequenceState, int]:
     return {work.sequence: work.num_rows for work in plan.work}
 
 
@@ -132,7 +134,7 @@ def test_a_shared_beginning_is_copied_and_stays() -> None:
     plans.add(first)
     carry_out(plans.schedule())
     plans.finish(first)
-    second = Sequence([*range(100), 7, 7], SamplingParams(max_tokens=4))
+    second = SequenceState([*range(100), 7, 7], SamplingParams(max_tokens=4))
     plans.add(second)
     plan = plans.schedule()
     assert second.num_cached_tokens == 100

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import FAMILIES
-from models.checkpoint import link_or_copy, require_space
+from models.checkpoints.shards import link_or_copy, require_space
+from models.families import FAMILIES
 from models.family import ImportRefused
-from models.progress import ProgressPrinter, describe, no_progress, readable_bytes
-from models.staging import move_folder, staging_folder
+from models.store.progress import ProgressPrinter, describe, no_progress, readable_bytes
+from models.store.staging import move_folder, staging_folder
 from tests.golden_data import REPOSITORY
 from tests.original_glm import SMALL, random_weights, write_checkpoint
 
@@ -55,7 +55,9 @@ def store(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def ask(home: Path, code: str) -> Any:
     """Run a few lines against the store in a process of their own; what they assign to `answer` comes back."""
-    script = f"import json, sys\nfrom models import store\n{code}\nprint('ANSWER', json.dumps(answer))"
+    script = (
+        f"import json, sys\nfrom models.store import model_store as store\n{code}\nprint('ANSWER', json.dumps(answer))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(home), capture_output=True, text=True, check=True, timeout=120
     )
@@ -195,7 +197,17 @@ def large_checkpoint(folder: Path) -> Path:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_import_leaves_nothing(number: signal.Signals, code: int, home: Path, tmp_path: Path) -> None:
     source = large_checkpoint(tmp_path / "large")
-    command = [sys.executable, "-m", "models.store", "import", "chatglm2", "--from", str(source), "--name", "big:v1"]
+    command = [
+        sys.executable,
+        "-m",
+        "models.store",
+        "import",
+        "chatglm2",
+        "--from",
+        str(source),
+        "--name",
+        "big:v1",
+    ]
     with subprocess.Popen(command, env=environment(home), stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while process.poll() is None and not list(home.glob("importing-*/converted/config.json")):
@@ -250,7 +262,7 @@ def test_two_processes_may_ensure_the_demo_at_once(home: Path, tmp_path: Path) -
 
     if not (demo.CHECKPOINT / "config.json").is_file():
         pytest.skip("the demonstration checkpoint has not been built here")
-    script = "from models import store; print(store.ensure_demo())"
+    script = "from models.store import model_store as store; print(store.ensure_demo())"
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env=environment(home), stdout=subprocess.PIPE, text=True)
         for _ in range(3)

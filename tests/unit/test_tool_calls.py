@@ -8,15 +8,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from models.answers import ExactAnswer, TrimmedAnswer
-from models.chatglm2 import round_prompt
-from models.chatglm3 import CALL
-from models.hf import HERMES
-from serving.chat.tool_calls import JsonEnd, ToolCallReader
-from serving.chat.tool_prompt import PLAIN, without_tools
-from serving.chat.types import (
+from models.families.answer_parsers import ExactAnswerParser, TrimmedAnswerParser
+from models.families.chatglm2 import round_prompt
+from models.families.chatglm3 import CALL
+from models.families.hf import HERMES
+from serving.generation.interface import (
+    AnswerParser,
     AnswerPart,
-    AnswerReader,
     Conversation,
     Message,
     TextDelta,
@@ -25,6 +23,8 @@ from serving.chat.types import (
     ToolCallDelta,
     ToolSyntax,
 )
+from serving.generation.tools.call_parser import JsonEnd, ToolCallParser
+from serving.generation.tools.prompt import PLAIN, without_tools
 
 ARGUMENTS = '{"city": "a \\"}{ b\\\\", "days": [1, {"x": "</tool_call>"}]}'
 SYNTAXES = {"plain": PLAIN, "hermes": HERMES, "chatglm3": CALL}
@@ -43,7 +43,7 @@ def cuts(text: str, choose: random.Random) -> Iterable[str]:
         text = text[size:]
 
 
-def read(reader: AnswerReader, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+def read(reader: AnswerParser, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
     """What is shown as text, and (name, arguments) of the calls."""
     parts: list[AnswerPart] = [part for piece in pieces for part in reader.push(piece)] + reader.flush()
     calls: list[tuple[str, str]] = []
@@ -68,7 +68,7 @@ def test_calls_are_read_however_the_answer_is_cut(kind: str, is_forced: bool) ->
     text = syntax.separator.join([call(syntax, "weather_now", ARGUMENTS), call(syntax, "weather", "{}")])
     choose = random.Random(3)
     for _ in range(50):
-        reader = ToolCallReader(syntax, NAMES, TrimmedAnswer(), is_forced)
+        reader = ToolCallParser(syntax, NAMES, TrimmedAnswerParser(), is_forced)
         assert read(reader, cuts(f" {text}", choose)) == ("", [("weather_now", ARGUMENTS), ("weather", "{}")])
 
 
@@ -76,7 +76,7 @@ def test_calls_are_read_however_the_answer_is_cut(kind: str, is_forced: bool) ->
 def test_text_in_front_of_a_call_is_shown_without_the_white_space_between(syntax: ToolSyntax) -> None:
     choose = random.Random(4)
     for _ in range(50):
-        reader = ToolCallReader(syntax, NAMES, ExactAnswer(), is_forced=False)
+        reader = ToolCallParser(syntax, NAMES, ExactAnswerParser(), is_forced=False)
         shown = read(reader, cuts(f"a < b, <tool \n\n{call(syntax, 'weather', ARGUMENTS)}", choose))
         assert shown == ("a < b, <tool", [("weather", ARGUMENTS)])
 
@@ -86,21 +86,21 @@ def test_text_in_front_of_a_call_is_shown_without_the_white_space_between(syntax
 def test_what_is_no_call_is_text_and_nothing_is_lost(kind: str, text: str) -> None:
     choose = random.Random(5)
     for _ in range(20):
-        reader = ToolCallReader(SYNTAXES[kind], NAMES, ExactAnswer(), is_forced=False)
+        reader = ToolCallParser(SYNTAXES[kind], NAMES, ExactAnswerParser(), is_forced=False)
         assert read(reader, cuts(text, choose)) == (text, [])
 
 
 def test_text_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
-    reader = ToolCallReader(CALL, NAMES, ExactAnswer(), is_forced=False)
+    reader = ToolCallParser(CALL, NAMES, ExactAnswerParser(), is_forced=False)
     assert reader.push("wea") == []
     assert reader.push("ry") == [TextDelta("weary")]
-    reader = ToolCallReader(PLAIN, NAMES, ExactAnswer(), is_forced=False)
+    reader = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=False)
     assert reader.push("a <") == [TextDelta("a")]
     assert reader.push("b") == [TextDelta(" <b")]
 
 
 def test_arguments_go_out_as_they_come() -> None:
-    reader = ToolCallReader(PLAIN, NAMES, ExactAnswer(), is_forced=True)
+    reader = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=True)
     (begun,) = reader.push('<tool_call>{"name": "weather", "arguments": ')
     assert isinstance(begun, ToolCallDelta)
     assert (begun.name, begun.arguments) == ("weather", "")

@@ -1,0 +1,1 @@
+"""Checkpoint folders as people have them -> folders that the networks load."""

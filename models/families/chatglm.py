@@ -1,0 +1,108 @@
+"""ChatGLM-6B, the first version: its own network (2-D positions, two-way prompt), tokenizer and [Round n] prompt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernels.precision import Precision, Progress
+from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.chatglm2 import check_rounds
+from models.families.chatglm_answer_parser import ChatGLMAnswerParser
+from models.family import Family, LoadedNetwork
+from models.tokenizers.chatglm import ChatGLMTokenizer
+from serving.generation.interface import AnswerParser, Conversation, Language, ToolSyntax
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ChatGLMFormat:
+    """Conversation -> ids and back. The special tokens stand *behind* the text: [gMASK] <sop>, and the answer begins.
+
+    gmask, sop, eop: ids of these tokens, image tokens counted.
+    """
+
+    tool_syntax: ToolSyntax | None = None
+    language: Language = "zh"
+
+    def __init__(self, tokenizer: ChatGLMTokenizer, gmask: int, sop: int, eop: int) -> None:
+        self._tokenizer = tokenizer
+        self._suffix = [gmask, sop]
+        self.stop_token_ids = frozenset({eop})
+        self.num_tokens = tokenizer.num_tokens
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """Text, suffix and, to be continued, the beginning of the answer."""
+        question, answer = prompt_text(conversation)
+        return self._tokenizer.encode(question) + self._suffix + self._tokenizer.encode(answer)
+
+    def encode(self, text: str) -> list[int]:
+        """Text and suffix: without a suffix the network has no place to put an answer."""
+        return self._tokenizer.encode(text, "prompt") + self._suffix
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+    def parser(self, begun: str = "") -> AnswerParser:
+        return ChatGLMAnswerParser(TrimmedAnswerParser(bool(begun)), begun[-1:])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+
+def prompt_text(conversation: Conversation) -> tuple[str, str]:
+    """(what stands before the suffix, what the answer begins with). Raises PromptError for what does not fit.
+
+    A lone question is the whole text; with history every turn gets `[Round n]`, counted from 0. A first system message
+    stands directly before the last question, as ChatGLM2's public server has it; v1's own had no system message.
+    Source: chatglm-6b modeling_chatglm.py, chat.
+    """
+    system, messages = check_rounds(conversation)
+    turns = [message.content for message in messages]
+    start = turns.pop() if conversation.continue_final else ""
+    *history, question = turns
+    if not history:
+        return system + question, start
+    rounds = zip(history[::2], history[1::2], strict=True)
+    text = "".join(f"[Round {i}]\n问：{asked}\n答：{answered}\n" for i, (asked, answered) in enumerate(rounds))
+    return f"{text}[Round {len(history) // 2}]\n问：{system}{question}\n答：", start
+
+
+def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+    from models.checkpoints import chatglm as chatglm_checkpoint
+    from models.checkpoints import shards as checkpoint
+
+    original = checkpoint.read_json(source / "config.json")
+    tokenizer_file = source / chatglm_checkpoint.TOKENIZER_FILE
+    config = chatglm_checkpoint.read_config(original)
+    num_image_tokens = chatglm_checkpoint.find_num_image_tokens(tokenizer_file, config)
+    config = replace(config, num_tokens=ChatGLMTokenizer(tokenizer_file, num_image_tokens).num_tokens)
+    bits = chatglm_checkpoint.quantization_bits(original)
+    metadata = chatglm_checkpoint.convert(source, target, config, bits, progress)
+    chatglm_checkpoint.write_config(target, config, num_image_tokens)
+    shutil.copyfile(tokenizer_file, target / tokenizer_file.name)
+    return metadata | {"context_length": config.max_positions}
+
+
+def _load(
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
+) -> LoadedNetwork:
+    from models.checkpoints import chatglm as chatglm_checkpoint
+
+    config, num_image_tokens = chatglm_checkpoint.read_stored(folder)
+    tokenizer = ChatGLMTokenizer(folder / chatglm_checkpoint.TOKENIZER_FILE, num_image_tokens)
+    network = chatglm_checkpoint.load_network(folder, config, device, precision, progress)
+    chat_format = ChatGLMFormat(tokenizer, config.gmask_token_id, config.bos_token_id, config.eos_token_id)
+    return LoadedNetwork(network, chat_format)
+
+
+FAMILY = Family(
+    name="chatglm",
+    title="ChatGLM-6B (the first version), also -int4 and -int8",
+    import_checkpoint=_import_checkpoint,
+    load=_load,
+)

@@ -1,0 +1,158 @@
+"""ChatGLM3-6B: role tokens, observations and tool calls. Weights and tokenizer are ChatGLM2's."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from kernels.precision import Precision, Progress
+from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.chatglm2 import ROPE, TOKENIZER_FILE, import_network, load_network, mentions_roles
+from models.family import Family, ImportRefused, LoadedNetwork
+from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
+from serving.generation.interface import (
+    AnswerParser,
+    Conversation,
+    Language,
+    Message,
+    PromptError,
+    Tool,
+    ToolCall,
+    ToolSyntax,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_ROLES = 4  # <|system|>, <|user|>, <|assistant|>, <|observation|>, after the specials
+TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+
+# The name on the first line and a fenced Python call below, as trained; its arguments are held to JSON, so that a
+# schema can be enforced: `tool_call(**{"city": "x"})` where the training data had `tool_call(city='x')`.
+CALL = ToolSyntax("{name}\n", " ```python\ntool_call(**", ")\n```", is_at_start=True)
+
+
+class ChatGLM3Format:
+    """Conversation -> ids and back. Every segment is encoded on its own, between role tokens that are added as ids.
+
+    Source: tokenization_chatglm.py of ChatGLM3, build_chat_input.
+    """
+
+    tool_syntax: ToolSyntax | None = CALL
+    language: Language = "zh"
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        self._tokenizer = tokenizer
+        system = tokenizer.num_pieces + NUM_SPECIALS
+        self._system, self._user, self._assistant, self._observation = range(system, system + NUM_ROLES)
+        self.stop_token_ids = frozenset({tokenizer.eos, self._user, self._observation})
+        self.num_tokens = tokenizer.num_tokens
+
+    def render(self, conversation: Conversation) -> list[int]:
+        messages = _with_tool_prompt(conversation.messages, conversation.tools)
+        _check_end(conversation)
+        ids = [self._tokenizer.gmask, self._tokenizer.sop]
+        for i, message in enumerate(messages):
+            is_begun = conversation.continue_final and i == len(messages) - 1
+            ids += self._assistant_turn(message, is_begun) if message.role == "assistant" else self._turn(message)
+        return ids if conversation.continue_final else [*ids, self._assistant]
+
+    def encode(self, text: str) -> list[int]:
+        return [self._tokenizer.gmask, self._tokenizer.sop, *self._tokenizer.encode(text, "prompt")]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+    def parser(self, begun: str = "") -> AnswerParser:
+        return TrimmedAnswerParser(bool(begun))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+    def _turn(self, message: Message) -> list[int]:
+        roles = {"system": self._system, "user": self._user, "tool": self._observation}
+        return self._segment(roles[message.role], "", message.content)
+
+    def _assistant_turn(self, message: Message, is_begun: bool) -> list[int]:
+        ids: list[int] = []
+        if message.content or is_begun or not message.tool_calls:
+            ids += self._segment(self._assistant, "", message.content)
+        for call in message.tool_calls:
+            ids += self._segment(self._assistant, call.name, _call_as_code(call))
+        return ids
+
+    def _segment(self, role: int, metadata: str, content: str) -> list[int]:
+        return [role, *self._tokenizer.encode(f"{metadata}\n"), *self._tokenizer.encode(content)]
+
+
+def _check_end(conversation: Conversation) -> None:
+    if not conversation.messages:
+        raise PromptError("The conversation must have at least one message.")
+    ends_with_answer = conversation.messages[-1].role == "assistant"
+    if conversation.continue_final and not ends_with_answer:
+        raise PromptError("The last message must have the role assistant to be continued.")
+    if conversation.continue_final and conversation.messages[-1].tool_calls:
+        raise PromptError("The last message is a tool call, which cannot be continued.")
+    if ends_with_answer and not conversation.continue_final:
+        raise PromptError("The last message must have the role user, tool or system, not assistant.")
+
+
+def _with_tool_prompt(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
+    """Describe the tools in the first system message, after the text that it has already."""
+    if not tools:
+        return messages
+    own, rest = ("", messages)
+    if messages and messages[0].role == "system":
+        own, rest = (f"{messages[0].content}\n", messages[1:])
+    listing = [
+        {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)} for tool in tools
+    ]
+    described = json.dumps(listing, indent=4, ensure_ascii=False)
+    return (Message("system", f"{own}{TOOL_PROMPT}\n{described}"), *rest)
+
+
+def _call_as_code(call: ToolCall) -> str:
+    """An earlier call as the model wrote it: a fenced Python call with keyword arguments. Raises PromptError."""
+    try:
+        arguments: object = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        raise PromptError(f"The arguments of the call of {call.name!r} are not valid JSON.") from None
+    if not isinstance(arguments, dict):
+        raise PromptError(f"The arguments of the call of {call.name!r} are not a JSON object.")
+    named = cast("dict[str, object]", arguments)
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in named):
+        inner = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    else:
+        inner = f"**{named!r}"
+    return f"```python\ntool_call({inner})\n```"
+
+
+def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+    if mentions_roles(source) is False:
+        raise ImportRefused(
+            f"the tokenizer in {source} writes ChatGLM2's [Round n] prompt: import it with the family chatglm2"
+        )
+    return import_network(source, target, options, progress, num_specials=NUM_SPECIALS + NUM_ROLES, default_rope="base")
+
+
+def open_format(folder: Path) -> ChatGLM3Format:
+    return ChatGLM3Format(SentencePieceTokenizer(folder / TOKENIZER_FILE, NUM_SPECIALS + NUM_ROLES))
+
+
+def _load(
+    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
+) -> LoadedNetwork:
+    return load_network(folder, metadata, device, precision, progress, open_format(folder))
+
+
+FAMILY = Family(
+    name="chatglm3",
+    title="ChatGLM3-6B, also -32k",
+    import_checkpoint=_import_checkpoint,
+    load=_load,
+    options=(ROPE,),
+    open_format=open_format,
+)

@@ -1,0 +1,1 @@
+"""Batches of token ids -> hidden states and logits."""

@@ -1,0 +1,112 @@
+"""ChatGLM-6B's (v1) text rules around its SentencePiece model. Knows ids and text, not rounds or roles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from serving.generation.interface import PromptError
+
+NEWLINE, TAB = "<n>", "<|tab|>"
+MAX_BLANKS = 80
+_WHITE_SPACE = re.compile(r"\n|\t| {2,80}")
+# What the model's normaliser turns into "<", the beginning of every white-space token's name.
+_AFTER_OPENING = re.compile(r"(?<=[<\uFE64\uFF1C])")
+
+
+class ChatGLMTokenizer:
+    """Text -> ids and back. Line breaks, tabs and runs of spaces have tokens of their own.
+
+    The original also turns the *names* of control tokens inside a text into those tokens: "<eop>" typed by a user ends
+    his turn, "<n>" becomes a line break. Here a name is text like any other, deliberately. Everything else is equal.
+    num_image_tokens: ids below this belong to no text (20,000 in the earliest checkpoints, 0 later).
+    """
+
+    def __init__(self, model_file: Path, num_image_tokens: int) -> None:
+        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        self._offset = num_image_tokens
+        self._white_space = self._white_space_pieces()
+        self._newline = self._pieces.piece_to_id(NEWLINE)
+        self.num_tokens = self._offset + self._pieces.get_piece_size()
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a token by its name ("[gMASK]", "<sop>"), or None."""
+        piece = self._pieces.piece_to_id(name)
+        return None if piece == self._pieces.unk_id() else self._offset + piece
+
+    def encode(self, text: str, param: str = "messages") -> list[int]:
+        """No control token comes out, whatever the text says. Raises PromptError for lone surrogates."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise PromptError("The text holds a lone surrogate, which is not a character.", param)
+        pieces = self._pieces.encode(_name_white_space(text))
+        if self._count_white_space(pieces) != len(_WHITE_SPACE.findall(text)):
+            pieces = self._encode_cut(text)
+        return [self._offset + piece for piece in pieces]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a run of ids: '' for control tokens and image tokens, U+FFFD for incomplete characters."""
+        parts: list[str] = []
+        run: list[int] = []
+        for piece in (token_id - self._offset for token_id in token_ids):
+            if piece in self._white_space:
+                parts += (self._decode_run(run, is_first=not parts), self._white_space[piece])
+                run = []
+            elif self._has_text(piece):
+                run.append(piece)
+        parts.append(self._decode_run(run, is_first=not parts))
+        return "".join(parts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for inside a text; b'' for control tokens and image tokens."""
+        piece = token_id - self._offset
+        if piece in self._white_space:
+            return self._white_space[piece].encode()
+        if not self._has_text(piece):
+            return b""
+        name = self._pieces.id_to_piece(piece)
+        if self._pieces.is_byte(piece):
+            return bytes([int(name[3:5], 16)])
+        return name.replace("▁", " ").encode()
+
+    def _white_space_pieces(self) -> dict[int, str]:
+        names = {NEWLINE: "\n", TAB: "\t"} | {_blank(length): " " * length for length in range(2, MAX_BLANKS + 1)}
+        return {self._pieces.piece_to_id(name): text for name, text in names.items() if self.special_id(name)}
+
+    def _has_text(self, piece: int) -> bool:
+        in_vocabulary = 0 <= piece < self._pieces.get_piece_size()
+        return in_vocabulary and not self._pieces.is_control(piece) and not self._pieces.is_unknown(piece)
+
+    def _count_white_space(self, pieces: Sequence[int]) -> int:
+        return sum(piece in self._white_space for piece in pieces)
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Encode a text that spells the name of a white-space token: cut behind every "<", so that no name is whole.
+
+        A later part is encoded behind a line break, which is then dropped: that keeps SentencePiece from putting the
+        space of a text's beginning in front of it.
+        """
+        first, *rest = _AFTER_OPENING.split(text)
+        pieces: list[int] = self._pieces.encode(_name_white_space(first))
+        for part in rest:
+            behind_newline = self._pieces.encode(NEWLINE + _name_white_space(part))
+            pieces += behind_newline[behind_newline.index(self._newline) + 1 :]
+        return pieces
+
+    def _decode_run(self, run: list[int], is_first: bool) -> str:
+        """Decode pieces that stand between white space; only the first run of a text loses its leading space."""
+        if is_first:
+            return str(self._pieces.decode(run))
+        return str(self._pieces.decode([self._newline, *run])).removeprefix(NEWLINE)
+
+
+def _blank(length: int) -> str:
+    return f"<|blank_{length}|>"
+
+
+def _name_white_space(text: str) -> str:
+    """Replace line breaks, tabs and runs of 2 to 80 spaces by the names of their tokens."""
+    names = {"\n": NEWLINE, "\t": TAB}
+    return _WHITE_SPACE.sub(lambda match: names.get(match[0]) or _blank(len(match[0])), text)

@@ -1,0 +1,218 @@
+"""A Hugging Face `tokenizer.json`, told apart from its control tokens. Knows no chat template and no network.
+
+A prompt arrives in pieces (families.chat_template): text, in which no control token is ever recognised, and control
+tokens. The whole prompt still goes through the tokenizer in one piece, so that what text looks like at the beginning
+of a prompt, behind a control token or across a template's and a client's words is what it always is: control tokens
+are replaced by anchors, added tokens that nobody can type because they are random.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from models.families.chat_template import Piece
+from models.family import ImportRefused
+from serving.generation.interface import PromptError
+
+SPACE = "▁"  # how a piece of a SentencePiece-like vocabulary writes a space
+AnchorKind = tuple[bool, bool, bool]  # lstrip, rstrip, normalized: how a token treats the text around it
+
+
+class FastTokenizer:
+    """Pieces -> ids, ids -> text. Only read after it was made; safe to use from several threads."""
+
+    def __init__(self, file: Path, named: Iterable[str] = ()) -> None:
+        """named: control tokens by the names that the folder's configuration gives, whatever the file calls them.
+
+        Raises ImportRefused for a file that is no tokenizer, or one whose tokens have no known spelling.
+        """
+        named = set(named)
+        try:
+            description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            plain = Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise ImportRefused(f"{file} is not a tokenizer that can be read ({error})") from None
+        added: list[dict[str, Any]] = description.setdefault("added_tokens", [])
+        added += _unlisted(plain, named - {token["content"] for token in added})
+        self._special = {token["id"] for token in added if token["special"]}
+        self._control = _control_tokens(added, named)
+        self._bytes = _token_bytes(plain, description, {token["id"] for token in added}, self._special)
+        self._drops_first_space = _drops_first_space(description)
+        self.num_tokens = max(self._bytes, default=-1) + 1
+        self._encoder, self._anchors = _encoder(description, self._control)
+        self._prefix = self._read_prefix()
+
+    @property
+    def control_names(self) -> frozenset[str]:
+        """Every text that stands for a control token, where text is trusted."""
+        return frozenset(self._control)
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a control token, or None."""
+        token = self._control.get(name)
+        return None if token is None else int(token["id"])
+
+    def name_of(self, token_id: int) -> str | None:
+        """The name of a control token, or None."""
+        return next((name for name, token in self._control.items() if token["id"] == token_id), None)
+
+    def encode(self, pieces: Sequence[Piece], param: str = "messages") -> list[int]:
+        """The ids of a prompt. Raises PromptError, naming `param`, for text that cannot be written as text."""
+        text, expected = "", list[tuple[int, int]]()
+        for piece in pieces:
+            if piece.is_control:
+                token = self._control[piece.text]
+                anchor, anchor_id = self._anchors[_kind(token)]
+                text, expected = text + anchor, [*expected, (anchor_id, int(token["id"]))]
+            else:
+                text += piece.text
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PromptError("The text holds a lone surrogate, which is not a character.", param) from None
+        return self._without_anchors(self._encoder.encode(text, add_special_tokens=False).ids, expected, param)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """A text of `/v1/completions`, behind what the tokenizer itself puts in front of every text (mostly BOS)."""
+        return self._prefix + self.encode([Piece(text, False)], "prompt")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a run: '' for special tokens, U+FFFD for incomplete characters.
+
+        The library's own decoder of byte pieces spoils the line breaks in front of an incomplete character.
+        """
+        spelled = b"".join(self._bytes.get(token_id, b"") for token_id in token_ids)
+        if self._drops_first_space:
+            spelled = spelled.removeprefix(b" ")
+        return spelled.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for inside a text; b'' for special tokens."""
+        return self._bytes.get(token_id, b"")
+
+    def _without_anchors(self, ids: list[int], expected: list[tuple[int, int]], param: str) -> list[int]:
+        anchor_ids = {anchor_id for _, anchor_id in self._anchors.values()}
+        control_ids = {int(token["id"]) for token in self._control.values()}
+        waiting = iter(expected)
+        out: list[int] = []
+        for token_id in ids:
+            if token_id in control_ids:
+                # a vocabulary may hold the name of a control token as an ordinary piece
+                raise PromptError("The text holds a control token that this model cannot read as text.", param)
+            anchor_id, meant = next(waiting, (-1, -1)) if token_id in anchor_ids else (token_id, token_id)
+            if anchor_id != token_id:
+                raise PromptError("The text cannot be told apart from control tokens.", param)
+            out.append(meant)
+        if next(waiting, None) is not None:
+            raise PromptError("The text cannot be told apart from control tokens.", param)
+        return out
+
+    def _read_prefix(self) -> list[int]:
+        encoded = self._encoder.encode("a", add_special_tokens=True)
+        first_text = encoded.special_tokens_mask.index(0)
+        return list(encoded.ids[:first_text])
+
+
+def _unlisted(tokenizer: Tokenizer, names: set[str]) -> list[dict[str, Any]]:
+    """Tokens that the configuration names and the vocabulary has, but the file does not list as added."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ids = {name: tokenizer.token_to_id(name) for name in sorted(names)}
+    return [{"id": token_id, "content": name, **flags} for name, token_id in ids.items() if token_id is not None]
+
+
+def _control_tokens(added: Iterable[dict[str, Any]], named: set[str]) -> dict[str, dict[str, Any]]:
+    """By name: tokens marked special, tokens that the configuration names, and those that look like markup.
+
+    Markup such as <think> or <tool_call> is often not marked special, so that it shows up in answers; in a prompt it is
+    the template's to write. Added tokens that are words or runs of spaces are ordinary text. A name of one character
+    cannot be told from that character and is left to the tokenizer, which does not read it in text either.
+    """
+    return {
+        token["content"]: token
+        for token in added
+        if len(token["content"]) > 1 and (token["special"] or token["content"] in named or _is_markup(token["content"]))
+    }
+
+
+def _is_markup(content: str) -> bool:
+    return content.startswith(("<", "[")) and content.endswith((">", "]"))
+
+
+def _kind(token: Mapping[str, Any]) -> AnchorKind:
+    return (bool(token["lstrip"]), bool(token["rstrip"]), bool(token["normalized"]))
+
+
+def _encoder(
+    description: Mapping[str, Any], control: Mapping[str, Mapping[str, Any]]
+) -> tuple[Tokenizer, dict[AnchorKind, tuple[str, int]]]:
+    """A copy that recognises no control token in text, but anchors; and the anchors, each with its id."""
+    names = set(control)
+    listed: list[dict[str, Any]] = description["added_tokens"]
+    added = [token | {"special": token["special"] or token["content"] in names} for token in listed]
+    encoder = Tokenizer.from_str(json.dumps({**description, "added_tokens": added}))
+    encoder.encode_special_tokens = True
+    encoder.no_padding()
+    encoder.no_truncation()
+    anchors: dict[AnchorKind, tuple[str, int]] = {}
+    for kind in sorted({_kind(token) for token in control.values()}):
+        lstrip, rstrip, normalized = kind
+        name = f"\ue000{secrets.randbits(96):029d}\ue001"
+        encoder.add_tokens([AddedToken(name, lstrip=lstrip, rstrip=rstrip, normalized=normalized, special=False)])
+        anchors[kind] = (name, int(encoder.token_to_id(name) or 0))
+    return encoder, anchors
+
+
+def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """A part of a tokenizer.json, or the members of a sequence of them."""
+    if part is None:
+        return []
+    return [leaf for member in part[key] for leaf in _parts(member, key)] if key in part else [part]
+
+
+def _drops_first_space(description: Mapping[str, Any]) -> bool:
+    for part in _parts(description.get("decoder"), "decoders"):
+        if part["type"] == "Strip" and part.get("content") == " " and part.get("start", 0) > 0:
+            return True
+        if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+            return True
+    return False
+
+
+def _token_bytes(
+    tokenizer: Tokenizer, description: Mapping[str, Any], added: set[int], special: set[int]
+) -> dict[int, bytes]:
+    """What every token is spelled as. Raises ImportRefused for a vocabulary that is neither of the two known kinds."""
+    kinds = {part["type"] for part in _parts(description.get("decoder"), "decoders")}
+    spelling: Literal["bytes", "pieces"] = "bytes" if "ByteLevel" in kinds else "pieces"
+    if spelling == "pieces" and not kinds & {"Metaspace", "Replace"}:
+        raise ImportRefused(f"the tokenizer spells its tokens in an unknown way ({', '.join(sorted(kinds)) or 'none'})")
+    byte_of = _byte_alphabet()
+    spelled: dict[int, bytes] = {}
+    for name, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token_id in special:
+            spelled[token_id] = b""
+        elif token_id in added:
+            spelled[token_id] = name.encode()
+        elif spelling == "bytes":
+            spelled[token_id] = bytes(byte_of[character] for character in name if character in byte_of)
+        elif "ByteFallback" in kinds and len(name) == 6 and name.startswith("<0x"):
+            spelled[token_id] = bytes([int(name[3:5], 16)])
+        else:
+            spelled[token_id] = name.replace(SPACE, " ").encode()
+    return spelled
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes as: itself if printable, else from U+0100 upwards.
+
+    Source: GPT-2, encoder.py, bytes_to_unicode.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

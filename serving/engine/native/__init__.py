@@ -1,0 +1,1 @@
+"""The project's own engine: scheduler, KV cache, model runner, sampler."""

@@ -1,0 +1,68 @@
+"""One request's tokens and how far they are computed. Mutable; only the engine thread touches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+from serving.engine.interface import CAUSAL, FinishReason, PromptLayout, SamplingParams, TokenMask
+from serving.engine.native.prompt_lookup import PromptLookup
+
+_ids = count()
+
+
+@dataclass(eq=False)
+class SlotRange:
+    """A run of neighbouring cache places. A sequence's token i lies at `start + i`."""
+
+    start: int
+    capacity: int
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A prompt and its answer so far."""
+
+    token_ids: list[int]  # prompt, then answer
+    sampling: SamplingParams
+    layout: PromptLayout = CAUSAL
+    priority: int = 0  # smaller goes first
+    seed: int = 0
+    mask: TokenMask | None = None
+    pooled: range | None = None  # the tokens whose hidden states are averaged; nothing is sampled then
+    id: int = field(default_factory=lambda: next(_ids))
+    num_prompt_tokens: int = field(init=False)
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_cached_tokens: int = 0  # prompt tokens that did not have to be computed at first admission
+    num_preemptions: int = 0
+    is_paused: bool = False  # its reader is far behind: it keeps its places and gets no rows
+    queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
+    lookup: PromptLookup | None = None  # made when guessing is tried first
+    extent: SlotRange | None = None
+    state: Literal["waiting", "running", "finished"] = "waiting"
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Rows that must go through the network before the next token can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_uncomputed > 1
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; the reason if it was the last one."""
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids and self.num_generated > self.sampling.min_tokens:
+            return "stop"
+        if self.num_generated >= self.sampling.max_tokens:
+            return "length"
+        return None

@@ -1,0 +1,1 @@
+"""Everything about vLLM: the engine over its AsyncLLM, its processes' logits processors, its start."""

@@ -1,0 +1,45 @@
+"""Keeps vLLM from sampling ids that have no text: the padding of the embedding. Runs inside of vLLM's processes.
+
+With the words in which the server's process tells these processes what it wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+KNOWN_TOKENS = "serving.engine.vllm.known_tokens:OnlyKnownTokens"
+NUM_TOKENS = "num_tokens"  # the key of vLLM's additional_config that carries it
+SPECIFICATION = "specification"  # the key of a request's extra_args that carries its mask's
+
+
+@dataclass(frozen=True)
+class MaskMaker:
+    """Who makes masks of recipes inside of vLLM's processes."""
+
+    processor: str  # module:class of a vLLM LogitsProcessor
+    config: Mapping[str, Any]  # what it finds in vLLM's additional_config
+
+
+class OnlyKnownTokens(LogitsProcessor):
+    """Bans every id at or past `num_tokens` of vLLM's additional_config, for all requests alike."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._num_tokens = int(vllm_config.additional_config[NUM_TOKENS])
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # greedy requests must not get padding either
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Nothing here depends on the request."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """logits: [rows, vocabulary], changed in place."""
+        logits[:, self._num_tokens :] = -torch.inf
+        return logits

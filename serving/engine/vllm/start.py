@@ -1,0 +1,101 @@
+"""Brings a stored model up on vLLM: the family gives the chat format, vLLM loads the transformers folder by itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from serving.engine.interface import EngineLimits, NetworkShape
+from serving.generation.interface import ChatFormat
+from serving.generation.pipeline import RunningModel
+from serving.settings import Settings
+
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+class CannotStart(Exception):
+    """vLLM cannot serve this; the message is one clear line for a person."""
+
+
+def start_on_vllm(
+    open_format: Callable[[Path], ChatFormat],
+    folder: Path,
+    metadata: Mapping[str, Any],
+    settings: Settings,
+    logger: logging.Logger,
+    worker: int = 0,
+) -> RunningModel:
+    """Start vLLM's engine over the stored weights. Raises CannotStart.
+
+    worker: which of `settings.workers` this is, counted from 0; it gets `settings.gpus_per_worker` GPUs of its own.
+    """
+    started = time.monotonic()
+    arguments = _arguments(settings)
+    take_devices(worker, settings)
+    try:
+        from serving.engine.vllm.engine import VllmEngine, engine_arguments
+        from serving.engine.vllm.token_masks import mask_maker
+    except ImportError as error:
+        raise CannotStart(f"CHATGLM_ENGINE=vllm needs requirements-vllm.txt installed: {error}") from None
+    chat_format = open_format(folder)
+    limits = EngineLimits(settings.max_sequences, settings.max_batch_tokens)
+    config = cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    context_length = int(metadata["context_length"])
+    try:
+        told = engine_arguments(
+            str(folder), limits, chat_format.num_tokens, context_length, arguments, mask_maker(chat_format)
+        )
+        engine = VllmEngine(told, limits, _shape(config, chat_format.num_tokens, context_length))
+    except (TypeError, ValueError) as error:
+        raise CannotStart(f"vLLM refuses: {str(error).splitlines()[0]}") from error
+    logger.info(
+        "%s on vLLM: context %d tokens, cache %d tokens; loaded in %.1f s",
+        metadata["family"],
+        engine.max_model_len,
+        engine.limits.kv_tokens,
+        time.monotonic() - started,
+    )
+    length = min(engine.max_model_len, engine.limits.kv_tokens)
+    model = RunningModel(engine, chat_format, length, settings.drop_oldest_rounds)
+    model.grammars.prepare()  # now, while nobody waits for an answer
+    return model
+
+
+def _arguments(settings: Settings) -> dict[str, Any]:
+    """What the settings say in vLLM's words."""
+    arguments: dict[str, Any] = {"dtype": settings.precision, "tensor_parallel_size": settings.gpus_per_worker}
+    if "max_batch_tokens" in settings.model_fields_set:  # else vLLM knows better
+        arguments["max_num_batched_tokens"] = settings.max_batch_tokens
+    if settings.kv_cache_gib:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    return arguments | settings.vllm_arguments
+
+
+def take_devices(worker: int, settings: Settings) -> None:
+    """Leave this worker's GPUs visible to vLLM's processes, and no others. BentoML shows all to all workers."""
+    visible = [name for name in os.environ.get(VISIBLE_DEVICES, "").split(",") if name]
+    first, count = worker * settings.gpus_per_worker, settings.gpus_per_worker
+    if settings.workers == 1 or not visible:
+        return
+    if first + count > len(visible):
+        raise CannotStart(f"worker {worker + 1} needs {count} GPUs of its own, and only {len(visible)} are visible")
+    os.environ[VISIBLE_DEVICES] = ",".join(visible[first : first + count])
+
+
+def _shape(config: Mapping[str, Any], num_tokens: int, context_length: int) -> NetworkShape:
+    heads = int(config["num_attention_heads"])
+    return NetworkShape(
+        num_layers=int(config["num_hidden_layers"]),
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        hidden_size=int(config["hidden_size"]),
+        vocab_size=int(config["vocab_size"]),
+        num_tokens=num_tokens,
+        max_positions=context_length,
+    )

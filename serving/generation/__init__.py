@@ -1,0 +1,1 @@
+"""Job -> prompt token ids -> engine -> events of the answers."""

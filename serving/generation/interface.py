@@ -1,0 +1,164 @@
+"""The conversation as the server sees it, the events of an answer, and the socket a chat format fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from serving.engine.interface import TokenLogprob
+
+Role = Literal["system", "user", "assistant", "tool"]
+Language = Literal["zh", "en"]
+AnswerEnd = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function call that the model made earlier in the conversation. `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `developer` became system and `function` became tool at the edge."""
+
+    role: Role
+    content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    strict: bool = False  # its calls always fit `parameters`, or the request is refused
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat format turns into a prompt."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    continue_final: bool = False  # the last message is the beginning of the answer
+
+
+@dataclass(frozen=True)
+class ToolSyntax:
+    """How a model writes a call: `opening`, `before`, the arguments as one JSON object, `after`.
+
+    `{name}` in `opening` and `before` stands for the tool's name. Several calls are joined by `separator`. The server
+    holds a model to it with a grammar as soon as `opening` is complete, and reads calls back by it.
+    """
+
+    opening: str
+    before: str
+    after: str
+    separator: str = "\n"
+    is_at_start: bool = False  # a call is the beginning of the answer or no call; else text may stand in front
+
+
+class PromptError(Exception):
+    """The client's fault: this format cannot hold this conversation. `param` names the field of the request."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More text of one answer; `logprobs` are those of the tokens that were read to get it."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """More of one tool call. `id` and `name` come once, with the first delta of each index."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer; the end token counts as generated."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of one answer."""
+
+    reason: AnswerEnd
+    usage: Usage
+
+
+AnswerPart = TextDelta | ToolCallDelta
+ChatEvent = TextDelta | ToolCallDelta | Finished
+
+
+class AnswerParser(Protocol):
+    """Reads one answer's text as it comes and says what the client gets (the family's post-processing).
+
+    What was returned once is final, so it holds back what later text could still change: trailing white space, the
+    beginning of a placeholder. A plain object, used by one loop.
+    """
+
+    def push(self, text: str) -> list[AnswerPart]: ...
+
+    def flush(self) -> list[AnswerPart]:
+        """The answer is over: everything held back, settled."""
+        ...
+
+
+class ChatFormat(Protocol):
+    """The socket for families: conversation -> prompt ids, ids -> text. Pure; safe to call from any thread.
+
+    A prompt is a list of ids and never a string that somebody parses: no text of a user can become a special token.
+    """
+
+    stop_token_ids: frozenset[int]
+    num_tokens: int  # ids below this have a text (or are known specials)
+    tool_syntax: ToolSyntax | None  # the one that it was trained for; without one, `render` refuses tools
+    language: Language  # that instructions to the model are written in
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """The complete prompt, special tokens included. Raises PromptError for what the format cannot hold."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """A raw text prompt (`/v1/completions`) with the model's own prefix, if it has one. Raises PromptError."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a run of ids. Special tokens give ''; an incomplete character gives U+FFFD."""
+        ...
+
+    def parser(self, begun: str = "") -> AnswerParser:
+        """A fresh reader for the text of one answer; calls of tools are read by `tool_syntax`.
+
+        begun: what stands in front of that text, for an answer whose beginning the client has: its white space counts.
+        """
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for inside a text; b'' for specials. For logprobs and grammars."""
+        ...

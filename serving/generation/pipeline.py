@@ -1,0 +1,195 @@
+"""From a job to events: render, refuse, generate, read. Knows words and tokens, not HTTP and not the model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+
+from serving.engine.interface import Engine, SamplingParams
+from serving.generation import history
+from serving.generation.detokenizer import WINDOW
+from serving.generation.interface import ChatEvent, ChatFormat, Conversation, PromptError
+from serving.generation.output_processor import OutputProcessor, PlainTextParser
+from serving.generation.structured.answer_spec import AnswerSpec, build_answer_spec
+from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
+from serving.generation.structured.token_masks import Grammars
+from serving.generation.tools import prompt as tool_prompt
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """A conversation to be continued by `n` answers."""
+
+    conversation: Conversation
+    sampling: SamplingParams  # stop_token_ids are added in `prepare`
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    max_tokens_is_default: bool = False
+    ignore_eos: bool = False
+    constraint: AnswerConstraint | None = None
+    tool_use: ToolUse = USE_IF_WANTED  # of the conversation's tools
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the answers, if the client gave one."""
+        return self.conversation.messages[-1].content if self.conversation.continue_final else ""
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether `prepare` may have to compile, and therefore belongs into a worker thread."""
+        return self.constraint is not None or bool(self.conversation.tools)
+
+
+@dataclass(frozen=True)
+class CompletionJob:
+    """A raw prompt to be continued by `n` answers; token ids are taken as they are."""
+
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    best_of: int = 1
+    max_tokens_is_default: bool = False
+    ignore_eos: bool = False
+    echo: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A job that was accepted: nothing in it can be the client's fault any more."""
+
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    n: int
+    plan: AnswerSpec
+    before: tuple[int, ...] = ()  # the last of `token_ids` whose text the answers go on from
+    num_dropped_rounds: int = 0
+
+
+class ContextOverflow(PromptError):
+    """Prompt and answer do not fit into the context."""
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_positions: int, param: str) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.max_positions = max_positions
+        total = num_prompt_tokens + max_tokens
+        super().__init__(
+            f"This model's maximum context length is {max_positions} tokens. However, you requested {total} tokens "
+            f"({num_prompt_tokens} in the {param}, {max_tokens} in the completion). "
+            f"Please reduce the length of the {param} or completion.",
+            param,
+        )
+
+
+@dataclass(frozen=True)
+class RunningModel:
+    """A loaded model and the engine that runs it."""
+
+    engine: Engine
+    chat_format: ChatFormat
+    context_length: int  # tokens of prompt and answer together
+    drops_oldest_rounds: bool = False  # of a conversation that does not fit, instead of refusing it
+    grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grammars", Grammars(self.chat_format))  # frozen for everybody else
+
+    def prepare(self, job: ChatJob | CompletionJob) -> Prompt:
+        """Everything that may be refused, before anything is sent. Raises PromptError. Pure; any thread."""
+        match job:
+            case ChatJob(conversation=conversation):
+                token_ids, param = self.render(conversation), "messages"
+            case CompletionJob(prompt=str(text)):
+                token_ids, param = self.chat_format.encode(text), "prompt"
+            case CompletionJob(prompt=tuple(ids)):
+                token_ids, param = self._checked(ids), "prompt"
+        if not token_ids:
+            raise PromptError("The prompt must hold at least one token.", param)
+        self._check_bias(job.sampling)
+        num_dropped = 0
+        if self.drops_oldest_rounds and isinstance(job, ChatJob):
+            token_ids, num_dropped = self._without_oldest_rounds(job, token_ids)
+        room = self.context_length - len(token_ids)
+        max_tokens = job.sampling.max_tokens
+        if job.max_tokens_is_default:
+            max_tokens = max(1, min(max_tokens, room))
+        if max_tokens > room:
+            raise ContextOverflow(len(token_ids), max_tokens, self.context_length, param)
+        ends = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
+        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=ends)
+        n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
+        before = self._before(job, token_ids)
+        return Prompt(tuple(token_ids), sampling, job.stop, n, self._plan(job), before, num_dropped)
+
+    def _without_oldest_rounds(self, job: ChatJob, token_ids: list[int]) -> tuple[list[int], int]:
+        """(the prompt, rounds left out of it). A length that the client did not name is worth leaving rounds out for
+        up to a quarter of the context: else the answers of a long conversation would shrink to one token first."""
+        wanted = job.sampling.max_tokens
+        if job.max_tokens_is_default:
+            wanted = min(wanted, self.context_length // 4)
+        if len(token_ids) + wanted <= self.context_length:
+            return token_ids, 0
+        shorter = history.drop_oldest(
+            job.conversation, lambda some: len(self.render(some)) + wanted <= self.context_length
+        )
+        return (token_ids, 0) if shorter is None else (self.render(shorter[0]), shorter[1])
+
+    def _before(self, job: ChatJob | CompletionJob, token_ids: list[int]) -> tuple[int, ...]:
+        """The text tokens at the prompt's end, if the answer goes on from their text: its first space counts then."""
+        if isinstance(job, ChatJob) and not job.begun:
+            return ()
+        count = 0
+        while count < min(WINDOW, len(token_ids)) and self.chat_format.token_bytes(token_ids[-1 - count]):
+            count += 1
+        return tuple(token_ids[len(token_ids) - count :])
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
+        return tool_prompt.render(self.chat_format, conversation)
+
+    async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
+        """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only.
+
+        priority: smaller goes first where requests wait.
+        """
+        answers = [self._answer(prompt) for _ in range(prompt.n)]
+        samplings = [_nth(prompt.sampling, choice) for choice in range(prompt.n)]
+        masks = [prompt.plan.mask() if prompt.plan.mask else None for _ in range(prompt.n)]
+        async with self.engine.generate(prompt.token_ids, samplings, priority, masks=masks) as steps:
+            async for choice, step in steps:
+                answer = answers[choice]
+                for event in answer.push(step):
+                    yield choice, event
+                if answer.is_over and step.finish_reason is None:
+                    steps.cancel(choice)
+
+    def _answer(self, prompt: Prompt) -> OutputProcessor:
+        plan, ends = prompt.plan, prompt.sampling.stop_token_ids
+        return OutputProcessor(plan.decode, plan.parser(), prompt.stop, len(prompt.token_ids), ends, prompt.before)
+
+    def _plan(self, job: ChatJob | CompletionJob) -> AnswerSpec:
+        if isinstance(job, CompletionJob):
+            return AnswerSpec(PlainTextParser, self.chat_format.decode)
+        tools = job.conversation.tools
+        if job.needs_grammar and not self.engine.capabilities.has_masks:
+            param = "tools" if job.constraint is None else job.constraint.param
+            raise PromptError("The engine of this server cannot hold answers to a form.", param)
+        return build_answer_spec(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
+
+    def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
+        unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
+        if unknown is not None:
+            raise PromptError(f"This model has no token {unknown}.", "prompt")
+        return list(token_ids)
+
+    def _check_bias(self, sampling: SamplingParams) -> None:
+        unknown = next((i for i, _ in sampling.logit_bias if not 0 <= i < self.chat_format.num_tokens), None)
+        if unknown is not None:
+            raise PromptError(f"Invalid key in 'logit_bias': {unknown}. This model has no such token.", "logit_bias")
+
+
+def _nth(sampling: SamplingParams, choice: int) -> SamplingParams:
+    """The same settings with a seed of its own for each choice; choice 0 is what n=1 would give."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)

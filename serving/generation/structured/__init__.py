@@ -1,0 +1,1 @@
+"""Structured outputs: JSON schemas, patterns, choices and tool calls as grammars and token masks."""

@@ -1,0 +1,118 @@
+"""Tools for models that were never trained to call any: a conversation with tools becomes one without, in plain words.
+
+The tools and how to call them are described in the first system message. An earlier call is the assistant's own text,
+in the syntax that is asked for. Results of tools are what the user says next; if the user goes on to speak, in the same
+message, below them, so that user and assistant keep alternating.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from serving.generation.interface import (
+    ChatFormat,
+    Conversation,
+    Language,
+    Message,
+    PromptError,
+    Tool,
+    ToolCall,
+    ToolSyntax,
+)
+
+PLAIN = ToolSyntax("<tool_call>", '{"name": "{name}", "arguments": ', "}</tool_call>")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the model is told, in one language."""
+
+    tools: str  # {tools}: one line a tool
+    result: str  # {name}, {content}
+
+
+WORDS: dict[Language, Words] = {
+    "zh": Words(
+        "你可以调用以下工具：\n{tools}\n"
+        "需要调用工具时，只按下面的格式输出，不要输出别的内容：\n"
+        '<tool_call>{"name": "工具名", "arguments": {"参数名": "参数值"}}</tool_call>\n'
+        "不需要工具，或者已经得到工具的结果时，直接回答问题。\n",
+        "工具 {name} 的结果：\n{content}",
+    ),
+    "en": Words(
+        "You can call these tools:\n{tools}\n"
+        "To call a tool, write only this and nothing else:\n"
+        '<tool_call>{"name": "tool name", "arguments": {"parameter": "value"}}</tool_call>\n'
+        "If no tool is needed, or its result is already there, answer directly.\n",
+        "Result of the tool {name}:\n{content}",
+    ),
+}
+
+
+def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
+    """The prompt of a conversation with or without tools. Raises PromptError."""
+    if chat_format.tool_syntax is not None or not _has_tools(conversation):
+        return chat_format.render(conversation)
+    plain = without_tools(conversation, chat_format.language)
+    try:
+        return chat_format.render(plain)
+    except PromptError:
+        merged = _system_as_user(plain)
+        if merged is None:
+            raise
+        return chat_format.render(merged)  # the format has no place for a system message
+
+
+def without_tools(conversation: Conversation, language: Language) -> Conversation:
+    """The same conversation in messages of plain text."""
+    words = WORDS[language]
+    messages: list[Message] = []
+    names: dict[str, str] = {}  # of the tools called, by the id of the call
+    ends_with_result = False
+    for message in conversation.messages:
+        names |= {call.id: call.name for call in message.tool_calls}
+        text = message.content
+        if message.role == "tool":
+            name = names.get(message.tool_call_id or "", message.name or "")
+            text = words.result.replace("{name}", name).replace("{content}", text)
+        elif message.tool_calls:
+            written = PLAIN.separator.join(_written(call) for call in message.tool_calls)
+            text = f"{text}\n{written}" if text else written
+        if ends_with_result and message.role in ("user", "tool"):
+            messages[-1] = Message("user", f"{messages[-1].content}\n\n{text}")
+        else:
+            messages.append(Message("user" if message.role == "tool" else message.role, text))
+        ends_with_result = message.role == "tool"
+    if conversation.tools:
+        messages = _with_system(messages, words.tools.replace("{tools}", _listing(conversation.tools)))
+    return replace(conversation, messages=tuple(messages), tools=())
+
+
+def _has_tools(conversation: Conversation) -> bool:
+    return bool(conversation.tools) or any(m.tool_calls or m.role == "tool" for m in conversation.messages)
+
+
+def _with_system(messages: list[Message], text: str) -> list[Message]:
+    if messages and messages[0].role == "system":
+        return [Message("system", f"{messages[0].content}\n\n{text}\n"), *messages[1:]]
+    return [Message("system", f"{text}\n"), *messages]
+
+
+def _system_as_user(conversation: Conversation) -> Conversation | None:
+    """The system message in front of the first user message; None if there are not these two."""
+    match conversation.messages:
+        case (Message(role="system") as system, Message(role="user") as user, *rest):
+            return replace(conversation, messages=(Message("user", f"{system.content}\n{user.content}"), *rest))
+        case _:
+            return None
+
+
+def _written(call: ToolCall) -> str:
+    return f"{PLAIN.opening}{PLAIN.before.replace('{name}', call.name)}{call.arguments}{PLAIN.after}"
+
+
+def _listing(tools: Sequence[Tool]) -> str:
+    listed = ({"name": t.name, "description": t.description, "parameters": dict(t.parameters)} for t in tools)
+    return "\n".join(json.dumps(tool, ensure_ascii=False) for tool in listed)

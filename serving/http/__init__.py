@@ -1,0 +1,1 @@
+"""HTTP without endpoints: middleware, API keys, bodies, server-sent events, pages."""

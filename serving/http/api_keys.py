@@ -1,0 +1,114 @@
+"""API keys: where they come from and whether one is right. Knows no endpoint; never shows a key."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from serving.http.errors import INVALID_REQUEST, APIError
+
+HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
+NAME = re.compile(r"[\w.@-]{1,64}")
+RELOAD_SECONDS = 1.0  # how often the file's time is looked at
+
+logger = logging.getLogger(__name__)
+
+
+class KeyFileError(Exception):
+    """The key list cannot be read; the message names the line and never the key."""
+
+
+class Keys:
+    """The keys that open the door. Only their SHA-256 digests are held, with a name each for logs and limits.
+
+    A file has one key a line, plain or `sha256:<64 hex digits>`, with an optional name after it; `#` begins a comment.
+    It is read again when it changes; if it is wrong then, the keys from before stay in force.
+    """
+
+    def __init__(self, listed: Iterable[str] = (), file: Path | None = None) -> None:
+        """Raises KeyFileError."""
+        self._listed = _parse(listed)
+        self._file = file
+        self._stamp: tuple[int, int] | None = None
+        self._looked_at = -RELOAD_SECONDS
+        self._names = dict(self._listed)
+        if file is not None:
+            self._read(file)
+
+    @property
+    def are_required(self) -> bool:
+        """Whether anybody needs a key at all."""
+        return bool(self._listed) or self._file is not None
+
+    def name_of(self, authorization: str | None) -> str:
+        """The name of the key in an Authorization header. Raises APIError 401."""
+        if not authorization:
+            raise _refused(
+                "You didn't provide an API key. You need to provide your API key in an Authorization header using "
+                "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            )
+        scheme, _, key = authorization.partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key:
+            raise _refused("Your Authorization header is malformed: it must read 'Bearer YOUR_KEY'.")
+        self._reload()
+        given = hashlib.sha256(key.encode("latin-1", "replace")).digest()
+        # all of them, whichever is right: the time taken says nothing
+        found = [name for digest, name in self._names.items() if hmac.compare_digest(digest, given)]
+        if not found:
+            raise _refused("Incorrect API key provided.")
+        return found[0]
+
+    def _reload(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now - self._looked_at < RELOAD_SECONDS:
+            return
+        self._looked_at = now
+        try:
+            self._read(self._file)
+        except KeyFileError as error:
+            logger.error("the API keys stay as they were: %s", error)
+
+    def _read(self, file: Path) -> None:
+        try:
+            status = file.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeyFileError(f"the key file cannot be read ({type(error).__name__})") from None
+        read = _parse(lines)
+        if not read:
+            raise KeyFileError("the key file holds no key")
+        self._names = {**self._listed, **read}
+        logger.info("%d API keys are in force", len(self._names))
+
+
+def _parse(lines: Iterable[str]) -> dict[bytes, str]:
+    """{SHA-256 digest: name}. Raises KeyFileError."""
+    names: dict[bytes, str] = {}
+    for number, line in enumerate(lines, 1):
+        parts = line.split("#", 1)[0].split()
+        if not parts:
+            continue
+        if len(parts) > 2 or (len(parts) == 2 and not NAME.fullmatch(parts[1])):
+            raise KeyFileError(f"key {number}: expected a key and at most one name of letters, digits and . _ - @")
+        hashed = HASHED.fullmatch(parts[0])
+        if parts[0].startswith("sha256:") and not hashed:
+            raise KeyFileError(f"key {number}: sha256: must be followed by 64 hexadecimal digits")
+        digest = bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(parts[0].encode()).digest()
+        names[digest] = parts[1] if len(parts) == 2 else f"key-{digest.hex()[:8]}"
+    return names
+
+
+def _refused(message: str) -> APIError:
+    return APIError(
+        401, message, INVALID_REQUEST, None, "invalid_api_key", {"www-authenticate": 'Bearer realm="chatglm"'}
+    )

@@ -1,0 +1,1 @@
+"""OpenAI's endpoints: request bodies -> generations -> response bodies and streams."""

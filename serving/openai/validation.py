@@ -1,0 +1,168 @@
+"""What pydantic found wrong with a body -> OpenAI's sentence, param and code. Knows no field by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from serving.http.errors import APIError, invalid
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+EXPECTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "none_required": "null",
+    "string_or_array": "a string or an array",
+    "string_or_object": "a string or an object",
+}
+# type of error: the limit's name in the error's context, the words, the code, the sign of what is allowed
+BOUNDS = {
+    "greater_than_equal": ("ge", "below minimum", "below_min", ">="),
+    "greater_than": ("gt", "below minimum", "below_min", ">"),
+    "less_than_equal": ("le", "above maximum", "above_max", "<="),
+    "less_than": ("lt", "above maximum", "above_max", "<"),
+}
+# pydantic's, not the client's
+NO_STEPS = frozenset(
+    (
+        *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
+        *("<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
+    )
+)
+OUR_OWN = frozenset(("refused", "conflict", "message", "media"))
+
+
+def validate(model: type[ModelT], body: Mapping[str, Any]) -> ModelT:
+    """The body as a typed request. Raises APIError 400 naming the first field that is wrong."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        # the context holds only plain values here, so no exception object travels with the details
+        details = error.errors(include_url=False)
+        raise _translate(details[0]) from None
+
+
+def above_maximum(param: str, limit: int, value: int) -> APIError:
+    """400: an integer past a limit that is a setting and not part of the protocol."""
+    return _out_of_bounds("less_than_equal", param, limit, value)
+
+
+def path_of(location: tuple[int | str, ...]) -> str:
+    """('messages', 0, '<array>', 'text') -> 'messages[0].text'. Tags of unions are no part of it."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step not in NO_STEPS:
+            path += f".{step}" if path else step
+    return path
+
+
+def _translate(error: ErrorDetails) -> APIError:
+    kind, value = error["type"], error["input"]
+    context: dict[str, Any] = error.get("ctx", {})
+    param = _shorten(path_of(error["loc"]), 200)
+    if kind in OUR_OWN:
+        below = context.get("param")
+        where = ".".join(part for part in (param, below) if part) or None
+        code = "unsupported_value" if kind in ("refused", "media") else "invalid_value"
+        return invalid(str(context["message"]), where, code)
+    if kind == "missing":
+        return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    if kind == "extra_forbidden":
+        *above, name = error["loc"]
+        # the name is the client's own, even if it looks like a tag
+        nested = path_of(tuple(above))
+        param = _shorten(f"{nested}.{name}" if nested else str(name), 200)
+        message = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
+        return invalid(message, param, "unknown_parameter")
+    if kind in EXPECTED:
+        return _wrong_type(param, EXPECTED[kind], value)
+    if kind in BOUNDS:
+        return _out_of_bounds(kind, param, context[BOUNDS[kind][0]], value)
+    return _wrong_value(kind, param, value, context)
+
+
+def _wrong_type(param: str, expected: str, value: Any) -> APIError:
+    message = f"Invalid type for '{param}': expected {expected}, but got {_kind_of(value)} instead."
+    return invalid(message, param, "invalid_type")
+
+
+def _wrong_value(kind: str, param: str, value: Any, context: Mapping[str, Any]) -> APIError:
+    match kind:
+        case "literal_error":
+            supported = str(context["expected"]).replace(" or ", " and ")
+            if isinstance(value, bool) or supported in ("True", "False"):
+                supported = supported.lower()
+            if not isinstance(value, str | bool):
+                return _wrong_type(param, "a boolean" if supported in ("true", "false") else "a string", value)
+            shown = f"'{_shorten(value, 100)}'" if isinstance(value, str) else str(value).lower()
+            return invalid(f"Invalid value: {shown}. Supported values are: {supported}.", param)
+        case "too_long" if isinstance(value, dict):
+            most = context["max_length"]
+            message = f"Invalid '{param}': too many properties. Expected an object with at most {most} properties."
+            return invalid(message, param, "object_above_max_properties")
+        case "too_long" | "too_short":
+            return _wrong_length(param, "array", len(value), context)
+        case "string_too_long" | "string_too_short":
+            return _wrong_length(param, "string", len(value), context)
+        case "string_pattern_mismatch":
+            message = f"Invalid '{param}': string does not match pattern. Expected a string that matches the pattern "
+            return invalid(message + f"'{context['pattern']}'.", param)
+        case _:
+            return invalid(f"Invalid value for '{param}'.", param)
+
+
+def _wrong_length(param: str, noun: str, length: int, context: Mapping[str, Any]) -> APIError:
+    article = "an" if noun == "array" else "a"
+    if "max_length" in context:
+        most = context["max_length"]
+        message = (
+            f"Invalid '{param}': {noun} too long. Expected {article} {noun} with maximum length {most}, "
+            f"but got {article} {noun} with length {length} instead."
+        )
+        return invalid(message, param, f"{noun}_above_max_length")
+    message = (
+        f"Invalid '{param}': empty {noun}. Expected {article} {noun} with minimum length {context['min_length']}, "
+        f"but got an empty {noun} instead."
+    )
+    return invalid(message, param, f"empty_{noun}")
+
+
+def _out_of_bounds(kind: str, param: str, limit: float, value: float) -> APIError:
+    _, words, code, sign = BOUNDS[kind]
+    noun = "integer" if isinstance(limit, int) else "decimal"
+    allowed = f"{sign} {limit}" if isinstance(limit, int) else f"{sign} {limit:g}"
+    message = f"Invalid '{param}': {noun} {words} value. Expected a value {allowed}, but got {value} instead."
+    return invalid(message, param, f"{noun}_{code}_value")
+
+
+def _kind_of(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int():
+            return "an integer"
+        case float():
+            return "a decimal number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            return "an object"
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."
