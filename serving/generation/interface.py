@@ -78,10 +78,11 @@ class PromptError(Exception):
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text of one answer; `logprobs` are those of the tokens that were read to get it."""
+    """More text of one answer; `num_tokens` and `logprobs` are of the tokens that it was decoded from."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)

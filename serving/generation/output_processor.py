@@ -47,6 +47,7 @@ class OutputProcessor:
         self._ends = ends
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
+        self._num_told = 0  # of them, those that deltas have counted
         self._num_cached_tokens = 0
         self._called_tools = False
         self._logprobs: list[TokenLogprob] = []
@@ -87,7 +88,8 @@ class OutputProcessor:
         return events
 
     def _text(self, text: str) -> TextDelta:
-        delta = TextDelta(text, tuple(self._logprobs))
+        delta = TextDelta(text, tuple(self._logprobs), self._num_tokens - self._num_told)
+        self._num_told = self._num_tokens
         self._logprobs.clear()
         return delta
 
