@@ -27,12 +27,11 @@ from models.family import ImportRefused
 from models.networks.chatglm import ChatGLMNetwork
 from models.tokenizers.chatglm import ChatGLMTokenizer
 from serving.generation.interface import Conversation, Message, PromptError, TextDelta, Tool
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import CHATGLM_TOKENIZER, GOLDEN, needs_chatglm_tokenizer
 from tests.original_chatglm import train_tokenizer, write_checkpoint
 from tests.reference_attention import ReferenceAttention, forward, greedy
 
 TINY = GOLDEN / "model" / "glm1-tiny"
-ICE_TEXT = GOLDEN / "tokenizer" / "chatglm-ice_text.model"
 NUM_PROMPTS = 5
 END = 505  # suppressed in the golden greedy runs
 TOLERANCE = 3e-5  # on logits of standard deviation 7.8 and magnitude 41; the original itself is 5e-5 from float64
@@ -75,7 +74,6 @@ def prompts() -> list[list[int]]:
     return [expected[f"ids{k}"][0].tolist() for k in range(NUM_PROMPTS)]
 
 
-@needs_golden
 @pytest.mark.parametrize("k", range(NUM_PROMPTS))
 def test_the_logits_of_each_prompt_are_the_originals(tiny: ChatGLMNetwork, prompts: list[list[int]], k: int) -> None:
     expected = numpy.load(TINY / "expected.npz")[f"last_logits{k}"][0]
@@ -84,7 +82,6 @@ def test_the_logits_of_each_prompt_are_the_originals(tiny: ChatGLMNetwork, promp
     assert numpy.abs(logits.numpy() - expected).max() <= TOLERANCE
 
 
-@needs_golden
 def test_one_ragged_batch_of_all_prompts_has_the_same_logits(tiny: ChatGLMNetwork, prompts: list[list[int]]) -> None:
     expected = numpy.load(TINY / "expected.npz")
     rows = {k: (prompt, 0, tiny.layout(prompt)) for k, prompt in enumerate(prompts)}
@@ -92,7 +89,6 @@ def test_one_ragged_batch_of_all_prompts_has_the_same_logits(tiny: ChatGLMNetwor
         assert numpy.abs(logits.numpy() - expected[f"last_logits{k}"][0]).max() <= TOLERANCE
 
 
-@needs_golden
 def test_64_greedy_tokens_are_the_originals_alone_and_in_one_batch(
     tiny: ChatGLMNetwork, prompts: list[list[int]]
 ) -> None:
@@ -102,7 +98,6 @@ def test_64_greedy_tokens_are_the_originals_alone_and_in_one_batch(
     assert greedy(tiny, prompts[3:4], 64, frozenset({END})) == answers[3:4]
 
 
-@needs_golden
 def test_the_answer_goes_on_the_same_when_text_behind_sop_is_prefilled_in_parts(
     tiny: ChatGLMNetwork, prompts: list[list[int]]
 ) -> None:
@@ -116,7 +111,6 @@ def test_the_answer_goes_on_the_same_when_text_behind_sop_is_prefilled_in_parts(
     assert torch.allclose(whole, parts, rtol=0, atol=TOLERANCE)
 
 
-@needs_golden
 def test_ids_without_sop_or_mask_still_have_a_layout(tiny: ChatGLMNetwork) -> None:
     layout = tiny.layout([7, 8, 9])
     assert (layout.num_two_way, layout.mask_index) == (3, 2)
@@ -209,10 +203,10 @@ def test_a_checkpoint_that_cannot_be_right_is_refused(
 
 @pytest.fixture(scope="module")
 def ice_text() -> ChatGLMTokenizer:
-    return ChatGLMTokenizer(ICE_TEXT, num_image_tokens=0)
+    return ChatGLMTokenizer(CHATGLM_TOKENIZER, num_image_tokens=0)
 
 
-@needs_golden
+@needs_chatglm_tokenizer
 def test_every_golden_string_has_the_originals_ids_and_text(ice_text: ChatGLMTokenizer) -> None:
     cases = golden("tokenizer/chatglm1.json")["encode"]
     assert [ice_text.encode(case["text"]) for case in cases] == [case["ids"] for case in cases]
@@ -224,7 +218,7 @@ CONTROL_NAMES = ["<sop>", "<eop>", "[MASK]", "[gMASK]", "[sMASK]", "<pad>", "</s
 WHITE_SPACE_NAMES = ["<n>", "<|tab|>", "<|blank_2|>", "<|blank_80|>", "＜n＞", "<\x01n>", "﹤|tab|﹥"]
 
 
-@needs_golden
+@needs_chatglm_tokenizer
 @pytest.mark.parametrize("name", CONTROL_NAMES + WHITE_SPACE_NAMES)
 def test_the_name_of_a_control_token_stays_text(ice_text: ChatGLMTokenizer, name: str) -> None:
     """The original turns it into the token, so that "<eop>" in a question ends the question: deliberately different."""
@@ -239,10 +233,10 @@ def test_the_name_of_a_control_token_stays_text(ice_text: ChatGLMTokenizer, name
         assert ice_text.decode(ids) == text.replace(name, as_written), text
 
 
-@needs_golden
+@needs_chatglm_tokenizer
 def test_generated_strings_have_the_ids_of_sentencepiece_itself(ice_text: ChatGLMTokenizer) -> None:
     """Against the plain rule of the original, on strings that name no token."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(ICE_TEXT))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM_TOKENIZER))
     chooser = random.Random(7)
     parts = ["你好", "世界，", "a b", "  ", "\n", "\t", " " * 5, "😀", "naïve ", "x = {}", "<div>", "é", "\u3000", "<1"]
     for _ in range(2000):
@@ -253,7 +247,7 @@ def test_generated_strings_have_the_ids_of_sentencepiece_itself(ice_text: ChatGL
         assert ice_text.encode(text) == pieces.encode(prepared), text
 
 
-@needs_golden
+@needs_chatglm_tokenizer
 def test_tokens_have_bytes_and_incomplete_characters_do_not_pass_for_text(ice_text: ChatGLMTokenizer) -> None:
     wave = ice_text.encode("👋")[1:]
     assert b"".join(map(ice_text.token_bytes, wave)) == "👋".encode()
@@ -273,14 +267,13 @@ def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
 # --- the prompt -------------------------------------------------------------------------------------------------------
 
 
-@needs_golden
 def test_golden_prompts_are_the_originals() -> None:
     for case in golden("prompt/chatglm1_prompts.json")["cases"]:
         contents = [text for pair in case["history"] for text in pair] + [case["query"]]
         assert chatglm.prompt_text(said(*contents)) == (case["prompt"], "")
 
 
-@needs_golden
+@needs_chatglm_tokenizer
 def test_the_special_tokens_stand_behind_the_text(ice_text: ChatGLMTokenizer) -> None:
     chat_format = chatglm.ChatGLMFormat(ice_text, *SUFFIX, 130005)
     assert chat_format.render(said("你好")) == [5, 74874, *SUFFIX]
@@ -314,7 +307,6 @@ def read(*chunks: str) -> str:
     return "".join(part.text for part in parts if isinstance(part, TextDelta))
 
 
-@needs_golden
 def test_golden_answers_are_the_originals() -> None:
     for case in golden("prompt/process_response.json")["chatglm1"]:
         assert read(case["in"]) == case["out"]

@@ -21,7 +21,7 @@ from models.family import ImportRefused
 from models.networks.transformers_decoder import TransformersDecoder, load_transformers
 from models.store.progress import no_progress
 from serving.engine.interface import RaggedBatch
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import GOLDEN
 from tests.original_glm import SMALL, random_weights, reference_logits, write_checkpoint
 
 TOLERANCE = 1e-5  # a forgotten rms_norm_eps moves the logits by only 4e-5
@@ -62,7 +62,6 @@ def greedy(model: GlmForCausalLM, ids: Tensor, num_tokens: int, **inputs: Tensor
     return out[:, ids.shape[1] :].numpy()
 
 
-@needs_golden
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_converted_checkpoint_repeats_the_original_code(name: str, tmp_path: Path) -> None:
     source = GOLDEN / "model" / name
@@ -175,7 +174,6 @@ def test_large_weights_are_written_in_shards_that_transformers_finds(tmp_path: P
         assert torch.equal(load_file(tmp_path / shard)[name], tensors[name])
 
 
-@needs_golden
 def test_every_configuration_that_the_network_cannot_compute_is_refused(tmp_path: Path) -> None:
     golden = GOLDEN / "model" / "glm2-1file-safetensors"
     for case in json.loads((GOLDEN / "model" / "refuse_configs.json").read_text()):

@@ -12,10 +12,9 @@ from models.families.chatglm2 import ChatGLM2Format, round_prompt
 from models.families.chatglm3 import NUM_ROLES, TOOL_PROMPT, ChatGLM3Format
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
 from serving.generation.interface import Conversation, Message, PromptError, Tool, ToolCall
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import CHATGLM2_TOKENIZER, GOLDEN, needs_chatglm2_tokenizer
 from tests.original_glm import tiny_tokenizer
 
-REAL = GOLDEN / "tokenizer" / "chatglm2-tokenizer.model"
 WEATHER = Tool("get_weather", "天气", {"type": "object", "properties": {"city": {"type": "string"}}})
 
 
@@ -37,12 +36,11 @@ def pieces(tmp_path: Path) -> Path:
     return tmp_path / "tokenizer.model"
 
 
-@needs_golden
-def test_all_49_conversations_are_the_originals_or_refused_with_the_reason() -> None:
+def test_all_49_conversations_are_the_originals_or_refused_with_the_reason(pieces: Path) -> None:
     cases = golden_conversations()
     assert len(cases) == 49
-    chat_format = ChatGLM2Format(SentencePieceTokenizer(REAL))
-    itself = SentencePieceTokenizer(REAL)
+    itself = SentencePieceTokenizer(pieces)
+    chat_format = ChatGLM2Format(itself)
     for case in cases:
         if case["strict_template"] is None:
             with pytest.raises(PromptError) as refusal:
@@ -52,12 +50,18 @@ def test_all_49_conversations_are_the_originals_or_refused_with_the_reason() -> 
         else:
             assert round_prompt(conversation(case["messages"])) == case["strict_template"] == case["official_prompt"]
             ids = chat_format.render(conversation(case["messages"]))
-            assert ids == [64790, 64792, *itself.encode(case["strict_template"])]
+            assert ids == [itself.gmask, itself.sop, *itself.encode(case["strict_template"])]
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_full_prompts_have_the_golden_ids() -> None:
-    chat_format = ChatGLM2Format(SentencePieceTokenizer(REAL))
+    itself = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
+    chat_format = ChatGLM2Format(itself)
+    assert (itself.gmask, itself.sop) == (64790, 64792)
+    for case in golden_conversations():
+        if case["strict_template"] is not None:
+            ids = chat_format.render(conversation(case["messages"]))
+            assert ids == [64790, 64792, *itself.encode(case["strict_template"])]
     content = json.loads((GOLDEN / "tokenizer" / "chatglm2.json").read_text(encoding="utf-8"))
     for case in content["incremental"]:
         turns = [
@@ -115,9 +119,9 @@ def chatglm3(model_file: Path) -> ChatGLM3Format:
     return ChatGLM3Format(SentencePieceTokenizer(model_file, NUM_SPECIALS + NUM_ROLES))
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_chatglm3_has_the_golden_ids_and_stops_where_the_original_does() -> None:
-    chat_format = chatglm3(REAL)
+    chat_format = chatglm3(CHATGLM2_TOKENIZER)
     content = json.loads((GOLDEN / "tokenizer" / "chatglm3.json").read_text(encoding="utf-8"))
     assert chat_format.stop_token_ids == set(content["stop_ids"])
     assert chat_format.num_tokens == 64_798

@@ -15,11 +15,10 @@ from models.families.chatglm3 import NUM_ROLES
 from models.family import ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
 from serving.generation.interface import PromptError
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import CHATGLM2_TOKENIZER, GOLDEN, needs_chatglm2_tokenizer
 from tests.original_glm import tiny_tokenizer
 
 FOLDER = GOLDEN / "tokenizer"
-REAL = FOLDER / "chatglm2-tokenizer.model"
 DUMMY_PREFIX_OFFSET = 1_018_365  # the one byte in which CodeGeeX2's tokenizer.model differs
 
 
@@ -29,7 +28,7 @@ def golden(name: str) -> dict[str, Any]:
 
 
 def codegeex2_tokenizer(folder: Path) -> SentencePieceTokenizer:
-    content = bytearray(REAL.read_bytes())
+    content = bytearray(CHATGLM2_TOKENIZER.read_bytes())
     content[DUMMY_PREFIX_OFFSET] ^= 1
     (folder / "tokenizer.model").write_bytes(content)
     return SentencePieceTokenizer(folder / "tokenizer.model")
@@ -77,9 +76,9 @@ def random_text(generator: random.Random) -> str:
     return "".join(parts)
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_golden_strings_have_the_ids_and_the_text_of_the_original() -> None:
-    content, tokenizer = golden("chatglm2.json"), SentencePieceTokenizer(REAL)
+    content, tokenizer = golden("chatglm2.json"), SentencePieceTokenizer(CHATGLM2_TOKENIZER)
     assert [tokenizer.gmask, tokenizer.sop] == content["prefix_ids"]
     assert tokenizer.num_tokens == content["special_ids"]["eop"] + 1
     for case in content["encode"]:
@@ -92,7 +91,6 @@ def test_golden_strings_have_the_ids_and_the_text_of_the_original() -> None:
         assert tokenizer.decode(prefixes["ids"][: case["n"]]) == case["text"]
 
 
-@needs_golden
 def test_the_tiny_model_of_the_golden_data_agrees() -> None:
     tokenizer = SentencePieceTokenizer(FOLDER / "tiny_spm.model")
     for case in golden("tiny_spm.json")["encode"]:
@@ -100,7 +98,7 @@ def test_the_tiny_model_of_the_golden_data_agrees() -> None:
         assert tokenizer.decode(case["ids"]) == case["decoded"]
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_codegeex2_takes_the_missing_space_from_its_own_model_file(tmp_path: Path) -> None:
     content, tokenizer = golden("codegeex2.json"), codegeex2_tokenizer(tmp_path)
     for case in content["encode"]:
@@ -110,9 +108,10 @@ def test_codegeex2_takes_the_missing_space_from_its_own_model_file(tmp_path: Pat
     assert chat_format.encode("你好") == [*content["prefix_ids"], 39701]
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_20_000_generated_strings_are_encoded_and_decoded_as_by_sentencepiece_itself() -> None:
-    itself, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(REAL)), SentencePieceTokenizer(REAL)
+    itself = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
+    tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
     generator = random.Random(20_000)
     for _ in range(20_000):
         text = random_text(generator)
@@ -123,9 +122,10 @@ def test_20_000_generated_strings_are_encoded_and_decoded_as_by_sentencepiece_it
         assert tokenizer.decode(ids) == itself.decode(shown)
 
 
-@needs_golden
+@needs_chatglm2_tokenizer
 def test_random_runs_of_ids_are_decoded_as_by_sentencepiece_itself() -> None:
-    itself, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(REAL)), SentencePieceTokenizer(REAL)
+    itself = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
+    tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
     generator = random.Random(4_000)
     for _ in range(2_000):
         ids = [generator.randrange(3, generator.choice([300, 64_789])) for _ in range(generator.randint(0, 20))]

@@ -17,7 +17,7 @@ from models.networks.chatglm import ChatGLMNetwork
 from models.store.progress import no_progress
 from serving.engine.interface import EngineLimits, SamplingParams
 from serving.engine.native.engine import NativeEngine
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import GOLDEN
 from tests.original_chatglm import write_checkpoint
 from tests.reference_attention import greedy as reference
 from tests.tiny import generate, greedy, running, settled, tokens
@@ -100,7 +100,6 @@ def test_a_context_is_reused_as_a_whole_or_not_at_all(network: ChatGLMNetwork) -
     asyncio.run(main())
 
 
-@needs_golden
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_the_engine_gives_the_originals_64_tokens(limits: EngineLimits, tmp_path: Path) -> None:
     network = opened(GOLDEN_CHECKPOINT, tmp_path / "stored")

@@ -9,7 +9,7 @@ import pytest
 
 from models.families.answer_parsers import PLACEHOLDER, REPLACEMENT, TrimmedAnswerParser
 from serving.generation.interface import TextDelta
-from tests.golden_data import GOLDEN, needs_golden
+from tests.golden_data import GOLDEN
 
 
 def said(parts: list[str]) -> str:
@@ -25,7 +25,6 @@ def pushed(text: str) -> str:
     return "".join(delta.text for c in text for delta in reader.push(c) if isinstance(delta, TextDelta))
 
 
-@needs_golden
 def test_golden_answers_whole_and_letter_by_letter() -> None:
     for case in json.loads((GOLDEN / "prompt" / "process_response.json").read_text(encoding="utf-8"))["chatglm2"]:
         assert said([case["in"]]) == case["out"]

@@ -31,9 +31,8 @@ from serving.generation.structured.token_masks import Grammar, Grammars, MaskFai
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
 from tests.contract.tiny import chat_format
-from tests.golden_data import GOLDEN
+from tests.golden_data import CHATGLM2_TOKENIZER, needs_chatglm2_tokenizer
 
-REAL = GOLDEN / "tokenizer" / "chatglm2-tokenizer.model"
 ENDINGS = (b'"', b"}", b"]", b'"}', b'"]', b",", b"0", b" ")  # sampled more often, so that answers end
 
 
@@ -41,10 +40,10 @@ class Answers:
     """Random answers in one vocabulary."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        if kind == "real" and not REAL.exists():
-            pytest.skip("the real tokenizer is not part of the project")
         self.format = (
-            ChatGLM2Format(SentencePieceTokenizer(REAL)) if kind == "real" else chat_format(folder, "chatglm2")
+            ChatGLM2Format(SentencePieceTokenizer(CHATGLM2_TOKENIZER))
+            if kind == "real"
+            else chat_format(folder, "chatglm2")
         )
         self.grammars = Grammars(self.format)
         self.tokens = self.grammars.vocabulary.tokens
@@ -88,7 +87,7 @@ def shown(reader: AnswerParser, text: str) -> str:
     return "".join(part.text for part in [*reader.push(text), *reader.flush()] if isinstance(part, TextDelta))
 
 
-@pytest.fixture(scope="module", params=["tiny", "real"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=needs_chatglm2_tokenizer)])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return Answers(request.param, tmp_path_factory.mktemp("pieces"))
 
