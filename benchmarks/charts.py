@@ -1,10 +1,10 @@
-"""From the raw results of `benchmarks.load` and `benchmarks.engine` to charts that `benchmarks.plots` draws.
+"""Raw results of `benchmarks.load` and `benchmarks.engine` -> the chart files that `benchmarks.plots` draws.
 
     python -m benchmarks.charts --date 2026-11-22 --machine "2 cores …" --peer "vLLM CPU=FILE.json" [--peer …] \\
         --engine FILE.json
 
-Figures of different runs stand side by side, as the machine's speed allows; the ratios of docs/performance.md are each
-of one run. The limit: what memory bandwidth allows a step, and what the products' peak allows all rows together.
+A chart combines figures of different runs, between which the machine's speed varies; each ratio of docs/performance.md
+comes from one run. The limit: memory bandwidth for a step, and the peak of matrix products for all rows together.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def line(name: str, values: dict[int, float], unit: str, is_limit: bool = False)
 
 
 def limit(path: Path, concurrencies: list[int]) -> dict[int, float]:
-    """New tokens a second that bandwidth and products allow, each with a prompt's row, by the engine's own run."""
+    """New tokens per second that bandwidth and matrix products allow, each with one prompt row, from an engine run."""
     (result, *_) = json.loads(path.read_text(encoding="utf-8"))["results"]
     steps = result["bandwidth"] / result["bytes_per_token"]
     prompt_row = result["of_product_peak"] / result["prefill_tokens_per_second"]  # seconds at the peak
@@ -66,7 +66,7 @@ def main() -> None:
             "date": arguments.date,
             "machine": arguments.machine,
             "command": "python -m benchmarks.load",
-            "x_label": "requests at once",
+            "x_label": "concurrent requests",
             "y_label": unit,
             "series": series,
         }

@@ -1,4 +1,4 @@
-"""The demonstration model, the only trained one that is always here, opened for measurements in any precision."""
+"""Loads the demonstration model (the only trained model in the repository) for measurements in any precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTIONS = ["你好", "你是谁？", "Hello", "What can you do?", "介绍一�
 
 
 def demo(precisions: list[Precision]) -> dict[Precision, LoadedNetwork]:
-    """The imported checkpoint, loaded once for each precision."""
+    """Import the checkpoint and load it once per precision."""
     family = FAMILIES["chatglm2"]
     with tempfile.TemporaryDirectory() as folder:
         metadata = family.import_checkpoint(CHECKPOINT, Path(folder), {}, no_progress)
@@ -28,8 +28,8 @@ def demo(precisions: list[Precision]) -> dict[Precision, LoadedNetwork]:
         }
 
 
-def asked(question: str, *earlier: str) -> Conversation:
-    """`earlier`: what was said before, the user first."""
+def conversation(question: str, *earlier: str) -> Conversation:
+    """`earlier`: the contents of the previous messages, beginning with the user's."""
     roles = ("user", "assistant") * (len(earlier) // 2)
-    said = [Message(role, content) for role, content in zip(roles, earlier, strict=True)]
-    return Conversation((*said, Message("user", question)))
+    history = [Message(role, content) for role, content in zip(roles, earlier, strict=True)]
+    return Conversation((*history, Message("user", question)))

@@ -1,10 +1,10 @@
-"""The engine without HTTP, beside the machine's own limits measured in the same run.
+"""Measures decode and prefill speed of the native engine without HTTP, and the machine's limits in the same run.
 
     python -m benchmarks.engine --shape quarter --precision float16 int8 --batch 1 16 --prompt 64
     python -m benchmarks.engine --shape 6b --folder /tmp/6b --precision bfloat16 --batch 1 --steps 8
 
-Prints decode steps and prefill as tokens per second, and the fraction of what memory bandwidth (decode, one sequence)
-and the best matrix product of that precision (prefill) would allow.
+Prints decode and prefill as tokens per second, and the fraction of the limits: memory bandwidth for decode with one
+sequence, and the best matrix product of that precision for prefill.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0
 
 
 def bandwidth() -> float:
-    """Bytes a second that all cores read together from memory."""
+    """Bytes per second that all cores together read from memory."""
     values = torch.ones(256 * 2**20 // 4)
     return values.nbytes / _best_seconds(lambda: values.sum())
 
 
 def product_flops(precision: Precision) -> float:
-    """WorkerRuntime a second of one large product in this precision, weights packed."""
+    """Floating-point operations per second of one large product in this precision, weights packed."""
     rows, inputs, outputs = 512, 2048, 4096
     linear = packed_linear(nn.Linear(inputs, outputs, bias=False), precision)
     x = torch.randn(rows, inputs).to(compute_dtype(precision, torch.device("cpu")))
@@ -68,12 +68,12 @@ def _best_seconds(run: Callable[[], object], rounds: int = 7) -> float:
 def measure(
     network: FlatDecoder, batch: int, prompt_tokens: int, num_steps: int, precision: Precision = "bfloat16"
 ) -> tuple[float, float]:
-    """(prefill tokens a second, median seconds of a decode step) for `batch` sequences at once."""
+    """(prefill tokens per second, median seconds of a decode step) for `batch` concurrent sequences."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
     kept = kv_dtype(network.device, precision, network.dtype)
     runner = ModelRunner(network, scheduler.space.size, kv_dtype=kept)
-    plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but nothing is guessed
+    plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but without drafts
     for seed in range(batch):
         ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
         scheduler.add(SequenceState(ids, plain, seed=seed))
@@ -96,7 +96,7 @@ def measure(
 
 
 def opened(arguments: argparse.Namespace, precision: Precision) -> tuple[FlatDecoder, dict[str, float]]:
-    """The network, and what it took to load it."""
+    """The network, and the seconds and memory that loading took."""
     begun = time.perf_counter()
     if arguments.folder is None:
         model = random_model(arguments.shape, torch.bfloat16, arguments.layers)
@@ -118,9 +118,9 @@ def report(network: FlatDecoder, precision: Precision, batch: int, peak: float, 
     weights = shape.num_layers * hidden * (2 * width + 3 * inner) + hidden * shape.vocab_size
     before = bandwidth()
     prefill, seconds = measure(network, batch, arguments.prompt, arguments.steps, precision)
-    read = (before + bandwidth()) / 2  # around each measurement: on shared machines it changes by the minute
+    read = (before + bandwidth()) / 2  # measured around each run: on shared machines it changes by the minute
     num_bytes = weights * BYTES_PER_WEIGHT[precision]
-    in_prompts = weights - hidden * shape.vocab_size * (1 - 1 / arguments.prompt)  # the head sees a prompt's last row
+    in_prompts = weights - hidden * shape.vocab_size * (1 - 1 / arguments.prompt)  # the head computes only the last row
     figures = {
         "precision": precision,
         "batch": batch,
@@ -144,13 +144,13 @@ def report(network: FlatDecoder, precision: Precision, batch: int, peak: float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="quarter")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
-    parser.add_argument("--folder", type=Path, help="read the weights from here, as benchmarks.shapes wrote them")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a short run")
+    parser.add_argument("--folder", type=Path, help="read the weights that benchmarks.shapes wrote here")
     parser.add_argument("--precision", nargs="+", default=["float16", "int8"], choices=BYTES_PER_WEIGHT)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--profile", action="store_true", help="say what the steps of the first batch size consist of")
+    parser.add_argument("--profile", action="store_true", help="print the operations of the first batch size")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(num_usable_cores())

@@ -1,10 +1,10 @@
-"""What each weight format costs in accuracy and in memory, against float32.
+"""Compares each weight format with float32: error of the logits on the demonstration model, and bytes of weights.
 
     python -m benchmarks.formats --json benchmarks/results/DATE-formats.json
 
-On the demonstration model, which is trained: float32's greedy answers are read by every format, and at each of their
-tokens the logits are compared: relative error, and how often the most likely token is the same.
-On ChatGLM2-6B's shape: bytes of all weights as they lie in memory, by arithmetic.
+On the demonstration model, which is trained: every format computes the logits at each token of float32's greedy
+answers. Reported are the relative error and how often the most likely token is the same.
+On ChatGLM2-6B's shape: bytes of all weights in memory, computed from the shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from benchmarks.demo import QUESTIONS, asked, demo
+from benchmarks.demo import QUESTIONS, conversation, demo
 from benchmarks.sizing import weight_bytes
 from kernels.precision import Precision
 from models.family import LoadedNetwork
@@ -30,19 +30,19 @@ MAX_TOKENS = 60
 
 
 def logits(network: CausalLM, token_ids: list[int], precision: Precision) -> Tensor:
-    """[tokens, vocab_size] float32 after each token of one text, keys and values kept as the server keeps them."""
+    """[tokens, vocab_size] float32 after each token of one text, with keys and values in the server's data type."""
     kept = kv_dtype(network.device, precision, network.dtype)
     memory = KVMemory(network.shape, len(token_ids), network.device, kept)
-    places = torch.arange(len(token_ids))
-    attend = StepAttention(memory, (AttentionSpan(0, len(token_ids), 0, len(token_ids), CAUSAL),), places)
-    batch = RaggedBatch(torch.tensor(token_ids), places, (Span(0, len(token_ids), CAUSAL),))
+    slots = torch.arange(len(token_ids))
+    attend = StepAttention(memory, (AttentionSpan(0, len(token_ids), 0, len(token_ids), CAUSAL),), slots)
+    batch = RaggedBatch(torch.tensor(token_ids), slots, (Span(0, len(token_ids), CAUSAL),))
     with torch.inference_mode():
         return network.logits(network.forward(batch, attend)).float()[:, : network.shape.num_tokens]
 
 
-def answered(model: LoadedNetwork, question: str) -> tuple[list[int], int]:
-    """Prompt and greedy answer in float32, and where the answer begins."""
-    ids = model.chat_format.render(asked(question))
+def greedy_answer(model: LoadedNetwork, question: str) -> tuple[list[int], int]:
+    """(ids of prompt and greedy answer in float32, index of the answer's first token)"""
+    ids = model.chat_format.render(conversation(question))
     start = len(ids)
     while len(ids) < start + MAX_TOKENS and ids[-1] not in model.chat_format.stop_token_ids:
         ids.append(int(logits(model.network, ids, "float32")[-1].argmax()))
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     precisions: list[Precision] = list(get_args(Precision))
     models = demo(precisions)
-    texts = [answered(models["float32"], question) for question in QUESTIONS]
+    texts = [greedy_answer(models["float32"], question) for question in QUESTIONS]
     exact = [logits(models["float32"].network, ids, "float32")[start - 1 : -1] for ids, start in texts]
     results: list[dict[str, object]] = []
     for precision, model in models.items():

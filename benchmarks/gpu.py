@@ -1,13 +1,14 @@
-"""Everything that is to be known of the GPU path, in one call: true shape, random weights made on the device.
+"""Measures the GPU path in one call: ChatGLM2-6B's shape with random weights generated on the device.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --precision bfloat16 int4 --minutes 9   (what does not begin in time is skipped)
-    python -m benchmarks.gpu --dry-run                               (a tiny shape on the CPU: does the script work?)
+    python -m benchmarks.gpu --precision bfloat16 int4 --minutes 9   (sections that would begin later are skipped)
+    python -m benchmarks.gpu --dry-run                               (a tiny shape on the CPU, to test the script)
 
-Each precision is first held against float32 (relative error of the logits), then measured: one stream, many at once,
+Each precision is first compared with float32 (relative error of the logits), then measured: one stream, many at once,
 long prompts, prefixes hit and missed, with and without CUDA graphs. transformers' `generate` and its continuous
-batching run beside it, and the limits are measured in the same run. What fails is written down and the rest goes on;
-results are written after every section: DATE-gpu.json with everything, DATE-gpu-*.json for benchmarks.plots.
+batching are measured for comparison, and the device's limits in the same run. A section that fails is recorded with its
+error and the others continue. Results are written after every section: DATE-gpu.json with everything, DATE-gpu-*.json
+for benchmarks.plots.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ALLOWED_ERROR = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.2, "int4": 0.5}  #
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """The loads that are measured."""
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     new_tokens: int = 64
@@ -60,7 +61,7 @@ DRY = Plan((1, 3), 6, ((200, 1),), 100, (1, 2), 8, 256, 2048)
 
 @dataclass
 class Report:
-    """Sections as they come in, written to a file after each."""
+    """The measured sections, written to a file after each one."""
 
     folder: Path
     head: Figures
@@ -68,7 +69,7 @@ class Report:
     sections: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def section(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Measure and write; what fails is recorded with its error and gives None."""
+        """Measure and write. Returns None for a measurement that raised, and records its error."""
         begun = time.perf_counter()
         if time.monotonic() > self.deadline:
             self.sections[name] = {"skipped": "no time left; see --minutes"}
@@ -76,7 +77,7 @@ class Report:
         try:
             found = measure()
         except Exception as error:  # noqa: BLE001
-            # one precision without a kernel or without memory must not end a run on a lent machine
+            # one precision without a kernel or without memory must not end the whole run
             found = None
             last = traceback.extract_tb(error.__traceback__)[-1]
             self.sections[name] = {
@@ -104,7 +105,7 @@ class Report:
 def measure_precision(
     bench: Bench, plan: Plan, report: Report, precision: Precision, reference: torch.Tensor | None
 ) -> None:
-    """All sections of one precision. Without a decoder, or with wrong numbers, the rest of it is left out."""
+    """All sections of one precision. Stops early if loading fails or the logits are wrong."""
     bench.clear()
     holder: list[FlatDecoder] = []
 
@@ -122,26 +123,26 @@ def measure_precision(
             f"{precision}/error", lambda: gpu_measure.relative_error(gpu_measure.logits_of(decoder, CHECKED), reference)
         )
         if error is None or not error["relative"] <= ALLOWED_ERROR[precision]:
-            report.section(f"{precision}/refused", lambda: "its numbers are wrong: its speed means nothing")
+            report.section(f"{precision}/refused", lambda: "the logits are wrong, so its speed is not measured")
             return
     kv_tokens = plan.kv_tokens or min(cache_tokens(decoder.shape, bench.device, decoder.dtype, 0, 256), 300_000)
-    spoken: list[list[int]] = []
+    answers: list[list[int]] = []
     for graphs in (False, True):
         name = f"{precision}/{'graphs' if graphs else 'eager'}"
-        report.section(name, lambda graphs=graphs: _measure_serving(bench, plan, decoder, kv_tokens, graphs, spoken))
+        report.section(name, lambda graphs=graphs: _measure_serving(bench, plan, decoder, kv_tokens, graphs, answers))
         bench.clear()
 
 
 def _measure_serving(
-    bench: Bench, plan: Plan, decoder: FlatDecoder, kv_tokens: int, graphs: bool, spoken: list[list[int]]
+    bench: Bench, plan: Plan, decoder: FlatDecoder, kv_tokens: int, graphs: bool, answers: list[list[int]]
 ) -> Figures:
-    """Without graphs only what shows their worth. `spoken`: what each variant said, to be compared."""
+    """Without graphs only the smallest and largest load. answers: the tokens of each variant, to be compared."""
     serving = Serving(bench, decoder, kv_tokens, max(plan.concurrency), graphs)
     try:
         found: Figures = {"start": serving.start, "kv_tokens": kv_tokens}
         serving.load(1, 64, 8, seed=0)
-        spoken.append(serving.greedy(gpu_measure.prompt(64, 77), 64))
-        found["same_tokens_as_eager"] = spoken[0] == spoken[-1]
+        answers.append(serving.greedy(gpu_measure.prompt(64, 77), 64))
+        found["same_tokens_as_eager"] = answers[0] == answers[-1]
         few = (plan.concurrency[0], plan.concurrency[-1])
         found["concurrency"] = {
             str(count): serving.load(count, 64, plan.new_tokens, seed=count)
@@ -161,7 +162,7 @@ def _measure_serving(
 
 
 def measure_others(bench: Bench, plan: Plan, report: Report) -> None:
-    """transformers' engines over the same weights in bfloat16."""
+    """Measure transformers' engines with the same weights in bfloat16."""
     bench.clear()
     holder: list[GlmForCausalLM] = []
 
@@ -184,7 +185,7 @@ def measure_others(bench: Bench, plan: Plan, report: Report) -> None:
 
 
 def charts(sections: dict[str, Any]) -> dict[str, Figures]:
-    """What benchmarks.plots draws: throughput over requests at once."""
+    """The chart for benchmarks.plots: throughput over concurrent requests."""
     series: list[Figures] = []
     for precision in PRECISIONS:
         many = (sections.get(f"{precision}/graphs") or {}).get("concurrency") or {}
@@ -200,7 +201,7 @@ def charts(sections: dict[str, Any]) -> dict[str, Figures]:
         )
     if not series:
         return {}
-    made = {"throughput": _chart("ChatGLM2-6B on a GPU: all requests together", "requests at once", series)}
+    made = {"throughput": _chart("ChatGLM2-6B on a GPU: total throughput", "concurrent requests", series)}
     single = [line for line in series if line["x"] and line["x"][0] == 1]
     speed = (sections.get("limits") or {}).get("copy_bytes_per_second")
     if single and speed:
@@ -211,7 +212,7 @@ def charts(sections: dict[str, Any]) -> dict[str, Figures]:
             "y": [n * speed / read_bytes("bfloat16") for n in (1, 4)],
         }
         bars.append({**limit, "unit": "tokens/s", "is_limit": True})
-        made["few"] = _chart("ChatGLM2-6B on a GPU: few requests, and what the memory allows", "requests at once", bars)
+        made["few"] = _chart("ChatGLM2-6B on a GPU: few requests and the bandwidth limit", "concurrent requests", bars)
     return made
 
 
@@ -226,7 +227,7 @@ def _chart(title: str, x_label: str, series: list[Figures]) -> Figures:
 
 
 def summary(sections: dict[str, Any], shape: str) -> Figures:
-    """Fractions of what the device allows. The shape's weights are those of benchmarks.sizing, the true ones."""
+    """Decode speed as a fraction of the copy bandwidth, with the bytes of the weights from benchmarks.sizing."""
     speed = (sections.get("limits") or {}).get("copy_bytes_per_second")
     found: Figures = {}
     for precision in PRECISIONS:
@@ -238,12 +239,12 @@ def summary(sections: dict[str, Any], shape: str) -> Figures:
 
 
 def read_bytes(precision: Precision) -> float:
-    """Of weights for one token: all but the embedding, of which it takes one row."""
+    """Bytes of weights read per token: all except the embedding, of which only one row is read."""
     return weight_bytes(precision) - 2 * VOCABULARY * SHAPES["6b"]["hidden_size"]
 
 
 def run(bench: Bench, plan: Plan, report: Report, precisions: list[Precision]) -> None:
-    """All sections, the dearest last."""
+    """Measure all sections, the most expensive last."""
     report.section("limits", lambda: gpu_measure.limits(bench, plan.copy_megabytes, plan.side))
     reference: torch.Tensor | None = report_reference(bench, report)
     for precision in precisions:
@@ -253,7 +254,7 @@ def run(bench: Bench, plan: Plan, report: Report, precisions: list[Precision]) -
 
 
 def report_reference(bench: Bench, report: Report) -> torch.Tensor | None:
-    """float32's logits; None, and noted, where it does not fit."""
+    """float32's logits, or None (recorded) if float32 does not fit into memory."""
     holder: list[torch.Tensor] = []
 
     def measure() -> Figures:
@@ -271,11 +272,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-tokens", type=int, default=512, help="rows of one step, as the server's setting")
     parser.add_argument("--minutes", type=float, default=30, help="sections that begin later are skipped")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape on the CPU")
-    parser.add_argument("--out", type=Path, help="folder; else benchmarks/results, and for a dry run a temporary one")
+    parser.add_argument("--out", type=Path, help="folder; default benchmarks/results, for a dry run a temporary one")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not (arguments.dry_run or torch.cuda.is_available()):
-        parser.error("there is no CUDA device here; --dry-run tries the script on the CPU")
+        parser.error("there is no CUDA device here; --dry-run tests the script on the CPU")
     if arguments.dry_run:
         bench, plan = Bench(torch.device("cpu"), "tiny", 64, max_positions=512), DRY
         machine = "dry run on a CPU"

@@ -1,6 +1,6 @@
-"""What benchmarks.gpu measures with: the device's limits, one network behind the engine, and other people's engines.
+"""The measurements of benchmarks.gpu: limits of the device, the native engine, and transformers' engines.
 
-Runs on a CPU as well, with a tiny shape, so that nothing of it is tried on an expensive machine first.
+Also runs on a CPU with a tiny shape, so that the script is tested before it runs on a GPU machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and with which shape."""
+    """Device and shape of the measured network."""
 
     device: torch.device
     shape: str
@@ -48,7 +48,7 @@ class Bench:
 
     @property
     def makes_on(self) -> torch.device:
-        """Where random weights are made: on a card that has room for them in 32 bits, else on the host."""
+        """Where random weights are generated: on a GPU with enough memory for them in 32 bits, else on the host."""
         if self.is_cuda and torch.cuda.get_device_properties(self.device).total_memory < 32 * 2**30:
             return torch.device("cpu")
         return self.device
@@ -71,14 +71,14 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def memory_gb(self) -> Figures:
-        """What torch holds of the device now, and at most since `clear`."""
+        """Device memory that torch has allocated now, and the most it has reserved since `clear`."""
         if not self.is_cuda:
             return {}
         held, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
         return {"held_gb": held / 1e9, "most_reserved_gb": most / 1e9}
 
     def seconds(self, run: Callable[[], object], rounds: int = 10) -> float:
-        """The best of some rounds."""
+        """The shortest duration of several rounds."""
         with torch.inference_mode():
             run()
             times: list[float] = []
@@ -92,7 +92,7 @@ class Bench:
 
 
 def limits(bench: Bench, megabytes: int, side: int) -> Figures:
-    """Bytes a second of a copy (read and written), operations a second of a square product, by type."""
+    """Bytes per second of a copy (read and written), operations per second of a square product, by type."""
     source = torch.ones(megabytes * 2**20 // 4, device=bench.device)
     target = torch.empty_like(source)
     found: Figures = {"copy_bytes_per_second": 2 * source.nbytes / bench.seconds(partial(target.copy_, source))}
@@ -106,7 +106,7 @@ def limits(bench: Bench, megabytes: int, side: int) -> Figures:
 
 
 def linear_speeds(bench: Bench, precision: Precision, rows: tuple[int, ...]) -> Figures:
-    """Bytes of weights a second in one product of the feed-forward, for batches of so many rows."""
+    """Bytes of weights per second in one product of the feed-forward, by number of rows."""
     sizes = config(bench.shape)
     inputs, outputs = sizes.hidden_size, 2 * sizes.intermediate_size
     linear = torch.nn.Linear(inputs, outputs, bias=False, device=bench.device)
@@ -127,10 +127,10 @@ def linear_speeds(bench: Bench, precision: Precision, rows: tuple[int, ...]) -> 
 
 
 def network(bench: Bench, precision: Precision) -> FlatDecoder:
-    """The same random weights in each precision."""
+    """A network with the same random weights in each precision."""
     where = linears_cuda.load_device(precision, bench.device)
     model = random_model(bench.shape, torch.bfloat16, device=bench.makes_on).to(where)
-    for parameter in model.parameters():  # and not the buffers: the rotation's frequencies stay what they are
+    for parameter in model.parameters():  # not the buffers: the rotary frequencies keep their type
         parameter.data = parameter.data.to(linears.storage_dtype(precision, bench.device, torch.bfloat16))
     return FlatDecoder(model, precision, model.config.vocab_size, bench.max_positions, no_progress, bench.device)
 
@@ -149,16 +149,16 @@ def logits_of(decoder: FlatDecoder, lengths: tuple[int, ...]) -> Tensor:
     found: list[Tensor] = []
     for num_single in (0, len(lengths)):
         spans: list[AttentionSpan] = []
-        ids, indices, places, place = list[int](), list[int](), list[int](), 0
+        ids, indices, slots, first_slot = list[int](), list[int](), list[int](), 0
         for (token_ids, begin), length in zip(rows, lengths, strict=True):
             end = begin + len(token_ids)
-            spans.append(AttentionSpan(len(ids), len(ids) + len(token_ids), place, end, CAUSAL))
+            spans.append(AttentionSpan(len(ids), len(ids) + len(token_ids), first_slot, end, CAUSAL))
             ids += token_ids
             indices += range(begin, end)
-            places += range(place + begin, place + end)
-            place += length + 2
-        where = torch.tensor(places, device=decoder.device)
-        attend = step_attention(memory, spans, num_single, where, kernel)
+            slots += range(first_slot + begin, first_slot + end)
+            first_slot += length + 2
+        slot_mapping = torch.tensor(slots, device=decoder.device)
+        attend = step_attention(memory, spans, num_single, slot_mapping, kernel)
         batch = RaggedBatch(
             torch.tensor(ids, device=decoder.device),
             torch.tensor(indices, device=decoder.device),
@@ -171,7 +171,7 @@ def logits_of(decoder: FlatDecoder, lengths: tuple[int, ...]) -> Tensor:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> Figures:
-    """Over all rows, of the worst one, and how often the most likely token is another."""
+    """Relative error over all rows and of the worst row, and how often the most likely token differs."""
     rows = (got - expected).norm(dim=1) / expected.norm(dim=1)
     other = (got.argmax(dim=1) != expected.argmax(dim=1)).float().mean()
     return {
@@ -182,7 +182,7 @@ def relative_error(got: Tensor, expected: Tensor) -> Figures:
 
 
 class Serving:
-    """One network behind our engine, as it serves, without HTTP."""
+    """The native engine with one network, without HTTP."""
 
     def __init__(self, bench: Bench, decoder: FlatDecoder, kv_tokens: int, max_sequences: int, graphs: bool) -> None:
         self._bench = bench
@@ -202,7 +202,7 @@ class Serving:
         self.engine.stop()
 
     def load(self, num_prompts: int, prompt_tokens: int, new_tokens: int, seed: int) -> Figures:
-        """All prompts at once: tokens a second, and medians of the time to the first token and between two."""
+        """All prompts at once: tokens per second, and medians of the time to the first token and between two."""
         prompts = [prompt(prompt_tokens, 1000 * seed + i) for i in range(num_prompts)]
         return asyncio.run(self._load(prompts, new_tokens))
 
@@ -240,12 +240,12 @@ class Serving:
 
 
 def _plain(new_tokens: int) -> SamplingParams:
-    """Greedy; `min_tokens` without a stop token changes nothing but that nothing is guessed."""
+    """Greedy; `min_tokens` without a stop token has no effect except that no drafts are made."""
     return SamplingParams(max_tokens=new_tokens, temperature=0.0, min_tokens=1)
 
 
 def generate_speed(bench: Bench, model: GlmForCausalLM, batch: int, prompt_tokens: int, new_tokens: int) -> Figures:
-    """transformers' `generate` with a fixed batch of equal prompts: what a naive server does, at its best."""
+    """transformers' `generate` with one batch of prompts of equal length: the best case without batching."""
     ids = torch.tensor([prompt(prompt_tokens, seed) for seed in range(batch)], device=bench.device)
     run = partial(
         model.generate,
@@ -262,7 +262,7 @@ def generate_speed(bench: Bench, model: GlmForCausalLM, batch: int, prompt_token
 def continuous_batching_speed(
     bench: Bench, model: GlmForCausalLM, batch: int, prompt_tokens: int, new_tokens: int
 ) -> Figures:
-    """transformers' own continuous batching, its defaults on a GPU."""
+    """transformers' own continuous batching, with its defaults on a GPU."""
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     how = None if bench.is_cuda else ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=64)
     prompts = [prompt(prompt_tokens, seed) for seed in range(batch)]

@@ -1,12 +1,12 @@
-"""Load from outside: any OpenAI-shaped server, or two of them A B A B in one run, with ratios.
+"""Sends requests to one OpenAI-compatible server, or alternately to two (A B A B), and reports latencies and ratios.
 
     python -m benchmarks.load --a http://127.0.0.1:8000/v1 --b http://127.0.0.1:8001/v1 --model quarter \\
         --concurrency 1 4 16 64 --prompt-tokens 64 --new-tokens 64 --rounds 3 --json benchmarks/results/DATE-vllm.json
 
-Prompts are token ids through /completions, so that every server reads the same number of tokens; --chat sends words
-through /chat/completions to servers that have nothing else. Closed loop: as many requests under way as --concurrency.
-Open loop: --rate requests a second, whatever the server does. --beside-rate lets long prompts arrive meanwhile, which
-is when the gaps between tokens grow. Times are seen by the client.
+Prompts are token ids sent to /completions, so that every server computes the same number of tokens; --chat sends words
+to /chat/completions, for servers without the other endpoint. Closed loop: --concurrency requests in flight. Open loop:
+--rate requests per second, independent of the responses. --beside-rate adds long prompts during the measurement, to
+show their effect on the gaps between tokens. Times are measured by the client.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import httpx
 import psutil
 
 VOCABULARY = range(1000, 60_000)
-PAUSE_SECONDS = 3.0  # between the servers' turns: idle threads of some spin on for a second and would slow the other
+PAUSE_SECONDS = 3.0  # between the servers' turns: some servers' idle threads spin for a second and slow the other one
 
 
 @dataclass
 class Sample:
-    """One request as its client saw it: seconds since it was sent, of every piece of text."""
+    """One request measured by the client: the seconds from sending it to each piece of text."""
 
     arrivals: list[float] = field(default_factory=list[float])
     num_tokens: int = 0
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server."""
+    """The requests of one round."""
 
     model: str
     num_requests: int
@@ -49,23 +49,23 @@ class Load:
     new_tokens: int
     rate: float | None
     chat: bool
-    beside_tokens: int = 0  # of prompts that arrive beside the measured requests
-    beside_rate: float = 0.0  # of them a second
+    beside_tokens: int = 0  # length of the prompts sent during the measured requests
+    beside_rate: float = 0.0  # of these prompts per second
 
 
 async def measure(base_url: str, load: Load, seed: str) -> tuple[list[Sample], float]:
-    """All requests of one round, and the seconds it took."""
+    """(the requests of one round, the seconds that it took)"""
     rng = random.Random(seed)
     bodies = [_body(load, rng) for _ in range(load.num_requests)]
     path = "/chat/completions" if load.chat else "/completions"
-    gate = asyncio.Semaphore(load.concurrency if load.rate is None else load.num_requests)
+    in_flight = asyncio.Semaphore(load.concurrency if load.rate is None else load.num_requests)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.concurrency)
     async with httpx.AsyncClient(base_url=base_url, timeout=3600, limits=limits) as client:
 
         async def one(number: int, body: dict[str, object]) -> Sample:
             if load.rate is not None:
                 await asyncio.sleep(number / load.rate)
-            async with gate:
+            async with in_flight:
                 return await _request(client, path, body)
 
         beside = asyncio.create_task(_send_beside(client, path, load, rng))
@@ -77,7 +77,7 @@ async def measure(base_url: str, load: Load, seed: str) -> tuple[list[Sample], f
 
 
 async def _send_beside(client: httpx.AsyncClient, path: str, load: Load, rng: random.Random) -> None:
-    """Send long prompts with short answers for as long as nobody cancels it; what they get is not counted."""
+    """Send long prompts with short answers until the task is cancelled; their answers are not counted."""
     long = replace(load, prompt_tokens=load.beside_tokens, new_tokens=4)
     async with asyncio.TaskGroup() as group:
         while load.beside_rate:
@@ -152,10 +152,10 @@ def _quantile(values: list[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process and its children have used so far."""
+    """Resources that a process and its children have used so far."""
 
     cpu_seconds: float = 0.0
-    main_seconds: float = 0.0  # of the main threads alone: in this server HTTP, BentoML, JSON and nothing of the engine
+    main_seconds: float = 0.0  # of the main threads alone: in this server HTTP, BentoML and JSON without the engine
     memory: int = 0  # bytes
 
 
@@ -172,17 +172,17 @@ def _usage(process: psutil.Process | None) -> Usage:
 
 
 def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: int) -> dict[str, dict[str, float]]:
-    """Rounds in turn; the median of each figure by server, after one warm-up round each."""
+    """Alternate rounds between the servers; the median of each figure by server, after one warm-up round each."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
     begun = time.monotonic()
-    run = random.getrandbits(32)  # prompts that no server has in its cache from an earlier run
+    run = random.getrandbits(32)  # new prompts for each run, which no server has in its prefix cache
     for number in range(rounds + 1):
         for turn, (name, url) in enumerate(servers.items(), 1):
             process = psutil.Process(pids[name]) if name in pids else None
             time.sleep(PAUSE_SECONDS)
             before = _usage(process)
             samples, seconds = asyncio.run(measure(url, load, seed=f"{run}-{number}"))
-            _say_progress(number * len(servers) + turn, (rounds + 1) * len(servers), begun, load)
+            _print_progress(number * len(servers) + turn, (rounds + 1) * len(servers), begun, load)
             if number:
                 figures[name].append(summary(samples, seconds, before, _usage(process)))
             for error in {s.error for s in samples if s.error}:
@@ -192,28 +192,28 @@ def compare(servers: dict[str, str], pids: dict[str, int], load: Load, rounds: i
     }
 
 
-def _say_progress(done: int, total: int, begun: float, load: Load) -> None:
-    """On one line of a terminal, plainly where there is none."""
+def _print_progress(done: int, total: int, begun: float, load: Load) -> None:
+    """On one line of a terminal, or a line each time where stderr is no terminal."""
     left = (time.monotonic() - begun) / done * (total - done)
-    line = f"  {load.concurrency} at once: {done} of {total} turns, {int(left) // 60}:{int(left) % 60:02d} left"
+    line = f"  {load.concurrency} concurrent: {done} of {total} turns, {int(left) // 60}:{int(left) % 60:02d} left"
     print(line, end="\r" if sys.stderr.isatty() and done < total else "\n", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--a", required=True, help="base URL of our server")
-    parser.add_argument("--b", help="base URL of the other one")
-    parser.add_argument("--pid-a", type=int, help="its process, for CPU and memory")
-    parser.add_argument("--pid-b", type=int)
+    parser.add_argument("--a", required=True, help="base URL of the server")
+    parser.add_argument("--b", help="base URL of the server to compare with")
+    parser.add_argument("--pid-a", type=int, help="process id of server a, for CPU and memory")
+    parser.add_argument("--pid-b", type=int, help="process id of server b")
     parser.add_argument("--model", required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--requests-each", type=int, default=2, help="requests of a round, for each one under way")
+    parser.add_argument("--requests-each", type=int, default=2, help="requests of a round per concurrent one")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rate", type=float, help="open loop: requests a second")
-    parser.add_argument("--beside-tokens", type=int, default=1000, help="of prompts that arrive beside")
-    parser.add_argument("--beside-rate", type=float, default=0.0, help="of them a second; none by default")
+    parser.add_argument("--rate", type=float, help="open loop: requests per second")
+    parser.add_argument("--beside-tokens", type=int, default=1000, help="length of the additional prompts")
+    parser.add_argument("--beside-rate", type=float, default=0.0, help="additional prompts per second; none by default")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,15 +1,15 @@
-"""Pictures of the numbers: benchmarks/results/*.json -> docs/images/*.svg, readable on light and on dark ground.
+"""Draws benchmarks/results/*.json as docs/images/*.svg, readable on light and on dark backgrounds.
 
     python -m benchmarks.plots        # or: make plots
 
-A result that can be drawn is one JSON object; files without `series` are raw samples and are passed over:
+A chart file is one JSON object; files without `series` are raw results and are skipped:
 
     {"title": "Throughput", "date": "2026-11-22", "machine": "2 cores …", "command": "python -m benchmarks.load …",
-     "x_label": "requests at once", "y_label": "tokens/s",
+     "x_label": "concurrent requests", "y_label": "tokens/s",
      "series": [{"name": "this server", "x": [1, 4, 16], "y": [74, 260, 610], "unit": "tokens/s"},
                 {"name": "roofline", "x": [1, 16], "y": [130, 980], "unit": "tokens/s", "is_limit": true}]}
 
-`is_limit` (false where it is left out) draws a dashed line: what the machine cannot exceed. Knows no server.
+`is_limit` (default false) draws a dashed line: a limit of the machine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Series(BaseModel):
 
 
 class Chart(BaseModel):
-    """One picture, and how to make its numbers again."""
+    """One chart, and the command that measures its numbers again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,7 +72,7 @@ class Chart(BaseModel):
 
 
 class Scale:
-    """A value's place in pixels. x is logarithmic where values span much; y is linear, from 0."""
+    """Value -> position in pixels. x is logarithmic where the values span a factor of 8; y is linear, from 0."""
 
     def __init__(self, chart: Chart) -> None:
         xs = [x for line in chart.series for x in line.x]
@@ -93,7 +93,7 @@ class Scale:
 
 
 def draw(chart: Chart) -> str:
-    """The picture as SVG text."""
+    """The chart as SVG text."""
     scale = Scale(chart)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -130,8 +130,8 @@ def _line(line: Series, colour: str, scale: Scale) -> list[str]:
     parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}/>']
     if not line.is_limit:
         for left, top, x, y in points:
-            told = escape(f"{line.name}: {_number(y)} {line.unit} at {_number(x)}")
-            parts.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"><title>{told}</title></circle>')
+            hint = escape(f"{line.name}: {_number(y)} {line.unit} at {_number(x)}")
+            parts.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"><title>{hint}</title></circle>')
     return parts
 
 
@@ -155,13 +155,13 @@ def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> s
 
 
 def _few(values: Sequence[float]) -> list[float]:
-    """At most ten of them."""
+    """At most ten of the values, evenly chosen."""
     step = -(-len(values) // 10)
     return list(values[::step])
 
 
 def _round_ticks(largest: float) -> list[float]:
-    """From 0 past the largest value, in steps that a person would choose."""
+    """From 0 past the largest value, in steps of 1, 2, 2.5 or 5 times a power of ten."""
     if largest <= 0:
         return [0.0, 1.0]
     rough = largest / 5
@@ -175,7 +175,7 @@ def _number(value: float) -> str:
 
 
 def main(results: Path = ROOT / "benchmarks" / "results", images: Path = ROOT / "docs" / "images") -> int:
-    """Draw every result that can be drawn; 1 if one of them is not what this file describes."""
+    """Draw every chart file; returns 1 if one of them does not have the format above."""
     images.mkdir(parents=True, exist_ok=True)
     num_wrong = 0
     for path in sorted(results.glob("*.json")):

@@ -1,4 +1,4 @@
-"""Random models in ChatGLM2's shape, for speed only: a Hugging Face folder that any server can load.
+"""Writes random models in ChatGLM2's shape, for speed only, as a Hugging Face folder that any server can load.
 
 python -m benchmarks.shapes quarter --out /tmp/quarter      (0.25 billion parameters, vocabulary 65,024)
 python -m benchmarks.shapes 6b --out /tmp/6b                (ChatGLM2-6B's true shape, 12.5 GB)
@@ -29,7 +29,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def config(name: str) -> GlmConfig:
-    """The configuration that an import of a ChatGLM2 checkpoint of this size writes."""
+    """The configuration that importing a ChatGLM2 checkpoint of this size writes."""
     return GlmConfig(
         vocab_size=VOCABULARY,
         **SHAPES[name],
@@ -47,7 +47,7 @@ def config(name: str) -> GlmConfig:
 def random_model(
     name: str, dtype: torch.dtype, num_layers: int | None = None, device: torch.device | None = None
 ) -> GlmForCausalLM:
-    """The network with random weights in memory, made on `device` (else the CPU), the same ones each time."""
+    """The network with random weights, generated on `device` (default: the CPU) with fixed seeds."""
     shape = config(name)
     shape.num_hidden_layers = num_layers or shape.num_hidden_layers
     previous = torch.get_default_dtype()
@@ -56,7 +56,7 @@ def random_model(
         with torch.device("meta"):
             model = GlmForCausalLM(shape)
         model = model.to_empty(device=device or "cpu")
-        model.model.rotary_emb.__init__(shape)  # its frequencies are no weights, and meta has none
+        model.model.rotary_emb.__init__(shape)  # its frequencies are no parameters and have no values on meta
         model.model.rotary_emb.to(device or "cpu")
     finally:
         torch.set_default_dtype(previous)
@@ -66,7 +66,7 @@ def random_model(
 
 
 def write_folder(name: str, out: Path) -> None:
-    """config, tokenizer, chat template and sharded bfloat16 weights."""
+    """Write config, tokenizer, chat template and sharded bfloat16 weights."""
     out.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         meta = GlmForCausalLM(config(name))

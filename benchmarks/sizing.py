@@ -1,4 +1,4 @@
-"""What ChatGLM2-6B takes and costs: memory from its shapes, money from measured tokens per second.
+"""Computes ChatGLM2-6B's memory from its shapes, and the price of a million tokens from a benchmark result.
 
 python -m benchmarks.sizing                                           (the tables of docs/operations.md)
 python -m benchmarks.sizing --price 1.20 benchmarks/results/FILE.json  (per million tokens at 1.20 an hour)
@@ -31,7 +31,7 @@ def parameters() -> tuple[int, int, int]:
 
 
 def weight_bytes(precision: str) -> float:
-    """Of the weights while they are served. int8 and int4 keep the embedding in 16 bits, int4 the head in 8."""
+    """Bytes of the weights in memory. int8 and int4 keep the embedding in 16 bits, int4 the head in 8."""
     matrices, table, others = parameters()
     match precision:
         case "int8":
@@ -43,22 +43,25 @@ def weight_bytes(precision: str) -> float:
 
 
 def kv_bytes_per_token(num_bytes: int) -> int:
-    """Of one token's keys and values in all layers."""
+    """Bytes of one token's keys and values in all layers. num_bytes: per number."""
     return SHAPES["6b"]["num_hidden_layers"] * 2 * KV_HEADS * HEAD_DIM * num_bytes
 
 
 def conversations(gpu_gib: int) -> tuple[int, int]:
-    """(tokens of cache, full contexts of 8,192) beside the 16-bit weights on a GPU of so much memory."""
-    free = gpu_gib * GIB - weight_bytes("bfloat16") - GIB  # a GiB for CUDA itself
+    """(tokens in the KV cache, conversations of 8,192 tokens) beside the 16-bit weights on a GPU of this memory."""
+    free = gpu_gib * GIB - weight_bytes("bfloat16") - GIB  # 1 GiB for CUDA itself
     tokens = int(free * GPU_CACHE_SHARE / kv_bytes_per_token(2))
     return tokens, tokens // CONTEXT
 
 
 def tables() -> str:
-    """Markdown."""
+    """The tables of docs/operations.md as Markdown."""
     lines = ["| weights | memory |", "|---|---|"]
     lines += [f"| `{p}` | {weight_bytes(p) / GB:.1f} GB |" for p in ("float32", "bfloat16", "int8", "int4")]
-    lines += ["", "| GPU | tokens of cache beside 16-bit weights | of 1,000 tokens at once | of 8,192 at once |"]
+    lines.append("")
+    lines.append(
+        "| GPU | tokens in the KV cache beside 16-bit weights | conversations of 1,000 tokens | of 8,192 tokens |"
+    )
     lines += ["|---|---|---|---|"]
     for gib in (16, 24, 40, 80):
         tokens, full = conversations(gib)
@@ -67,12 +70,12 @@ def tables() -> str:
 
 
 def cost_per_million(price_per_hour: float, tokens_per_second: float) -> float:
-    """Price of a million generated tokens on a machine that is kept so busy."""
+    """Price of a million generated tokens on a machine that constantly generates at this rate."""
     return price_per_hour / (tokens_per_second * 3600) * 1e6
 
 
 def costs(report: dict[str, Any], price: float) -> list[str]:
-    """One line for each server and load of a result file of benchmarks.load."""
+    """One line per server and load of a result file of benchmarks.load."""
     lines: list[str] = []
     for result in report["results"]:
         for name, figures in result["figures"].items():
@@ -85,7 +88,7 @@ def costs(report: dict[str, Any], price: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--price", type=float, help="of an hour of the machine, in any currency")
+    parser.add_argument("--price", type=float, help="price of one hour of the machine, in any currency")
     arguments = parser.parse_args()
     if not arguments.results:
         print(tables(), end="")

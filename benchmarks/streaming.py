@@ -1,9 +1,10 @@
-"""What a streamed token costs the server: the real service against plain uvicorn and Starlette, A B A B in one run.
+"""Measures the server's CPU time per streamed token, against plain uvicorn and Starlette, A B A B in one run.
 
     python -m benchmarks.streaming --streams 16 --rounds 4 --json benchmarks/results/DATE-streaming.json
 
-Both send the same events to the same clients at the same rate. CPU is the server process's own, read from /proc around
-each round and divided by the number of events; it does not depend on what else the machine does as times would.
+Both send the same events to the same clients at the same rate. The CPU time is that of the server process, read from
+/proc around each round and divided by the number of events: unlike wall time, other load on the machine hardly
+affects it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Round:
-    """One server's share of a run."""
+    """The measurement of one server in one round."""
 
     events: int
     cpu_seconds: float
@@ -57,7 +58,7 @@ class Round:
 
 
 async def read_stream(port: int, num_tokens: int) -> int:
-    """Ask for one stream and read it to its end; the number of events."""
+    """Request one stream and read it to its end. Returns the number of events."""
     body = {"model": "chatglm2-6b", "messages": CONVERSATION, "max_tokens": num_tokens, "stream": True}
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -94,8 +95,8 @@ def running(command: list[str], port: int, extra: dict[str, str]) -> Iterator[Ta
             process.wait(60)
 
 
-async def ready(target: Target, seconds: float = 180.0) -> None:
-    """Until a stream comes to its end."""
+async def wait_until_ready(target: Target, seconds: float = 180.0) -> None:
+    """Wait until one stream has completed."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -112,13 +113,13 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Round]]:
     quiet = ["--no-access-log", "--log-level", "warning"]
     rounds: dict[str, list[Round]] = {"plain": [], "service": []}
     with (
-        running(["uvicorn", "benchmarks.streaming_plain:app", *quiet], free_port(), extra) as plain,
+        running(["uvicorn", "benchmarks.streaming_baseline:app", *quiet], free_port(), extra) as plain,
         running(["bentoml", "serve", "benchmarks.streaming_service:svc"], free_port(), extra) as service,
     ):
         targets = {"plain": plain, "service": service}
         for target in targets.values():
-            await ready(target)
-            await measure(target, options.streams, 20)  # warm
+            await wait_until_ready(target)
+            await measure(target, options.streams, 20)  # warm-up
         for _ in range(options.rounds):
             for name, target in targets.items():
                 rounds[name].append(await measure(target, options.streams, options.tokens))
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tick", type=float, default=0.01, help="seconds from token to token of one stream")
+    parser.add_argument("--tick", type=float, default=0.01, help="seconds between two tokens of one stream")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rounds = asyncio.run(compare(options))
@@ -138,10 +139,10 @@ def main() -> None:
     ratio = medians["service"] / medians["plain"]
     for name, every in rounds.items():
         figures = " ".join(f"{one.microseconds:.1f}" for one in every)
-        print(f"{name:8} {medians[name]:6.1f} us of CPU a token   rounds: {figures}")
+        print(f"{name:8} {medians[name]:6.1f} us of CPU per token   rounds: {figures}")
     print(f"ratio {ratio:.2f}")
     if options.json:
-        told = {
+        report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python -m benchmarks.streaming", *sys.argv[1:]]),
             "cores": os.cpu_count(),
@@ -152,7 +153,7 @@ def main() -> None:
             "wall_seconds": {name: [one.wall_seconds for one in every] for name, every in rounds.items()},
             "median_ratio": ratio,
         }
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

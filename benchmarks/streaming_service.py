@@ -1,7 +1,7 @@
-"""The real service with an engine that only ticks, for `benchmarks.streaming`.
+"""The deployed service with answers from a fixed-rate token source instead of the engine, for `benchmarks.streaming`.
 
-Everything from the socket to the chat events is what users get: BentoML, the gate, admission, validation, the prompt,
-the fold, the feed.
+Everything except the engine is unchanged: BentoML, access middleware, admission, validation, prompt, event stream,
+server-sent events.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import service
-from benchmarks.streaming_ticks import Ticks
+from benchmarks.streaming_source import TokenSource
 from models.families import FAMILIES
 from serving.generation.interface import ChatEvent, Finished, TextDelta, Usage
 from serving.generation.pipeline import Prompt, RunningModel
 from serving.worker.start_native import start_model
 
-ticks = Ticks(float(os.environ["TICK_SECONDS"]))
+source = TokenSource(float(os.environ["TICK_SECONDS"]))
 
 
 @dataclass(frozen=True)
-class Ticking(RunningModel):
-    """The demonstration model, whose answers are ticks."""
+class FixedRateModel(RunningModel):
+    """The demonstration model with answers from `source`."""
 
     async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
         number = prompt.sampling.max_tokens
-        async for word in ticks.words(number):
+        async for word in source.words(number):
             yield 0, TextDelta(word)
         yield 0, Finished("length", Usage(len(prompt.token_ids), number))
 
@@ -35,7 +35,9 @@ class Ticking(RunningModel):
 def _load(self: Any) -> None:
     load, stored = FAMILIES[service.stored.family].load, service.stored
     real = start_model(load, stored.path, stored.metadata, service.settings, service.logger)
-    service.served.model = Ticking(**{field.name: getattr(real, field.name) for field in fields(real) if field.init})
+    service.served.model = FixedRateModel(
+        **{field.name: getattr(real, field.name) for field in fields(real) if field.init}
+    )
 
 
 cast("Any", service.ChatGLM2).inner._load = _load

@@ -1,4 +1,4 @@
-"""Plots: what goes in comes out at the right height, and a broken result is refused."""
+"""Plots: every point is drawn at the right position, and a malformed chart file is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHART = {
     "date": "2026-11-22",
     "machine": "a test",
     "command": "python -m benchmarks.load",
-    "x_label": "requests at once",
+    "x_label": "concurrent requests",
     "y_label": "tokens/s",
     "series": [
         {"name": "<ours>", "x": [1, 4, 16, 64], "y": [74, 260, 610, 900], "unit": "tokens/s"},
@@ -26,7 +26,7 @@ CHART = {
 }
 
 
-def test_a_picture_is_well_formed_and_holds_every_point() -> None:
+def test_a_chart_is_well_formed_and_holds_every_point() -> None:
     text = draw(Chart.model_validate(CHART))
     tree = ElementTree.fromstring(text)
     space = "{http://www.w3.org/2000/svg}"
@@ -47,7 +47,7 @@ def test_larger_is_higher_and_further_right_and_nothing_is_outside() -> None:
     assert [round(b - a, 6) for a, b in pairwise(xs)] == [round(xs[1] - xs[0], 6)] * 3  # logarithmic
 
 
-def test_results_are_drawn_raw_samples_are_passed_over_and_broken_ones_refused(
+def test_charts_are_drawn_raw_results_skipped_and_malformed_ones_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "good.json").write_text(json.dumps(CHART), encoding="utf-8")

@@ -1,5 +1,7 @@
-"""Tokens at a steady rate for both servers of `benchmarks.streaming`: one wake-up of the event loop for all streams, as
-the engine does it. Knows neither server."""
+"""Emits words at a fixed rate for both servers of `benchmarks.streaming`.
+
+All streams continue in one wake-up of the event loop per tick, as with the engine.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections.abc import AsyncGenerator
 WORDS = ("你好", "，", "ChatGLM", " is", " a", " model", "。", "我", "是", "人工智能")
 
 
-class Ticks:
-    """Lets every stream go on once a tick."""
+class TokenSource:
+    """Emits one word per tick in every open stream."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -18,7 +20,7 @@ class Ticks:
         self._task: asyncio.Task[None] | None = None
 
     async def words(self, number: int) -> AsyncGenerator[str, None]:
-        """So many words, one a tick."""
+        """`number` words, one per tick."""
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._task = loop.create_task(self._run())

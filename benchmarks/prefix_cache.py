@@ -1,9 +1,9 @@
-"""How much sooner a conversation's second round starts, because its first one is in the cache.
+"""Measures the time to the first token without and with a cached prefix, on a running server.
 
-    python -m benchmarks.second_round --url http://127.0.0.1:8000/v1 --model quarter --history 2000
+    python -m benchmarks.prefix_cache --url http://127.0.0.1:8000/v1 --model quarter --history 2000
 
-Time to the first token of a prompt that nobody has sent before, and of the same prompt with its answer and some new
-words behind it; medians of --rounds conversations.
+Each conversation sends a random prompt, then the same prompt with 16 more tokens, as the next round of a conversation
+would. Prints the medians of --rounds conversations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import httpx
 
-NEW_TOKENS = 16  # that the user adds
+NEW_TOKENS = 16  # added in the second round
 
 
 def first_token(client: httpx.Client, model: str, prompt: list[int]) -> tuple[float, int]:
-    """(seconds to the first piece of text, tokens that came from the cache)"""
+    """(seconds to the first piece of text, prompt tokens reused from the cache)"""
     body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
     begun, seconds, cached = time.perf_counter(), 0.0, 0
@@ -58,7 +58,7 @@ def main() -> None:
             warm.append(seconds)
     report = {"cold_ms": 1000 * statistics.median(cold), "warm_ms": 1000 * statistics.median(warm)}
     report["ratio"] = report["warm_ms"] / report["cold_ms"]
-    print("cold {cold_ms:.0f} ms, second round {warm_ms:.0f} ms: {ratio:.3f} of it".format(**report))
+    print("first round {cold_ms:.0f} ms, second round {warm_ms:.0f} ms, ratio {ratio:.3f}".format(**report))
     if arguments.json:
         head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "history": arguments.history}
         arguments.json.write_text(json.dumps(head | report, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""A twin of the quarter model in llama.cpp's format: the same products, random weights, for speed only.
+"""Writes a GGUF model for llama.cpp with the shapes of the quarter model and random weights, for speed only.
 
-    pip install gguf torch && python -m benchmarks.gguf_twin --out /tmp/quarter-bf16.gguf
+    pip install gguf torch && python -m benchmarks.gguf_model --out /tmp/quarter-bf16.gguf
     llama-quantize /tmp/quarter-bf16.gguf /tmp/quarter-q8.gguf Q8_0
 
-The layers are llama.cpp's `llama` ones with the quarter model's sizes, biases included: they rotate all channels of a
-head where ChatGLM2 rotates half, which no clock can tell apart.
+The layers are llama.cpp's `llama` layers with the quarter model's sizes, biases included. They rotate all channels of a
+head where ChatGLM2 rotates half, which makes no measurable difference in speed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 3424
 
 
 def pieces() -> tuple[list[str], list[int]]:
-    """Special tokens, bytes, numbered words; and the type of each."""
+    """(tokens: special, bytes, numbered words; the type of each)"""
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     words = [f"w{i}" for i in range(VOCABULARY - 3 - len(bytes_))]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
@@ -29,7 +29,7 @@ def pieces() -> tuple[list[str], list[int]]:
 
 
 def write(out: Path) -> None:
-    """One file, weights in bfloat16, norms and biases in float32."""
+    """Write one file, weights in bfloat16, norms and biases in float32."""
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_context_length(8192)
     writer.add_embedding_length(HIDDEN)

@@ -1,6 +1,6 @@
-"""The yardstick of `benchmarks.streaming`: plain Starlette that sends the bytes of a stream, and nothing else.
+"""The baseline of `benchmarks.streaming`: a plain Starlette application that sends a fixed event stream.
 
-python -m uvicorn benchmarks.streaming_plain:app --no-access-log --log-level warning
+python -m uvicorn benchmarks.streaming_baseline:app --no-access-log --log-level warning
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from benchmarks.streaming_ticks import Ticks
+from benchmarks.streaming_source import TokenSource
 
 HEAD = (
     '{"id":"chatcmpl-00000000000000000000000000000000","object":"chat.completion.chunk","created":1795364990,'
     '"model":"chatglm2-6b","system_fingerprint":"fp_000000000000","choices":[{"index":0,"delta":'
 )
-ticks = Ticks(float(os.environ["TICK_SECONDS"]))
+source = TokenSource(float(os.environ["TICK_SECONDS"]))
 
 
 async def stream(request: Request) -> StreamingResponse:
@@ -27,7 +27,7 @@ async def stream(request: Request) -> StreamingResponse:
 
     async def events() -> AsyncGenerator[str, None]:
         yield f'data: {HEAD}{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}\n\n'
-        async for word in ticks.words(body["max_tokens"]):
+        async for word in source.words(body["max_tokens"]):
             yield f'data: {HEAD}{{"content":"{word}"}},"logprobs":null,"finish_reason":null}}]}}\n\n'
         yield f'data: {HEAD}{{}},"logprobs":null,"finish_reason":"length"}}]}}\n\ndata: [DONE]\n\n'
 

@@ -1,10 +1,10 @@
-"""What guessing ahead brings one stream that quotes: the demonstration model asked for what it has said before.
+"""Measures the speed-up of prompt lookup decoding for one stream of the demonstration model.
 
-    python -m benchmarks.guessing --json benchmarks/results/DATE-guessing.json
+    python -m benchmarks.prompt_lookup --json benchmarks/results/DATE-prompt-lookup.json
 
-Fresh: a first question, nothing to quote. Quoting: the same question again, with the first answer in the history. Each
-with and without guesses, A B A B in one run; the answers are checked to be equal. `--cost` measures on the quarter
-shape what a step of 1 + 4 rows costs against a step of one, which is what a wrong guess wastes.
+Fresh: a first question, so the prompt does not contain the answer. Quoting: the same question again, with the first
+answer in the history. Each with and without drafts, A B A B in one run; the answers are checked to be equal. `--cost`
+measures on the quarter shape the time of a step of 1 + 4 rows relative to a step of one row: the cost of a wrong draft.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.demo import QUESTIONS, asked, demo
+from benchmarks.demo import QUESTIONS, conversation, demo
 from benchmarks.engine import measure
 from benchmarks.shapes import random_model
 from models.family import LoadedNetwork
@@ -33,12 +33,12 @@ from serving.engine.native.scheduler import Scheduler
 from serving.engine.native.sequence import SequenceState
 
 MAX_TOKENS = 64
-GUESSING = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greedy as well, and never guessed
+WITH_DRAFTS = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greedy as well, but without drafts
 
 
 def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
-    """(tokens, steps, seconds) of one answer, by the scheduler and the runner as the engine uses them."""
+    """(tokens, steps, seconds) of one answer, from the scheduler and the model runner called as the engine does."""
     scheduler = Scheduler(1, 512, len(prompt_ids) + 2 * MAX_TOKENS)
     runner = ModelRunner(model.network, scheduler.space.size)
     sequence = SequenceState(list(prompt_ids), sampling, seed=1)
@@ -51,37 +51,37 @@ def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingPa
         for work in plan.work:
             scheduler.computed(work)
         for work, sampled in results:
-            guesses = (None, *work.draft)
-            for guess, before, token in zip(guesses, (None, *sampled), sampled, strict=False):
-                if reason is not None or (guess is not None and (before is None or guess != before.token_id)):
+            drafts = (None, *work.draft)
+            for draft, before, token in zip(drafts, (None, *sampled), sampled, strict=False):
+                if reason is not None or (draft is not None and (before is None or draft != before.token_id)):
                     break
-                sequence.num_computed += guess is not None
+                sequence.num_computed += draft is not None
                 is_end = token.token_id in model.chat_format.stop_token_ids
                 reason = sequence.append(token.token_id) or ("stop" if is_end else None)
     return sequence.token_ids[len(prompt_ids) :], steps, time.perf_counter() - begun
 
 
 def compare(model: LoadedNetwork, rounds: int) -> list[dict[str, float | str]]:
-    """Tokens a step and the ratio of times, of fresh answers and of quoted ones."""
+    """Tokens per step and the ratio of times, for fresh and for quoting answers."""
     results: list[dict[str, float | str]] = []
-    fresh = [model.chat_format.render(asked(question)) for question in QUESTIONS]
-    said = [model.chat_format.decode(answer(model, ids, PLAIN)[0]) for ids in fresh]
-    quoting = [model.chat_format.render(asked(q, q, text)) for q, text in zip(QUESTIONS, said, strict=True)]
+    fresh = [model.chat_format.render(conversation(question)) for question in QUESTIONS]
+    answers = [model.chat_format.decode(answer(model, ids, PLAIN)[0]) for ids in fresh]
+    quoting = [model.chat_format.render(conversation(q, q, text)) for q, text in zip(QUESTIONS, answers, strict=True)]
     for name, prompts in (("fresh", fresh), ("quoting", quoting)):
         ratios, tokens, steps = list[float](), 0, 0
         for _ in range(rounds):
             for ids in prompts:
                 plain, _, plain_seconds = answer(model, ids, PLAIN)
-                guessed, num_steps, seconds = answer(model, ids, GUESSING)
-                assert guessed == plain, "a guess changed an answer"
+                drafted, num_steps, seconds = answer(model, ids, WITH_DRAFTS)
+                assert drafted == plain, "a draft changed an answer"
                 ratios.append(plain_seconds / seconds)
-                tokens, steps = tokens + len(guessed), steps + num_steps
+                tokens, steps = tokens + len(drafted), steps + num_steps
         results.append({"workload": name, "tokens_per_step": tokens / steps, "speedup": statistics.median(ratios)})
     return results
 
 
-def cost_of_a_guess() -> float:
-    """Seconds of a step of 1 + MAX_DRAFT rows over those of one row, quarter shape, 16-bit weights."""
+def draft_step_cost() -> float:
+    """Duration of a step of 1 + MAX_DRAFT rows divided by that of one row, quarter shape, 16-bit weights."""
     network = FlatDecoder(random_model("quarter", torch.bfloat16), "bfloat16", 64_794, 8192, no_progress)
     one, five = (statistics.median(measure(network, rows, 64, 16)[1] for _ in range(3)) for rows in (1, 1 + MAX_DRAFT))
     return five / one
@@ -96,11 +96,11 @@ def main() -> None:
     torch.set_num_threads(num_usable_cores())
     results = compare(demo(["float32"])["float32"], arguments.rounds)
     for result in results:
-        print("{workload:8} {tokens_per_step:.2f} tokens a step, {speedup:.2f} times as fast".format(**result))
+        print("{workload:8} {tokens_per_step:.2f} tokens per step, {speedup:.2f} times as fast".format(**result))
     report: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "results": results}
     if arguments.cost:
-        report["cost_of_a_guess"] = cost_of_a_guess()
-        print(f"a step with a guess of {MAX_DRAFT} takes {report['cost_of_a_guess']:.2f} times one without")
+        report["draft_step_cost"] = draft_step_cost()
+        print(f"a step with a draft of {MAX_DRAFT} tokens takes {report['draft_step_cost']:.2f} times one without")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
