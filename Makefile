@@ -1,4 +1,4 @@
-# Two commands need nothing else to have run: `make serve` and `make test`.
+# `make serve` and `make test` work on a clean checkout, independent of each other.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,61 +7,61 @@ TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
 .PHONY: serve setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
 
-serve: setup  ## set up, put the demonstration model into the store, serve on port 8000
+serve: setup  ## set up, import the demonstration model, serve on port 8000
 	$(BIN)/bentoml serve
 
 setup: $(STATE)/setup
 
-test: test-setup  ## set up and pass all tests
+test: test-setup  ## set up and run all checks and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true $(BIN)/python -m pytest $(ARGS)
 
-test-clients: test-setup  ## other people's clients, each in an environment of its own under .state/clients (minutes)
+test-clients: test-setup  ## test third-party clients, each in its own environment under .state/clients (minutes)
 	$(BIN)/python -m tests.clients.environments
 	BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true $(BIN)/python -m pytest -rs tests/clients/clients.py $(ARGS)
 
 test-setup: $(STATE)/test-setup $(STATE)/openai-0.28
 
-lint: test-setup
+lint: test-setup  ## ruff, import-linter, mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
-format: test-setup
+format: test-setup  ## format with ruff
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-container: setup  ## build the image; DEVICE=cpu|cuda, MODEL=TAG puts a model into it
+container: setup  ## build the image; DEVICE=cpu|cuda|vllm, MODEL=TAG includes a model
 	PATH="$(CURDIR)/$(BIN):$$PATH" DEVICE="$(DEVICE)" MODEL="$(MODEL)" deploy/container/build.sh
 
-test-container: test-setup  ## build, run and call the image, where a container engine can be used
+test-container: test-setup  ## build, run and call the image; skipped without a usable container engine
 	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/container/test.sh $(ARGS)
 
-test-vllm: $(STATE)/vllm-setup  ## vLLM behind the same port: the same tokens through the same SDK (an environment of 6 GB)
+test-vllm: $(STATE)/vllm-setup  ## compare vLLM with the native engine through the API (a 6 GB environment)
 	@.venv-vllm/bin/python -c "import vllm, vllm.platforms; assert vllm.platforms.current_platform.is_cpu()" 2>/dev/null || \
-		{ echo "test-vllm: SKIPPED, vLLM cannot run on this machine's processor"; exit 0; }; \
+		{ echo "test-vllm: SKIPPED, vLLM cannot run on this CPU"; exit 0; }; \
 	TEST_ENGINE=vllm TEST_START_SECONDS=900 BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true \
 		.venv-vllm/bin/python -m pytest -o timeout=1200 tests/vllm tests/e2e/test_clients.py $(ARGS)
 
 demo: test-setup  ## train the demonstration model again (minutes)
 	$(BIN)/python -m models.demo.build
 
-screenshots: test-setup  ## take the READMEs' pictures of the chat page (wants Chromium)
+screenshots: test-setup  ## take the READMEs' screenshots of the chat page (needs Chromium)
 	$(BIN)/python -m tests.e2e.screenshots
 
 plots: test-setup  ## draw benchmarks/results/*.json into docs/images/
 	$(BIN)/python -m benchmarks.plots
 
-docs: $(STATE)/docs-setup  ## build the documentation into site/, links checked
+docs: $(STATE)/docs-setup  ## build the documentation into site/ and check its links
 	.venv-docs/bin/mkdocs build --strict
 
-page-vendor:  ## build the chat page's third-party bundle again (wants Node.js)
+page-vendor:  ## build the chat page's third-party bundle again (needs Node.js)
 	cd web && npm ci --no-audit --no-fund && npm run build
 
-clean:
+clean:  ## remove all environments and state
 	rm -rf $(VENV) .venv-* $(STATE)
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (apt-get install python3.11 python3.11-venv), or say which: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (apt-get install python3.11 python3.11-venv); set another path with make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "apt-get install python3-venv is needed"; rm -rf $(VENV); exit 1; }
 
 $(STATE)/setup: requirements.txt | $(BIN)/python
@@ -83,7 +83,7 @@ $(STATE)/docs-setup: requirements-docs.txt
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@mkdir -p $(STATE) && touch $@
 
-$(STATE)/openai-0.28:  ## the documented client of 2023, which cannot live beside today's
+$(STATE)/openai-0.28:  ## the documented client of 2023, which cannot be installed beside the current one
 	$(PYTHON) -m venv .venv-openai-0.28
 	.venv-openai-0.28/bin/python -m pip install --quiet --disable-pip-version-check openai==0.28.1
 	@mkdir -p $(STATE) && touch $@

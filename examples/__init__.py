@@ -1,1 +1,1 @@
-"""Small programs that talk to a running server: `make serve`, then `.venv/bin/python -m examples.chat`."""
+"""Small programs that call a running server: `make serve`, then `.venv/bin/python -m examples.chat`."""

@@ -1,4 +1,4 @@
-"""Sixteen questions at once: the server works on all of them in each step."""
+"""Sends sixteen concurrent questions, which the server answers in one batch, and prints tokens per second."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ client = AsyncOpenAI(base_url="http://localhost:8000/v1", api_key="none")
 
 
 async def ask(question: str) -> int:
-    """Tokens of the answer."""
+    """Returns the number of tokens of the answer."""
     answer = await client.chat.completions.create(
         model="chatglm2-6b", messages=[{"role": "user", "content": question}], temperature=0
     )

@@ -1,4 +1,4 @@
-"""A chat in the terminal, with streaming and history: `python -m examples.chat [QUESTION]`; --help says the rest."""
+"""A chat in the terminal, with streaming and history: `python -m examples.chat [QUESTION]`; see --help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 
 def answer(client: OpenAI, model: str, messages: list[ChatCompletionMessageParam]) -> None:
-    """Print the answer to the last message while it comes, and put it behind the others."""
+    """Print the answer to the last message as it is generated, and append it to `messages`."""
     text = ""
     try:
         with client.chat.completions.create(model=model, messages=messages, stream=True) as stream:
@@ -30,7 +30,7 @@ def answer(client: OpenAI, model: str, messages: list[ChatCompletionMessageParam
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.chat")
-    parser.add_argument("question", nargs="*", help="ask this, and end")
+    parser.add_argument("question", nargs="*", help="answer this question and exit")
     parser.add_argument("--url", default="http://localhost:8000/v1")
     parser.add_argument("--model", default="chatglm2-6b")
     parser.add_argument("--key", default="none")
@@ -41,7 +41,7 @@ def main() -> None:
     if chosen.question:
         answer(client, chosen.model, [*opening, {"role": "user", "content": " ".join(chosen.question)}])
         return
-    print("Ctrl+C stops an answer, /new forgets the conversation, Ctrl+D ends.")
+    print("Ctrl+C stops an answer, /new starts a new conversation, Ctrl+D exits.")
     messages = list(opening)
     while True:
         question = input("> ").strip()

@@ -1,4 +1,4 @@
-"""Texts as vectors of length 1: the nearer in meaning, the larger the product."""
+"""Embeds texts as vectors of length 1 and prints their dot products: larger for texts of similar meaning."""
 
 from openai import OpenAI
 

@@ -1,4 +1,4 @@
-"""One answer as it is written, and what it cost."""
+"""Streams one answer and prints its token counts."""
 
 from openai import OpenAI
 

@@ -1,4 +1,4 @@
-"""An answer that is held to a schema: whatever the model is, the text parses into the class."""
+"""Requests an answer that follows a JSON schema, and parses it into a class."""
 
 from typing import Literal
 

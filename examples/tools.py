@@ -1,4 +1,4 @@
-"""A function that the model calls: its arguments are held to the schema, its result goes back into the conversation."""
+"""Lets the model call a function with arguments that match its schema, and sends the result back for an answer."""
 
 import json
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# bentoml build + bentoml containerize + one last layer. What `make container` runs; wants bentoml in PATH.
+# Builds the image: bentoml build, bentoml containerize and one last layer. Used by `make container`; needs bentoml in PATH.
 #
-#   DEVICE=cpu|cuda   which torch the image gets (default cpu); DEVICE=vllm is CUDA with vLLM's engine
-#   MODEL=TAG         puts this model of the store into the image; without it the image serves a mounted store
-#   IMAGE=NAME:TAG    what the image is called (default chatglm2:cpu or chatglm2:cuda)
-#   TORCH=NAME        uv's torch backend, where DEVICE's is not the right one (cu126 for older drivers); may be empty
+#   DEVICE=cpu|cuda   the torch build of the image (default cpu); DEVICE=vllm is CUDA with vLLM as the engine
+#   MODEL=TAG         includes this model of the store in the image; without it the image serves a mounted store
+#   IMAGE=NAME:TAG    the image's name (default chatglm2:cpu or chatglm2:cuda)
+#   TORCH=NAME        uv's torch backend, if DEVICE's default does not fit (cu126 for older drivers); may be empty
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -28,9 +28,9 @@ echo "Bento $bento: $((SECONDS - started)) s"
 stage=$image-bento
 started=$SECONDS
 bentoml containerize "$bento" --backend "$engine" --image-tag "$stage"
-"$engine" image inspect "$stage" >/dev/null  # bentoml does not fail if the engine does
+"$engine" image inspect "$stage" >/dev/null  # bentoml containerize succeeds even if the engine failed
 format=()
-if [ "$engine" = podman ]; then format=(--format docker --pull=never); fi  # podman's own format has no health check
+if [ "$engine" = podman ]; then format=(--format docker --pull=never); fi  # podman's default image format has no health check
 "$engine" build "${format[@]}" --build-arg "BENTO=$stage" --tag "$image" --file deploy/container/Containerfile deploy/container
 bytes=$("$engine" image inspect --format '{{.Size}}' "$image")
 echo "image $image: $((SECONDS - started)) s, $((bytes / 1000000)) MB"

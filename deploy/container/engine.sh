@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the container engine that can be used here, or nothing. CONTAINER_ENGINE decides if it is set.
+# Prints the usable container engine, or nothing. CONTAINER_ENGINE overrides the search.
 for engine in ${CONTAINER_ENGINE:-docker podman}; do
     if command -v "$engine" >/dev/null && "$engine" info >/dev/null 2>&1; then
         echo "$engine"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes sure that images can be built and run here; prints the shell variables that are needed for it. For tests.
+# Prepares this machine for building and running images in tests; prints the shell variables that this needs.
 #
-# Where the base image can be pulled there is nothing to do. Elsewhere (no image registry, but a Debian mirror and a
-# package index) it is made by debootstrap and carries this machine's package settings: CA bundle, local wheels.
+# Does nothing if the base image can be pulled. Otherwise (no image registry, but a Debian mirror and a package index) it
+# builds the base image with debootstrap, with this machine's package settings: CA bundle, local wheels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -16,8 +16,8 @@ mkdir -p "$scratch"
 can_run() { "$engine" run --rm --network none "$base" true >/dev/null 2>&1; }
 
 make_base() {
-    command -v debootstrap >/dev/null || { echo "$base cannot be pulled, and there is no debootstrap to make it" >&2; exit 1; }
-    [ "$(id -u)" = 0 ] || { echo "$base cannot be pulled, and making it by debootstrap takes root" >&2; exit 1; }
+    command -v debootstrap >/dev/null || { echo "$base cannot be pulled, and debootstrap is not installed to build it" >&2; exit 1; }
+    [ "$(id -u)" = 0 ] || { echo "$base cannot be pulled, and building it with debootstrap needs root" >&2; exit 1; }
     rm -rf "$scratch/rootfs"
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$scratch/rootfs" >&2
     rm -f "$scratch"/rootfs/usr/lib/python3*/EXTERNALLY-MANAGED
@@ -32,9 +32,9 @@ make_base() {
     rm -rf "$scratch/rootfs"
 }
 
-# a machine that may not raise its limits, whose cgroups crun does not know, or that has wheels of its own
-cautious="$scratch/containers.conf"
-cat > "$cautious" <<CONF
+# for machines that cannot raise limits, whose cgroups crun does not support, or that have local wheels
+restricted="$scratch/containers.conf"
+cat > "$restricted" <<CONF
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
 volumes = [${wheels:+"\"$wheels:$wheels:ro\""}]
@@ -46,11 +46,11 @@ CONF
 
 "$engine" image inspect "$base" >/dev/null 2>&1 || "$engine" pull --quiet "$base" >/dev/null 2>&1 || make_base
 if ! can_run && [ "$engine" = podman ]; then
-    export CONTAINERS_CONF=$cautious
-    echo "export CONTAINERS_CONF=$cautious"
+    export CONTAINERS_CONF=$restricted
+    echo "export CONTAINERS_CONF=$restricted"
 fi
 can_run || { echo "$engine cannot run a container here" >&2; exit 1; }
-# a base image of our own knows the wheels that torch is to come from
+# the base image built above already sets the folder of wheels that torch is installed from
 if [ "$engine" = podman ] && "$engine" run --rm --network none "$base" sh -c 'test -n "$UV_FIND_LINKS"'; then
     echo "export TORCH="
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make test-container` runs: builds the image, runs it, calls it. Says why and succeeds where that cannot be done.
+# Builds the image, runs it and calls it (`make test-container`). Prints the reason and exits with 0 if that is impossible.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -10,7 +10,7 @@ fi
 eval "$prepared"
 export CONTAINER_ENGINE
 CONTAINER_ENGINE=$(deploy/container/engine.sh)
-BENTOML_HOME=$(mktemp -d) # not in this folder: bentoml build walks through all of it
+BENTOML_HOME=$(mktemp -d) # outside of this folder, since bentoml build scans all of it
 trap 'rm -rf "$BENTOML_HOME"' EXIT
 export BENTOML_HOME BENTOML_DO_NOT_TRACK=true
 IMAGE=chatglm2-test:store deploy/container/build.sh
