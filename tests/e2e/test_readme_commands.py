@@ -1,4 +1,4 @@
-"""What the READMEs tell people to type works: every command is run here, or by a test that is named here."""
+"""The commands and programs in the READMEs work: each is run here, or by the test that is named for it here."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def words(command: str) -> list[str]:
 def test_every_command_is_run_by_a_test() -> None:
     others = [command for command in COMMANDS if not command.startswith("curl ")]
     assert set(others) == RUN_HERE | RUN_ELSEWHERE.keys()
-    for place in RUN_ELSEWHERE.values():
-        file, _, what = place.partition("::")
-        assert what in (REPOSITORY / file).read_text(encoding="utf-8"), place
+    for test in RUN_ELSEWHERE.values():
+        file, _, text = test.partition("::")
+        assert text in (REPOSITORY / file).read_text(encoding="utf-8"), test
 
 
 @pytest.mark.parametrize("readme", [README, CHINESE], ids=["English", "Chinese"])
@@ -109,5 +109,5 @@ def test_a_checkpoint_is_imported_listed_and_served(tmp_path: Path) -> None:
             assert said["choices"][0]["message"]["content"] == SAMPLE_ANSWER
 
 
-def test_the_benchmark_explains_itself() -> None:
+def test_the_load_test_has_a_help_text() -> None:
     assert "--concurrency" in run(words(LOAD_HELP))
