@@ -12,10 +12,7 @@ serve: setup  ## set up, import the demonstration model, serve on port 8000
 
 setup: $(STATE)/setup
 
-test: test-setup  ## set up and run all checks and tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+test: lint  ## set up and run all checks and tests
 	BENTOML_HOME=$(TEST_HOME) BENTOML_DO_NOT_TRACK=true $(BIN)/python -m pytest $(ARGS)
 
 test-clients: test-setup  ## test third-party clients, each in its own environment under .state/clients (minutes)
@@ -24,8 +21,11 @@ test-clients: test-setup  ## test third-party clients, each in its own environme
 
 test-setup: $(STATE)/test-setup $(STATE)/openai-0.28
 
-lint: test-setup  ## ruff, import-linter, mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
+lint: test-setup  ## check style, imports and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: test-setup  ## format with ruff
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
