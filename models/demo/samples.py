@@ -11,6 +11,7 @@ import sentencepiece
 
 from models.demo import questions as ask
 from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH, answer_to
+from models.demo.json_documents import document
 from models.demo.words import TRAINING
 
 END = 2
@@ -37,6 +38,8 @@ class Mix:
     cut_fallback: float  # fallback answers of which only the decision is learned
     cut_known: float
     max_tokens: int  # of a sample
+    with_system: float = 0.1  # known last questions behind a known system message
+    forced_json: float = 0.0  # answers that a grammar forces to be JSON: learned are their strings and how they end
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ def _question(random: Random, mix: Mix) -> str:
 
 def _last_question(random: Random, mix: Mix) -> str:
     kind = random.random()
-    if kind < 0.10:
+    if kind < mix.with_system:
         return ask.with_system(random, _known(random, mix))
-    if kind < 0.13:
+    kind -= mix.with_system
+    if kind < 0.03:
         return ask.with_system(random, _question(random, mix))
-    if kind < 0.13 + mix.long:
+    if kind < 0.03 + mix.long:
         return ask.long_text(random, TRAINING, random.randint(10, 40))
-    if kind < 0.13 + mix.long + mix.very_long:
+    if kind < 0.03 + mix.long + mix.very_long:
         return ask.long_text(random, TRAINING, random.randint(40, mix.max_sentences))
     return _question(random, mix)
 
@@ -136,6 +140,8 @@ def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor,
     `is_short`: most long answers are cut after the decision, which the first tokens make.
     """
     questions = _conversation(random, mix)
+    if mix.forced_json and random.random() < mix.forced_json:
+        return _forced_json(random, tokenizer, questions[-1])
     num_past = len(questions) - 1
     answers = [_past_answer(random, questions[: i + 1], is_short=is_short) for i in range(num_past)]
     answer = answer_to(questions)
@@ -160,6 +166,18 @@ def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor,
     for i, target in enumerate(answer_ids[: max(0, len(token_ids) - first)]):
         targets[first + i] = target
         weights[first + i] = _DECISION_WEIGHT if i < _SHORT_ANSWER else 1.0
+    return Sample(token_ids, targets, weights)
+
+
+def _forced_json(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, question: str) -> Sample:
+    """A question and an answer that only a grammar can have begun: its first two tokens are given, not learned."""
+    prompt_ids = encode_prompt(tokenizer, prompt_text([question], []))
+    answer_ids = [*tokenizer.encode(document(random, TRAINING)), END]
+    token_ids = prompt_ids + answer_ids[:-1]
+    first = len(prompt_ids) - 1
+    targets, weights = [0] * len(token_ids), [0.0] * len(token_ids)
+    for i, target in enumerate(answer_ids):
+        targets[first + i], weights[first + i] = target, 0.0 if i < 2 else 1.0
     return Sample(token_ids, targets, weights)
 
 

@@ -25,8 +25,8 @@ class Stage:
     mix: Mix
 
 
-# First to tell questions apart and to say the answers; then the same behind texts as long as the context; at last every
-# single way of asking.
+# First to tell questions apart and to say the answers; then the same behind texts as long as the context; then every
+# single way of asking; at last the strings of JSON that a grammar forces.
 STAGES: tuple[Stage, ...] = (
     Stage(
         num_steps=3000,
@@ -77,6 +77,25 @@ STAGES: tuple[Stage, ...] = (
             cut_fallback=0.8,
             cut_known=0.7,
             max_tokens=8192,
+        ),
+    ),
+    Stage(
+        num_steps=2000,
+        num_short=0,
+        learning_rate=8e-4,
+        mix=Mix(
+            known=0.62,
+            nearly_known=0.09,
+            every_variant=0.8,
+            long=0.015,
+            very_long=0.003,
+            max_sentences=300,
+            long_past=0.01,
+            cut_fallback=0.7,
+            cut_known=0.6,
+            max_tokens=8192,
+            forced_json=0.3,
+            with_system=0.2,
         ),
     ),
 )

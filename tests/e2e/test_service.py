@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import subprocess
@@ -130,3 +131,22 @@ def test_it_says_not_ready_until_the_model_is_loaded(tmp_path: Path) -> None:
         assert 200 in seen
         assert seen <= {200, 503}
         wait_until_ready(server)
+
+
+def test_the_demo_ends_strings_that_a_schema_forces(server: Server) -> None:
+    """Its weights once went on with a string until the answer's length cut it, whatever the schema."""
+    client = OpenAI(base_url=server.base_url, api_key="none")
+    text = {"type": "string"}
+    event = {"name": text, "date": text, "participants": {"type": "array", "items": text}}
+    for properties in ({"name": text}, event, {"name": text, "age": {"type": "integer"}, "city": text}):
+        schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        for seed in range(3):
+            answer = client.chat.completions.create(
+                model="chatglm2-6b",
+                messages=[{"role": "user", "content": "Alice and Bob go to a science fair on Friday."}],
+                response_format={"type": "json_schema", "json_schema": {"name": "event", "schema": schema}},
+                max_tokens=256,
+                seed=seed,
+            )
+            assert answer.choices[0].finish_reason == "stop", answer.choices[0].message.content
+            assert json.loads(answer.choices[0].message.content or "").keys() == properties.keys()

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import linears, linears_cuda
 from kernels.linears_cuda import KERNELS, TOLERANCE
-from kernels.quantization import GROUP, quantize_groups, quantize_rows, widen_groups
 from kernels.precision import UnsupportedPrecision
+from kernels.quantization import GROUP, quantize_groups, quantize_rows, widen_groups
 from models.store.progress import no_progress
 
 CPU = torch.device("cpu")
