@@ -10,48 +10,12 @@ from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH
 from models.demo.questions import sentence
 from models.demo.words import Words
 
-KEYS = tuple(
-    [
-        "name",
-        "city",
-        "location",
-        "title",
-        "answer",
-        "final_answer",
-        "reason",
-        "explanation",
-        "output",
-        "steps",
-        "text",
-        "summary",
-        "query",
-        "unit",
-        "tags",
-        "items",
-        "kind",
-        "type",
-        "value",
-        "date",
-        "email",
-        "description",
-        "label",
-        "id",
-        "country",
-        "language",
-        "message",
-        "content",
-        "question",
-        "a",
-        "b",
-        "x",
-        "key",
-        "city_name",
-        "名称",
-        "城市",
-        "内容",
-        "原因",
-    ]
-)
+_KEYS = """
+name city location title answer final_answer reason explanation output steps text summary query unit tags items kind
+type value date email description label id country language message content question a b x key city_name
+名称 城市 内容 原因
+"""
+KEYS = tuple(_KEYS.split())
 NUM_WORDS = (1, 1, 1, 1, 2, 2, 3, 5)  # of a string
 PREFIXES = ("", "", "", "", " ", '<tool_call>{"name": "{key}", "arguments": ', "get_weather\n")
 
