@@ -19,7 +19,7 @@ from models.families import FAMILIES
 from models.store.model_store import StoreError, ensure_demo, servable
 from serving.http.access_middleware import AccessMiddleware
 from serving.http.pages import page_routes
-from serving.openai.common import ApiLimits
+from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry

@@ -1,4 +1,4 @@
-"""What the HTTP edge serves at the moment, and how much it accepts. Knows no HTTP."""
+"""Model names -> the running model that answers to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.generation.pipeline import RunningModel
 
 @dataclass
 class ModelRegistry:
-    """The one model of this process under all its names. `service.py` fills in `model` or `error` when loading ends.
+    """The one model of this process under all its names. `service.py` sets `model` or `error` when loading ends.
 
     Written by one thread, once; read by the event loop.
     """
@@ -20,11 +20,11 @@ class ModelRegistry:
     created: int = 0  # Unix seconds
     fingerprint: str = "fp_chatglm"
     model: RunningModel | None = None  # None while it is loading
-    error: str | None = None  # loading failed; one line for the log, never sent to a client
+    error: str | None = None  # why loading failed, for the log; never sent to a client
 
-    def answers_to(self, name: str) -> bool:
-        """Whether a request for this model name is for the model served here."""
-        return self.accept_any or name == self.name or name in self.aliases
+    def serves(self, name: str) -> bool:
+        """Whether a request for this model name is for the model of this process."""
+        return self.accept_any or name in self.names
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,10 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RETRY_SECONDS = 5  # while a model loads or an engine restarts
+
+
+class Error(TypedDict):
+    """What went wrong. `param` names the field of the request that is at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(TypedDict):
+    """The one shape of every failure."""
+
+    error: Error
 
 
 @dataclass(eq=False)
@@ -30,8 +46,10 @@ class APIError(Exception):
 
 def envelope(error: APIError) -> str:
     """The JSON text of an error, for a response body or for an event of a stream that has already begun."""
-    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return json.dumps({"error": body})
+    body: ErrorResponse = {
+        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    }
+    return json.dumps(body)
 
 
 def error_response(error: APIError) -> Response:

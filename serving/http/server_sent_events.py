@@ -1,11 +1,11 @@
-"""Text of events -> bytes of a server-sent event stream, and JSON text that survives every client's line splitter."""
+"""Values -> JSON text that survives every client's line splitter -> the text of server-sent events."""
 
 from __future__ import annotations
 
 import json
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -19,18 +19,12 @@ def to_json(value: object) -> str:
     return text
 
 
-def event(data: str) -> bytes:
+def event(data: str, name: str | None = None) -> str:
     """One event. Never with `id:` or `retry:` lines: the openai SDK takes those for events without data."""
-    return f"data: {data}\n\n".encode()
+    return f"data: {data}\n\n" if name is None else f"event: {name}\ndata: {data}\n\n"
 
 
-def events(data: list[str]) -> bytes:
-    """Several events as one piece, so that they cost one send."""
-    return "".join([f"data: {item}\n\n" for item in data]).encode()
-
-
-def named_events(data: list[str]) -> bytes:
-    """The same for events whose JSON begins with their type, which stands in a line of its own, too."""
-    begin = len('{"type":"')
-    names = [item[begin : item.index('"', begin)] for item in data]
-    return "".join([f"event: {name}\ndata: {item}\n\n" for name, item in zip(names, data, strict=True)]).encode()
+def around_empty_text(event: str) -> tuple[str, str]:
+    """What stands before and after the last "" of an event: with any other JSON text between, it is a new event."""
+    before, _, after = event.rpartition('""')
+    return before, after

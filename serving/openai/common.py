@@ -1,19 +1,341 @@
-"""What every endpoint shares: limits of requests and streams."""
+"""What the endpoints share: request fields, the way from a body to a prompt, and what chunks repeat."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from serving.engine.interface import SamplingParams
+from serving.generation.interface import AnswerPart, ChatEvent, Conversation, Finished, PromptError
+from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
+from serving.http.errors import invalid
+from serving.http.json_body import parse_object, read_body
+from serving.http.server_sent_events import to_json
+from serving.openai import errors
+from serving.openai.limits import ApiLimits
+from serving.openai.start_generation import GenerationStarter
+from serving.openai.validation import to_api_error
+from serving.registry import ModelRegistry
+
+INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
+INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
+
+IndexedEvent = tuple[int, ChatEvent]  # (index of the choice, its event)
+TokenBytes = Callable[[int], bytes]
+
+REFUSED = {
+    "audio": "Audio output is not supported.",
+    "suffix": "'suffix' is not supported: the model cannot insert text before a suffix.",
+}
+ACCEPTED_WITHOUT_EFFECT = {
+    "user": "an end user's identifier; no rule depends on it",
+    "metadata": "nothing is stored that it could label",
+    "store": "nothing is stored",
+    "service_tier": "there is one tier; answers say `default`",
+    "safety_identifier": "as `user`",
+    "prompt_cache_key": "equal prefixes are found without it",
+}
+
+
+def text_or_list(value: Any) -> str | None:
+    """Which branch of a `string | array` field a value takes; the tags never show in an error's path."""
+    if isinstance(value, str):
+        return "<string>"
+    return "<array>" if isinstance(value, list) else None
+
+
+STRING_OR_ARRAY = Discriminator(
+    text_or_list, custom_error_type="string_or_array", custom_error_message="string or array"
+)
+ModelName = Annotated[str, StringConstraints(min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+NumTokens = Annotated[int, Field(ge=1)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Stop = Annotated[
+    Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=16), Tag("<array>")],
+    STRING_OR_ARRAY,
+]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0)]  # in answers
+
+
+class StrictModel(BaseModel):
+    """A JSON object of known fields, which are not converted: 1 is not "1" or true."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RequestBody(StrictModel):
+    """A body, where `null` means the same as leaving an optional field out."""
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED  # field: why it is not supported
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        body = cast("dict[str, Any]", data)
+        for name, reason in cls.refused.items():
+            if body.get(name) is not None:
+                raise invalid(reason, name, "unsupported_value")
+        return {name: value for name, value in body.items() if value is not None or not cls._is_optional(name)}
+
+    @classmethod
+    def _is_optional(cls, name: str) -> bool:
+        field = cls.model_fields.get(name)
+        return name in cls.refused if field is None else not field.is_required()
+
+
+class GenerationRequest(RequestBody):
+    """The fields of every endpoint that generates. Defaults are the documented ones of ChatGLM2's own API."""
+
+    model: ModelName
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.95
+    top_p: Fraction = 0.7
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] = 0  # 0 and -1 mean all
+    min_p: Fraction = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=1024)] = {}
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop = []
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    stream: bool = False
+
+    user: str | None = None
+    metadata: Annotated[dict[str, MetadataValue], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, max_tokens: int, num_top_logprobs: int | None) -> SamplingParams:
+        """num_top_logprobs: None for no log-probabilities at all."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
+            top_k=max(self.top_k, 0),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            logit_bias=tuple((int(token_id), float(bias)) for token_id, bias in self.logit_bias.items()),
+            # generators want seeds that are not negative; below 2**62, choice i can add i to it
+            seed=None if self.seed is None else self.seed % 2**62,
+            min_tokens=self.min_tokens,
+            num_top_logprobs=num_top_logprobs,
+        )
+
+
+class StreamOptions(RequestBody):
+    """What a stream contains beside the text. `continuous_usage_stats` (vLLM's) puts token counts into every chunk."""
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # accepted without effect: chunks are never padded
+
+
+class ChoicesRequest(GenerationRequest):
+    """The fields of /chat/completions and /completions: n answers, and the three names of their length."""
+
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
+    max_length: NumTokens | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+
+    @property
+    def requested_length(self) -> int | None:
+        """The answer length that the client named; None if it named none.
+
+        `max_length` counted prompt and answer together in the 2023 server; its README meant the answer, and so does
+        this.
+        """
+        named = (self.max_tokens, self.max_completion_tokens, self.max_length)
+        return next((value for value in named if value is not None), None)
+
+    @model_validator(mode="after")
+    def _lengths_and_options_agree(self) -> Self:
+        named = {self.max_tokens, self.max_completion_tokens, self.max_length} - {None}
+        if len(named) > 1:
+            message = "'max_tokens', 'max_completion_tokens' and 'max_length' mean the same; their values differ."
+            raise invalid(message, "max_tokens")
+        if self.requested_length is not None and self.min_tokens > self.requested_length:
+            raise invalid("'min_tokens' must not be greater than 'max_tokens'.", "min_tokens")
+        if self.stream_options is None:
+            return self
+        if not self.stream:
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise invalid(message, "stream_options")
+        if self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
+            message = "'continuous_usage_stats' is only allowed with 'include_usage'."
+            raise invalid(message, "stream_options.continuous_usage_stats")
+        return self
+
+
+def by_choice(events: Iterable[IndexedEvent]) -> list[tuple[int, list[AnswerPart], Finished]]:
+    """(index, parts of the answer, its end) of every choice of a finished generation."""
+    parts: dict[int, list[AnswerPart]] = {}
+    ends: dict[int, Finished] = {}
+    for index, event in events:
+        if isinstance(event, Finished):
+            ends[index] = event
+        else:
+            parts.setdefault(index, []).append(event)
+    return [(index, parts.get(index, []), end) for index, end in sorted(ends.items())]
 
 
 @dataclass(frozen=True)
-class ApiLimits:
-    """What the edge accepts from one client."""
+class Envelope:
+    """What every chunk of one answer repeats."""
 
-    max_body_bytes: int = 4 * 2**20
-    max_json_depth: int = 64
-    max_n: int = 128  # answers of one request, over all its prompts
-    ping_seconds: float = 15.0  # silence after which a stream sends a comment
-    max_ready_events: int = 256  # events of one stream held for a slow reader
-    stall_seconds: float = 60.0  # a reader that takes nothing for this long has left
-    timeout_seconds: float = math.inf  # from a request's arrival to the end of its answer
+    id: str
+    created: int  # Unix seconds
+    model: str  # the name that the client asked for
+    system_fingerprint: str
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """What the client wants to see beside the text."""
+
+    logprobs: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    has_legacy_functions: bool = False  # calls are `function_call`, as before there were tools
+
+
+def chunk_options(body: ChoicesRequest, logprobs: bool, has_legacy_functions: bool = False) -> ChunkOptions:
+    stream = body.stream_options or StreamOptions()
+    return ChunkOptions(logprobs, stream.include_usage, stream.continuous_usage_stats, has_legacy_functions)
+
+
+BodyT = TypeVar("BodyT", bound=RequestBody)
+
+
+@dataclass(frozen=True)
+class Api:
+    """What every endpoint of one application works with."""
+
+    registry: ModelRegistry
+    limits: ApiLimits
+    generations: GenerationStarter
+
+    async def parse(self, request: Request, kind: type[BodyT]) -> BodyT:
+        """The body as a typed request. Raises APIError 400, 413 or 415."""
+        raw = await read_body(request, self.limits.max_body_bytes)
+        if len(raw) > INLINE_BODY_BYTES:
+            return await asyncio.to_thread(_parse, raw, kind, self.limits.max_json_depth)
+        return _parse(raw, kind, self.limits.max_json_depth)
+
+    def running_model(self, name: str) -> RunningModel:
+        """Raises APIError 404 for a name that is not served, 503 while the model is not loaded."""
+        if not self.registry.serves(name):
+            raise errors.model_not_found(name)
+        if self.registry.model is not None:
+            return self.registry.model
+        raise errors.model_loading() if self.registry.error is None else errors.model_load_failed()
+
+    def envelope(self, prefix: str, model: str) -> Envelope:
+        return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, self.registry.fingerprint)
+
+
+def _parse(raw: bytes, kind: type[BodyT], max_depth: int) -> BodyT:
+    body = parse_object(raw, max_depth)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise to_api_error(error) from None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route: what answers it, with its summary as docstring, and its types for the published document."""
+
+    method: Literal["get", "post"]
+    path: str
+    name: str
+    handler: Callable[[Api, Request], Awaitable[Response]]
+    answer: type[Any]
+    request: type[RequestBody] | None = None
+    event: Any = None  # of a stream; a type
+
+
+async def build_prompt(
+    model: RunningModel, job: ChatJob | CompletionJob, conversation_param: str = "messages"
+) -> Prompt:
+    """Tokenize and compile, in a thread when that takes long. Raises APIError 400 for a job that is refused.
+
+    conversation_param: the request's field that holds the conversation.
+    """
+    try:
+        if _num_characters(job) > INLINE_PROMPT_CHARACTERS or (isinstance(job, ChatJob) and job.needs_grammar):
+            return await asyncio.to_thread(model.prepare, job)
+        return model.prepare(job)
+    except ContextOverflow as error:
+        failure = errors.context_overflow(error, job.max_tokens_is_default)
+        raise replace(failure, param=_param(error, conversation_param)) from None
+    except PromptError as error:
+        raise invalid(error.message, _param(error, conversation_param)) from None
+
+
+def _num_characters(job: ChatJob | CompletionJob) -> int:
+    if isinstance(job, CompletionJob):
+        return len(job.prompt)
+    return sum(len(message.content) for message in job.conversation.messages)
+
+
+def _param(error: PromptError, conversation_param: str) -> str:
+    return conversation_param if error.param == "messages" else error.param
+
+
+class InputTokens(TypedDict):
+    """How many tokens a prompt has."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: Count
+
+
+async def count_tokens(model: RunningModel, conversation: Conversation, conversation_param: str) -> Response:
+    """The answer to a request to count a conversation's tokens. Raises APIError 400."""
+    try:
+        token_ids = await asyncio.to_thread(model.render, conversation)
+    except PromptError as error:
+        raise invalid(error.message, _param(error, conversation_param)) from None
+    counted: InputTokens = {"object": "response.input_tokens", "input_tokens": len(token_ids)}
+    return json_response(counted)
+
+
+def json_response(value: Mapping[str, Any]) -> Response:
+    return Response(to_json(value), media_type="application/json")

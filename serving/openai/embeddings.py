@@ -1,28 +1,33 @@
-"""POST /embeddings: the request, field by field, and vectors -> OpenAI's JSON. Pure."""
+"""POST /embeddings: texts or token ids -> vectors."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import TypedDict
 
+from serving.generation import embedding
+from serving.generation.pipeline import ContextOverflow
+from serving.http.disconnect import unless_disconnected
 from serving.http.errors import invalid
-from serving.openai.chat.messages import STRICT
-from serving.openai.chat.request import ModelName, Prompts, without_nulls
-from serving.openai.chat.structured_outputs import conflict
+from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, json_response
+from serving.openai.completions.request import Prompts, to_prompts
+from serving.openai.errors import context_overflow
 
 MAX_INPUTS = 2048  # OpenAI's
 
-ACCEPTED_WITHOUT_EFFECT = {"user": "who asks; there are no per-user rules"}
+ACCEPTED_WITHOUT_EFFECT = {"user": "an end user's identifier; no rule depends on it"}
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(RequestBody):
     """One text or many, as strings or as token ids."""
-
-    model_config = STRICT
 
     model: ModelName
     input: Prompts
@@ -31,21 +36,55 @@ class EmbeddingRequest(BaseModel):
 
     user: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return without_nulls(cls, data)
-
     @model_validator(mode="after")
     def _not_too_many(self) -> EmbeddingRequest:
         if isinstance(self.input, list) and isinstance(self.input[0], str | list) and len(self.input) > MAX_INPUTS:
-            raise conflict("input", f"At most {MAX_INPUTS} inputs are allowed in one request.")
+            raise invalid(f"At most {MAX_INPUTS} inputs are allowed in one request.", "input")
         return self
 
 
-def check_dimensions(body: EmbeddingRequest, hidden_size: int) -> None:
+class Embedding(TypedDict):
+    """One input's vector: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: Count
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    """Tokens of all inputs together."""
+
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class EmbeddingList(TypedDict):
+    """The vectors, in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+async def create(api: Api, request: Request) -> Response:
+    """Texts to vectors."""
+    body = await api.parse(request, EmbeddingRequest)
+    model = api.running_model(body.model)
+    _check_dimensions(body.dimensions, model.engine.shape.hidden_size)
+    try:
+        texts = await asyncio.to_thread(embedding.prepare, model, to_prompts(body.input))
+    except ContextOverflow as error:
+        raise context_overflow(error, is_default=True) from None
+    num_tokens = sum(len(text.token_ids) for text in texts)
+    async with api.generations.embedding(request, model, num_tokens):
+        vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
+    return json_response(await asyncio.to_thread(to_embedding_list, vectors, body, num_tokens))
+
+
+def _check_dimensions(dimensions: int | None, hidden_size: int) -> None:
     """Raises APIError 400 for any other width than the model's own: a part of its vectors means nothing by itself."""
-    if body.dimensions not in (None, hidden_size):
+    if dimensions not in (None, hidden_size):
         raise invalid(
             f"This model's embeddings have {hidden_size} dimensions and were not trained to be shortened; "
             f"leave 'dimensions' out or send {hidden_size}.",
@@ -56,8 +95,7 @@ def check_dimensions(body: EmbeddingRequest, hidden_size: int) -> None:
 
 def to_embedding_list(
     vectors: Sequence[Sequence[float]], body: EmbeddingRequest, num_prompt_tokens: int
-) -> dict[str, Any]:
-    """The whole answer, in the order of the inputs."""
+) -> EmbeddingList:
     encode = to_base64 if body.encoding_format == "base64" else list[float]
     return {
         "object": "list",
@@ -72,3 +110,6 @@ def to_embedding_list(
 def to_base64(vector: Sequence[float]) -> str:
     """Little-endian float32, as OpenAI's clients decode it."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
+
+
+OPERATIONS = (Operation("post", "/embeddings", "createEmbedding", create, EmbeddingList, EmbeddingRequest),)

@@ -8,6 +8,9 @@ from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down
 from serving.safe_traceback import where_from
 
+RETRY_LATER = {"retry-after": str(RETRY_SECONDS)}
+DO_NOT_RETRY = {"x-should-retry": "false"}  # it would fail again
+
 
 def model_not_found(name: str) -> APIError:
     """404: no model of this name is served."""
@@ -18,61 +21,35 @@ def model_not_found(name: str) -> APIError:
 
 def model_loading() -> APIError:
     """503: the model is not in memory yet."""
-    return APIError(
-        503, "The model is still loading. Please retry shortly.", SERVER_ERROR, None, "model_loading",
-        {"retry-after": str(RETRY_SECONDS)},
-    )  # fmt: skip
+    message = "The model is still loading. Please retry shortly."
+    return APIError(503, message, SERVER_ERROR, None, "model_loading", RETRY_LATER)
 
 
 def model_load_failed() -> APIError:
-    """503: the model will not come; a person has to look."""
+    """503: loading has ended with an error, which is in the log only."""
     message = "The model could not be loaded. See the server's log."
-    return APIError(503, message, SERVER_ERROR, None, "model_load_failed", {"x-should-retry": "false"})
-
-
-def internal_error() -> APIError:
-    """500: a fault of ours; the details are in the log only."""
-    return APIError(500, "The server had an error while processing your request.", SERVER_ERROR, None, "server_error")
-
-
-def not_finite() -> APIError:
-    """500: the network gave NaN or infinity for this request; it would do so again."""
-    message = (
-        "The model produced numbers that are not finite (NaN or infinity) for this request, so it has no answer. "
-        "Other requests are not affected."
-    )
-    return APIError(500, message, SERVER_ERROR, None, "numbers_not_finite", {"x-should-retry": "false"})
+    return APIError(503, message, SERVER_ERROR, None, "model_load_failed", DO_NOT_RETRY)
 
 
 def deadline_passed(status: int, seconds: float) -> APIError:
-    """408 for the client's own deadline, 504 for the server's. Another try would only cost the same again."""
+    """408 for the client's own deadline, 504 for the server's."""
     message = f"The request was not answered within {seconds:g} seconds."
-    return APIError(status, message, SERVER_ERROR, None, "request_timeout", {"x-should-retry": "false"})
-
-
-def out_of_memory() -> APIError:
-    """500: the device has no memory for this request; it would have none for its repetition."""
-    message = "The server ran out of device memory while it processed your request. Please reduce its size."
-    return APIError(500, message, SERVER_ERROR, None, "out_of_memory", {"x-should-retry": "false"})
+    return APIError(status, message, SERVER_ERROR, None, "request_timeout", DO_NOT_RETRY)
 
 
 def context_overflow(error: ContextOverflow, is_default: bool) -> APIError:
     """400: prompt and answer do not fit. `is_default`: the client named no length, so the prompt alone is at fault."""
-    where = error.param
-    limit, prompt, answer = error.max_positions, error.num_prompt_tokens, error.max_tokens
-    start = f"This model's maximum context length is {limit} tokens. However, "
+    message = error.message
     if is_default:
-        rest = f"your {where} resulted in {prompt} tokens. Please reduce the length of the {where}."
-    else:
-        rest = (
-            f"you requested {prompt + answer} tokens ({prompt} in the {where}, {answer} in the completion). "
-            f"Please reduce the length of the {where} or completion."
+        message = (
+            f"This model's maximum context length is {error.max_positions} tokens. However, your {error.param} "
+            f"resulted in {error.num_prompt_tokens} tokens. Please reduce the length of the {error.param}."
         )
-    return APIError(400, start + rest, param=where, code="context_length_exceeded")
+    return APIError(400, message, param=error.param, code="context_length_exceeded")
 
 
 def from_exception(error: Exception) -> APIError:
-    """What a client is told of any exception. Whatever is not known to be meant for clients stays inside."""
+    """The failure as a client sees it. An exception that is not known to be meant for clients becomes a bare 500."""
     match error:
         case APIError():
             return error
@@ -87,18 +64,22 @@ def from_exception(error: Exception) -> APIError:
         case EngineStopped():
             return shutting_down()
         case OutOfMemory():
-            return out_of_memory()
+            message = "The server ran out of device memory while it processed your request. Please reduce its size."
+            return APIError(500, message, SERVER_ERROR, None, "out_of_memory", DO_NOT_RETRY)
         case NotFinite():
-            return not_finite()
+            message = (
+                "The model produced numbers that are not finite (NaN or infinity) for this request, so it has no "
+                "answer. Other requests are not affected."
+            )
+            return APIError(500, message, SERVER_ERROR, None, "numbers_not_finite", DO_NOT_RETRY)
         case _:
-            return internal_error()
+            message = "The server had an error while processing your request."
+            return APIError(500, message, SERVER_ERROR, None, "server_error")
 
 
 def trace(error: Exception, failure: APIError) -> str:
-    """Where an exception came from, for the log: type and places, without its message, which may quote a prompt.
+    """The exception's type and code lines, for the log; without its message, which may quote a prompt.
 
-    Empty for all but a 500: a 503 is a state of the server and has no place in the code.
+    Empty for all but a 500: a 503 is a state of the server and comes from no line of code.
     """
-    if failure.status != 500:
-        return ""
-    return "\n" + where_from(error)
+    return "\n" + where_from(error) if failure.status == 500 else ""

@@ -18,8 +18,8 @@ from serving.generation.interface import ChatEvent, Finished
 from serving.generation.pipeline import Prompt, RunningModel
 from serving.http.errors import invalid
 from serving.http.request_context import RequestContext, header, request_context
-from serving.openai.common import ApiLimits
 from serving.openai.errors import deadline_passed
+from serving.openai.limits import ApiLimits
 
 TIMEOUT_HEADER = b"x-request-timeout"
 DROPPED_ROUNDS_HEADER = "x-chatglm-dropped-rounds"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import Request
@@ -15,33 +13,23 @@ from serving.generation.event_stream import EventStream
 from serving.generation.interface import ChatEvent
 from serving.http import server_sent_events as sse
 from serving.http.disconnect import ClientLeft, WriteTimeout, unless_disconnected
-from serving.http.errors import APIError, envelope
+from serving.http.errors import APIError
 from serving.http.request_context import RequestContext, request_context
-from serving.openai.chat.response import IndexedEvent
-from serving.openai.common import ApiLimits
+from serving.openai.common import IndexedEvent
 from serving.openai.errors import from_exception, trace
+from serving.openai.limits import ApiLimits
 
 logger = logging.getLogger(__name__)
 
 
 class Chunks(Protocol):
-    """Folds events into the JSON text of chunks."""
+    """Folds the events of an answer into the text of server-sent events."""
 
     def push(self, index: int, event: ChatEvent) -> list[str]: ...
 
     def end(self) -> list[str]: ...
 
-
-@dataclass(frozen=True)
-class Framing:
-    """How chunks, a failure and the end become bytes of one kind of stream."""
-
-    encode: Callable[[list[str]], bytes]
-    fail: Callable[[APIError], bytes]
-    done: bytes
-
-
-CHUNKS = Framing(sse.events, lambda failure: sse.event(envelope(failure)), sse.DONE)
+    def fail(self, failure: APIError) -> list[str]: ...
 
 
 async def collect(feed: EventStream, request: Request) -> list[IndexedEvent]:
@@ -52,24 +40,20 @@ async def collect(feed: EventStream, request: Request) -> list[IndexedEvent]:
         await feed.close()
 
 
-async def begin_stream(
-    feed: EventStream, chunks: Chunks, request: Request, limits: ApiLimits, framing: Framing = CHUNKS
-) -> Response:
+async def begin_stream(feed: EventStream, chunks: Chunks, request: Request, limits: ApiLimits) -> Response:
     """The response, once its first event is there: what fails before is an HTTP error and not an event."""
     try:
         first = await unless_disconnected(request.receive, feed.take())
     except BaseException:
         await feed.close()
         raise
-    return EventStreamResponse(feed, first, chunks, limits, framing)
+    return EventStreamResponse(feed, first, chunks, limits)
 
 
 class EventStreamResponse(Response):
     """Sends the events of a feed until it ends, fails, or the client leaves; then closes the feed."""
 
-    def __init__(
-        self, feed: EventStream, first: list[IndexedEvent] | None, chunks: Chunks, limits: ApiLimits, framing: Framing
-    ) -> None:
+    def __init__(self, feed: EventStream, first: list[IndexedEvent] | None, chunks: Chunks, limits: ApiLimits) -> None:
         super().__init__(headers=sse.HEADERS)
         del self.headers["content-length"]
         self._feed = feed
@@ -77,7 +61,6 @@ class EventStreamResponse(Response):
         self._chunks = chunks
         self._ping_seconds = limits.ping_seconds
         self._stall_seconds = limits.stall_seconds
-        self._framing = framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = request_context(scope)
@@ -98,11 +81,11 @@ class EventStreamResponse(Response):
             while events is not None:
                 data = [chunk for index, event in events for chunk in self._chunks.push(index, event)]
                 if data:
-                    await _send_part(send, self._framing.encode(data))
+                    await _send_part(send, "".join(data).encode())
                 elif not events:
                     await _send_part(send, sse.PING)
                 events = await self._feed.take(self._ping_seconds)
-            last = self._framing.encode(self._chunks.end()) + self._framing.done
+            last = self._chunks.end()
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -110,8 +93,8 @@ class EventStreamResponse(Response):
             failure = from_exception(error)
             record.error_code = failure.code
             logger.error("request %s failed in its stream with %s%s", record.request_id, failure, trace(error, failure))
-            last = self._framing.fail(failure)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+            last = self._chunks.fail(failure)
+        await send({"type": "http.response.body", "body": "".join(last).encode(), "more_body": False})
 
 
 async def _send_part(send: Send, body: bytes) -> None:

@@ -1,16 +1,14 @@
-"""What pydantic found wrong with a body -> OpenAI's sentence, param and code. Knows no field by name."""
+"""Pydantic's validation errors -> API errors with OpenAI's sentence, param and code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serving.http.errors import APIError, invalid
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 EXPECTED = {
     "string_type": "a string",
@@ -24,6 +22,14 @@ EXPECTED = {
     "string_or_array": "a string or an array",
     "string_or_object": "a string or an object",
 }
+KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a decimal number",
+    str: "a string",
+    list: "an array",
+}
 # type of error: the limit's name in the error's context, the words, the code, the sign of what is allowed
 BOUNDS = {
     "greater_than_equal": ("ge", "below minimum", "below_min", ">="),
@@ -31,24 +37,28 @@ BOUNDS = {
     "less_than_equal": ("le", "above maximum", "above_max", "<="),
     "less_than": ("lt", "above maximum", "above_max", "<"),
 }
-# pydantic's, not the client's
-NO_STEPS = frozenset(
+# tags of unions: steps of pydantic's paths, no fields of the client's
+TAGS = frozenset(
     (
         *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
         *("<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
     )
 )
-OUR_OWN = frozenset(("refused", "conflict", "message", "media"))
+REJECTED = "rejected"
 
 
-def validate(model: type[ModelT], body: Mapping[str, Any]) -> ModelT:
-    """The body as a typed request. Raises APIError 400 naming the first field that is wrong."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        # the context holds only plain values here, so no exception object travels with the details
-        details = error.errors(include_url=False)
-        raise _translate(details[0]) from None
+def rejected(message: str, field: str = "", code: str = "invalid_value") -> PydanticCustomError:
+    """For validators of nested values: the value, or one of its fields, is wrong for a reason of ours.
+
+    Validators of whole bodies raise an APIError, which passes through pydantic.
+    """
+    return PydanticCustomError(REJECTED, "{message}", {"message": message, "field": field, "code": code})
+
+
+def to_api_error(error: ValidationError) -> APIError:
+    """400 that names the first field that is wrong."""
+    # the context holds only plain values here, so no exception object travels with the details
+    return _translate(error.errors(include_url=False)[0])
 
 
 def above_maximum(param: str, limit: int, value: int) -> APIError:
@@ -62,7 +72,7 @@ def path_of(location: tuple[int | str, ...]) -> str:
     for step in location:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step not in NO_STEPS:
+        elif step not in TAGS:
             path += f".{step}" if path else step
     return path
 
@@ -71,11 +81,9 @@ def _translate(error: ErrorDetails) -> APIError:
     kind, value = error["type"], error["input"]
     context: dict[str, Any] = error.get("ctx", {})
     param = _shorten(path_of(error["loc"]), 200)
-    if kind in OUR_OWN:
-        below = context.get("param")
-        where = ".".join(part for part in (param, below) if part) or None
-        code = "unsupported_value" if kind in ("refused", "media") else "invalid_value"
-        return invalid(str(context["message"]), where, code)
+    if kind == REJECTED:
+        where = ".".join(part for part in (param, context["field"]) if part)
+        return invalid(context["message"], where, context["code"])
     if kind == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if kind == "extra_forbidden":
@@ -93,7 +101,7 @@ def _translate(error: ErrorDetails) -> APIError:
 
 
 def _wrong_type(param: str, expected: str, value: Any) -> APIError:
-    message = f"Invalid type for '{param}': expected {expected}, but got {_kind_of(value)} instead."
+    message = f"Invalid type for '{param}': expected {expected}, but got {KINDS.get(type(value), 'an object')} instead."
     return invalid(message, param, "invalid_type")
 
 
@@ -144,24 +152,6 @@ def _out_of_bounds(kind: str, param: str, limit: float, value: float) -> APIErro
     allowed = f"{sign} {limit}" if isinstance(limit, int) else f"{sign} {limit:g}"
     message = f"Invalid '{param}': {noun} {words} value. Expected a value {allowed}, but got {value} instead."
     return invalid(message, param, f"{noun}_{code}_value")
-
-
-def _kind_of(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int():
-            return "an integer"
-        case float():
-            return "a decimal number"
-        case str():
-            return "a string"
-        case list():
-            return "an array"
-        case _:
-            return "an object"
 
 
 def _shorten(text: str, length: int) -> str:

@@ -19,7 +19,7 @@ from serving.generation.pipeline import RunningModel
 from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames
 from serving.http.api_keys import Keys
 from serving.http.request_context import RequestContext
-from serving.openai.common import ApiLimits
+from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
 from serving.worker.graceful_shutdown import GracefulShutdown

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from serving.openai.chat.request import ACCEPTED_WITHOUT_EFFECT, REFUSED, ChatRequest, CompletionRequest
-from serving.openai.common import ApiLimits
+from serving.openai.chat.request import ACCEPTED_WITHOUT_EFFECT, ChatRequest
+from serving.openai.common import REFUSED
+from serving.openai.completions.request import CompletionRequest
+from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
 from tests.contract.tiny import NAME, USER, assert_openai_error, post, send, serving
@@ -173,7 +175,9 @@ def test_the_sentences_are_openais(app: Starlette) -> None:
     )
     assert message({"foo": 1}) == "Unrecognized request argument supplied: foo"
     assert message({"max_tokens": 1200}).startswith("This model's maximum context length is 256 tokens. However, you ")
-    assert "no eyes or ears" in message({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]})
+    assert "Image and audio input are not supported" in message(
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.applications import Starlette
 
+from serving.openai.chat.request import ChatRequest, to_chat_job
+from serving.openai.completions.request import CompletionRequest, to_completion_jobs
 from tests.contract.tiny import CONTEXT, NAME, USER, assert_openai_error, chunks, post, sdk, serving
 
 ASK: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 12, "seed": 5}
@@ -223,5 +225,16 @@ def test_running_usage_reaches_the_total(app: Starlette) -> None:
     parts = chunks(post(app, "/chat/completions", {**ASK, "stream": True, "stream_options": options}))
     counts = [part["usage"]["completion_tokens"] for part in parts]
     assert counts == sorted(counts)
-    assert counts[-1] == post(app, "/chat/completions", ASK).json()["usage"]["completion_tokens"]
+    assert len(set(counts)) > 2
+    assert counts[-1] == counts[-2] == post(app, "/chat/completions", ASK).json()["usage"]["completion_tokens"]
     assert json.dumps(parts[1]["choices"][0]["logprobs"]) == "null"
+
+
+def test_running_usage_needs_no_log_probabilities() -> None:
+    """They cost a softmax over the vocabulary for each token; counting tokens does not."""
+    running = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    job = to_chat_job(ChatRequest.model_validate({**ASK, **running}))
+    assert job.sampling.num_top_logprobs is None
+    prompts = {"model": NAME, "prompt": ["a", "b"], **running}
+    for text_job in to_completion_jobs(CompletionRequest.model_validate(prompts), max_answers=2):
+        assert text_job.sampling.num_top_logprobs is None

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from serving.engine.interface import TokenLogprob
 from serving.generation.interface import Finished, TextDelta, ToolCallDelta, Usage
 from serving.http import server_sent_events as sse
-from serving.openai.chat.response import ChatCompletionStream, ChunkOptions, Envelope, IndexedEvent, to_completion
-from serving.openai.completions.response import CompletionStream, TextPlan, to_text_completion
+from serving.openai.chat.response import ChatCompletionStream, to_completion
+from serving.openai.common import ChunkOptions, Envelope, IndexedEvent
+from serving.openai.completions.response import CompletionStream, PromptChoices, to_text_completion
 
 ENVELOPE = Envelope("chatcmpl-X", 1_795_364_990, "chatglm2-6b", "fp_1")
 HEAD = (
@@ -29,7 +30,17 @@ def token_bytes(token_id: int) -> bytes:
 
 def stream(events: list[IndexedEvent], options: ChunkOptions = PLAIN, prompt_tokens: int = 17) -> list[str]:
     fold = ChatCompletionStream(ENVELOPE, options, token_bytes, prompt_tokens)
-    return [chunk for index, event in events for chunk in fold.push(index, event)] + fold.end()
+    chunks = [data(chunk) for index, event in events for chunk in fold.push(index, event)]
+    *last, done = map(data, fold.end())
+    assert done == "[DONE]"
+    return chunks + last
+
+
+def data(event: str) -> str:
+    """What a server-sent event carries."""
+    assert event.startswith("data: ")
+    assert event.endswith("\n\n")
+    return event[len("data: ") : -2]
 
 
 def deltas(chunks: list[str]) -> list[tuple[int, dict[str, Any], str | None]]:
@@ -57,8 +68,8 @@ def test_usage_comes_only_when_asked_for_and_is_null_before() -> None:
 
 def test_running_usage_counts_up_to_the_true_total() -> None:
     options = ChunkOptions(include_usage=True, continuous_usage=True)
-    one = TokenLogprob(65, -0.5)
-    chunks = stream([(0, TextDelta("A", (one,))), (0, TextDelta("A", (one,))), (0, END)], options)
+    one = TextDelta("A", num_tokens=1)
+    chunks = stream([(0, one), (0, one), (0, END)], options)
     assert [json.loads(chunk)["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3, 3]
     assert {json.loads(chunk)["usage"]["prompt_tokens"] for chunk in chunks} == {17}
 
@@ -106,8 +117,8 @@ def test_a_whole_answer_has_exactly_the_documented_keys_in_order() -> None:
 def test_line_separators_of_any_client_are_escaped() -> None:
     text = "a\u2028b\u2029c\x85d\r\ne"
     encoded = sse.event(sse.to_json({"content": text}))
-    assert len(encoded.decode().splitlines()) == 2
-    assert json.loads(encoded.removeprefix(b"data: ")) == {"content": text}
+    assert len(encoded.splitlines()) == 2
+    assert json.loads(data(encoded)) == {"content": text}
 
 
 def test_minus_infinity_has_a_number_in_json() -> None:
@@ -120,8 +131,8 @@ def test_minus_infinity_has_a_number_in_json() -> None:
 def test_tokens_that_are_parts_of_a_character_are_told_by_their_bytes() -> None:
     parts = tuple(TokenLogprob(token_id, -1.0) for token_id in (0, 1, 2, 65))
     events = [(0, TextDelta("你A", parts)), (0, END)]
-    plan = TextPlan(1, ("",))
-    lists = to_text_completion([events], plan, ENVELOPE, ChunkOptions(logprobs=True), token_bytes)
+    prompts = PromptChoices(1, ("",))
+    lists = to_text_completion([events], prompts, ENVELOPE, ChunkOptions(logprobs=True), token_bytes)
     legacy = lists["choices"][0]["logprobs"]
     assert legacy["tokens"] == ["bytes:\\xe4", "bytes:\\xbd", "bytes:\\xa0", "A"]
     assert legacy["text_offset"] == [0, 0, 0, 1]
@@ -131,7 +142,7 @@ def test_best_of_keeps_the_likeliest_per_token() -> None:
     events: list[IndexedEvent] = []
     for index, logprob in enumerate((-3.0, -1.0, -2.0)):
         events += [(index, TextDelta(str(index), (TokenLogprob(65, logprob),))), (index, END)]
-    whole = to_text_completion([events], TextPlan(2, ("",)), ENVELOPE, PLAIN, token_bytes)
+    whole = to_text_completion([events], PromptChoices(2, ("",)), ENVELOPE, PLAIN, token_bytes)
     assert [(choice["index"], choice["text"]) for choice in whole["choices"]] == [(0, "1"), (1, "2")]
     assert whole["usage"]["completion_tokens"] == 9
 
@@ -164,11 +175,11 @@ def test_chat_chunks_glued_together_are_the_whole_answer(
 def test_text_chunks_glued_together_are_the_whole_completion(
     per_choice: list[list[TextDelta]], logprobs: bool, random: Any
 ) -> None:
-    options, plan = ChunkOptions(logprobs=logprobs), TextPlan(len(per_choice), ("" if logprobs else "echo ",))
+    options, prompts = ChunkOptions(logprobs=logprobs), PromptChoices(len(per_choice), ("" if logprobs else "echo ",))
     events = _interleaved(per_choice, random)
-    whole = to_text_completion([events], plan, ENVELOPE, options, token_bytes)
-    fold = CompletionStream(plan, ENVELOPE, options, token_bytes, [17])
-    chunks = [json.loads(chunk) for index, event in events for chunk in fold.push(index, event)]
+    whole = to_text_completion([events], prompts, ENVELOPE, options, token_bytes)
+    fold = CompletionStream(prompts, ENVELOPE, options, token_bytes, [17])
+    chunks = [json.loads(data(chunk)) for index, event in events for chunk in fold.push(index, event)]
     for choice in whole["choices"]:
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in own) == choice["text"]

@@ -16,10 +16,11 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel
 from starlette.applications import Starlette
 
-from serving.openai import embeddings
-from serving.openai.chat import request as protocol
+from serving.openai import common, embeddings
+from serving.openai.chat import request as chat
 from serving.openai.chat.messages import MESSAGE_FIELDS_WITHOUT_EFFECT, ChatMessage
-from serving.openai.responses import request as responses_protocol
+from serving.openai.completions.request import CompletionRequest
+from serving.openai.responses import request as responses
 from tests.contract.tiny import NAME, USER, assert_openai_error, post
 from tests.golden_data import REPOSITORY
 
@@ -42,26 +43,26 @@ class Endpoint:
 ENDPOINTS = [
     Endpoint(
         "/chat/completions",
-        protocol.ChatRequest,
+        chat.ChatRequest,
         frozenset(chat_create_params.CompletionCreateParamsBase.__annotations__) | {"stream"},
-        protocol.ACCEPTED_WITHOUT_EFFECT,
-        protocol.REFUSED,
+        chat.ACCEPTED_WITHOUT_EFFECT,
+        common.REFUSED,
         {"model": NAME, "messages": USER, "max_tokens": 1},
     ),
     Endpoint(
         "/completions",
-        protocol.CompletionRequest,
+        CompletionRequest,
         frozenset(completion_create_params.CompletionCreateParamsBase.__annotations__) | {"stream"},
-        protocol.ACCEPTED_WITHOUT_EFFECT,
-        protocol.REFUSED,
+        common.ACCEPTED_WITHOUT_EFFECT,
+        common.REFUSED,
         {"model": NAME, "prompt": "x", "max_tokens": 1},
     ),
     Endpoint(
         "/responses",
-        responses_protocol.ResponsesRequest,
+        responses.ResponsesRequest,
         frozenset(response_create_params.ResponseCreateParamsBase.__annotations__) | {"stream"},
-        responses_protocol.ACCEPTED_WITHOUT_EFFECT,
-        responses_protocol.REFUSED,
+        responses.ACCEPTED_WITHOUT_EFFECT,
+        responses.REFUSED,
         {"model": NAME, "input": "x", "max_output_tokens": 1},
     ),
     Endpoint(
@@ -102,6 +103,8 @@ def _rows(endpoint: Endpoint) -> list[tuple[str, str, str]]:
         else:
             whose = "" if name in endpoint.openai_fields else " (not OpenAI's)"
             rows.append((name, f"honoured{whose}", values))
+    own = endpoint.request.__annotations__  # the endpoint's own fields come before those that it shares with others
+    rows.sort(key=lambda row: (not row[1].startswith("honoured"), row[0] not in own))
     refused = [(name, reason) for name, reason in endpoint.refused.items() if name in endpoint.openai_fields]
     return rows + [(name, "refused", reason) for name, reason in refused]
 

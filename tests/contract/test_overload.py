@@ -18,7 +18,7 @@ from starlette.requests import Request
 from serving.admission.admission_control import AdmissionLimits
 from serving.engine.interface import EngineLimits
 from serving.engine.native.engine import MAX_UNREAD
-from serving.openai.common import ApiLimits
+from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
 from serving.worker.bentoml_generate import GenerateRequest, ask
 from tests.contract.guarded import CHAT, SlowReader, at_rest, body, client, guarded

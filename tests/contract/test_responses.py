@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter
 from starlette.applications import Starlette
 
 from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.openai.responses.events import ResponseStream, to_response
 from serving.openai.responses.request import REFUSED, ResponsesRequest
-from serving.openai.responses.response import ResponseStream, response_head, to_response
+from serving.openai.responses.response import unfinished_response
 from tests.contract.test_streams import FailsAt
 from tests.contract.tiny import NAME, assert_openai_error, post, sdk, serving
 
@@ -219,10 +220,10 @@ def test_what_the_sdk_sends_by_default_is_accepted(app: Starlette) -> None:
 def fold(events: list[ChatEvent], **change: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What a stream tells of these events, and the whole response of the same."""
     body = ResponsesRequest.model_validate({**ASK, **change})
-    streamed = ResponseStream(response_head(body, "resp_1", 1), False, chr_bytes)
-    told = [json.loads(item) for event in events for item in streamed.push(0, event)]
-    whole = to_response(
-        [(0, event) for event in events], ResponseStream(response_head(body, "resp_1", 1), False, chr_bytes)
+    streamed = ResponseStream(unfinished_response(body), False, chr_bytes)
+    told = [json.loads(item.split("\ndata: ")[1]) for event in events for item in streamed.push(0, event)]
+    whole: Any = to_response(
+        [(0, event) for event in events], ResponseStream(unfinished_response(body), False, chr_bytes)
     )
     return told, whole
 

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from serving.engine.native.engine import NativeEngine
 from serving.generation.event_stream import EventStream
-from serving.openai.common import ApiLimits
+from serving.openai.limits import ApiLimits
 from serving.registry import ModelRegistry
 from tests.contract.tiny import NAME, USER, assert_openai_error, post, sdk, send, serving
 
@@ -27,7 +27,7 @@ LONG: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 200, "ign
 
 
 def engine_of(app: Starlette) -> NativeEngine:
-    served: ModelRegistry = app.state.served
+    served: ModelRegistry = app.state.registry
     assert served.model
     return served.model.engine
 
@@ -169,7 +169,7 @@ def test_a_stopped_engine_is_a_503_to_be_tried_again(folder: Path) -> None:
 
 def test_an_answer_that_can_never_fit_the_cache_is_a_400(folder: Path) -> None:
     with serving(folder) as app:
-        served: ModelRegistry = app.state.served
+        served: ModelRegistry = app.state.registry
         assert served.model
         object.__setattr__(served.model, "context_length", 100_000)  # more than the cache of this engine holds
         error = assert_openai_error(post(app, "/chat/completions", {**LONG, "max_tokens": 50_000}), 400)

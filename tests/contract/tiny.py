@@ -27,7 +27,7 @@ from serving.engine.interface import AttentionFunction, CausalLM, EngineLimits, 
 from serving.engine.native.engine import NativeEngine
 from serving.generation.interface import ChatFormat
 from serving.generation.pipeline import RunningModel
-from serving.openai.common import ApiLimits
+from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
 

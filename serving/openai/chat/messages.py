@@ -1,29 +1,21 @@
-"""The messages and tools of a chat request, as the client writes them. Knows nothing of sampling."""
+"""Messages of a chat request, as the client writes them -> the conversation that a chat format renders."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, StringConstraints, Tag, model_validator
 
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+from serving.generation.interface import Message, Role, ToolCall
+from serving.openai.common import STRING_OR_ARRAY, StrictModel
+from serving.openai.validation import rejected
 
 MESSAGE_FIELDS_WITHOUT_EFFECT = {
     "refusal": "an earlier answer's refusal; this model's answers have none",
     "annotations": "an earlier answer's web citations",
     "reasoning_content": "an earlier answer's reasoning, as some clients send it back",
 }
-
 MEDIA_PARTS = frozenset(
     (
         *("image", "image_url", "input_image"),
@@ -32,70 +24,69 @@ MEDIA_PARTS = frozenset(
         *("file", "input_file"),
     )
 )
+MAX_CALLS = 128  # of one message
+PART_SEPARATOR = "\n"  # between the text parts of one message
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 
 
-def text_or_list(value: Any) -> str | None:
-    """Which branch of a `string | array` field a value takes; the tags never show in an error's path."""
-    if isinstance(value, str):
-        return "<string>"
-    return "<array>" if isinstance(value, list) else None
-
-
-def _refuse_media(value: Any) -> Any:
+def to_text_part(value: Any, text_type: str = "text") -> Any:
+    """For a `before` validator of content parts: media are refused, an earlier refusal becomes a text."""
     if not isinstance(value, dict):
         return value
-    part = cast(dict[str, Any], value)
+    part = cast("dict[str, Any]", value)
     kind = part.get("type")
     if isinstance(kind, str) and kind in MEDIA_PARTS:
-        message = f"This model has no eyes or ears: content parts of type '{kind}' are not supported, only 'text'."
-        raise PydanticCustomError("media", "{message}", {"message": message})
+        message = f"Image and audio input are not supported: the content part of type '{kind}' has to be text."
+        raise rejected(message, code="unsupported_value")
     if kind == "refusal" and part.keys() == {"type", "refusal"}:
-        return {"type": "text", "text": part["refusal"]}
+        return {"type": text_type, "text": part["refusal"]}
     return part
 
 
-class TextPart(BaseModel):
+class TextPart(StrictModel):
     """One part of a message's content."""
 
-    model_config = STRICT
     type: Literal["text"]
     text: str
 
 
-ContentPart = Annotated[TextPart, BeforeValidator(_refuse_media)]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[ContentPart], Field(min_length=1), Tag("<array>")],
-    Discriminator(text_or_list, custom_error_type="string_or_array", custom_error_message="string or array"),
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[Annotated[TextPart, BeforeValidator(to_text_part)]], Field(min_length=1), Tag("<array>")],
+    STRING_OR_ARRAY,
 ]
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(StrictModel):
     """A call that the model made earlier; `arguments` is JSON text, or what the model took for it."""
 
-    model_config = STRICT
     name: str
     arguments: str
 
 
-class MessageToolCall(BaseModel):
+class MessageToolCall(StrictModel):
     """One entry of an assistant message's `tool_calls`."""
 
-    model_config = STRICT
     id: str
     type: Literal["function"]
     function: FunctionCall
     index: int | None = None  # clients that glue stream deltas together send it back
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(StrictModel):
     """One turn of the conversation."""
-
-    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     name: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS)] | None = None
     function_call: FunctionCall | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -107,33 +98,61 @@ class ChatMessage(BaseModel):
     def _fields_agree(self) -> ChatMessage:
         calls = bool(self.tool_calls) or self.function_call is not None
         if calls and self.role != "assistant":
-            raise _message_error(f"Messages with role '{self.role}' must not have tool calls.", "tool_calls")
+            raise rejected(f"Messages with role '{self.role}' must not have tool calls.", "tool_calls")
         if self.content is None and not calls and self.refusal is None:
-            raise _message_error("Invalid value for 'content': expected a string, got null.", "content")
+            raise rejected("Invalid value for 'content': expected a string, got null.", "content")
         if self.role == "tool" and self.tool_call_id is None:
-            raise _message_error("Messages with role 'tool' must have a 'tool_call_id'.", "tool_call_id")
+            raise rejected("Messages with role 'tool' must have a 'tool_call_id'.", "tool_call_id")
         if self.role == "function" and self.name is None:
-            raise _message_error("Messages with role 'function' must have a 'name'.", "name")
+            raise rejected("Messages with role 'function' must have a 'name'.", "name")
         return self
 
+    @property
+    def turn(self) -> tuple[str | None, list[str]]:
+        """The id of the call whose result this is, and the ids of the calls that it makes."""
+        return self.tool_call_id if self.role == "tool" else None, [call.id for call in self.tool_calls or []]
 
-def _message_error(message: str, field: str) -> PydanticCustomError:
-    return PydanticCustomError("message", "{message}", {"message": message, "param": field})
+    def to_message(self) -> Message:
+        """The same for chat formats, with the role reduced to the four that they have."""
+        content = self.content
+        text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content or [])
+        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or []]
+        if self.function_call is not None:
+            # legacy calls have no id: the function's name ties the call to its result
+            calls.append(ToolCall(self.function_call.name, self.function_call.name, self.function_call.arguments))
+        if not text and not calls and self.refusal is not None:
+            text = self.refusal
+        call_id = self.name if self.role == "function" else self.tool_call_id
+        return Message(ROLES[self.role], text, self.name, tuple(calls), call_id)
 
 
-class FunctionDefinition(BaseModel):
-    """What the model is told about a function. `strict`: its arguments always fit `parameters`."""
+def unanswered_call(turns: Sequence[tuple[str | None, Sequence[str]]]) -> tuple[int, str] | None:
+    """(index, what is wrong) of the first turn that breaks the rule; None if none does.
 
-    model_config = STRICT
-    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    Every result of a tool follows the message that calls it, and every call has its result.
+    turns: of each message, the id of the call whose result it is, and the ids of the calls that it makes.
+    """
+    open_calls: list[str] = []  # in order, for the message
+    answered: set[str] = set()
+    for index, (call_id, call_ids) in enumerate(turns):
+        if call_id is not None:
+            if call_id not in open_calls and call_id not in answered:
+                return index, (
+                    "Invalid parameter: messages with role 'tool' must be a response to a preceding message with "
+                    "'tool_calls' and its 'tool_call_id'."
+                )
+            answered.add(call_id)
+            open_calls = [other for other in open_calls if other != call_id]
+            continue
+        if open_calls:
+            return index - 1, _missing(open_calls)
+        open_calls, answered = list(dict.fromkeys(call_ids)), set()
+    return (len(turns) - 1, _missing(open_calls)) if open_calls else None
 
 
-class ToolDefinition(BaseModel):
-    """One entry of `tools`."""
-
-    model_config = STRICT
-    type: Literal["function"]
-    function: FunctionDefinition
+def _missing(call_ids: Iterable[str]) -> str:
+    return (
+        "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+        "'tool_call_id'. The following tool_call_ids did not have response messages: "
+        + ", ".join(call_id[:64] for call_id in call_ids)
+    )

@@ -1,258 +1,267 @@
-"""Events of a chat answer -> OpenAI's JSON, whole or chunk by chunk. Pure: both fold the same events."""
+"""Events of a chat answer -> the whole completion, or the server-sent events of a stream; and their published types."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from serving.engine.interface import TokenLogprob
-from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import AnswerPart, ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.http import server_sent_events as sse
+from serving.http.errors import APIError
+from serving.http.errors import envelope as error_json
 from serving.http.server_sent_events import to_json
+from serving.openai.common import ChunkOptions, Count, Envelope, IndexedEvent, TokenBytes, by_choice
+from serving.openai.logprobs import TokenLogprobEntry, to_entries
+from serving.openai.usage import CompletionUsage, RunningUsage, to_completion_usage, total_usage
 
-IndexedEvent = tuple[int, ChatEvent]  # (index of the choice, what happened to it)
-TokenBytes = Callable[[int], bytes]
-LOWEST_LOGPROB = -9999.0  # what OpenAI writes where the true value has no JSON: minus infinity
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
-@dataclass(frozen=True)
-class Envelope:
-    """What every chunk of one answer repeats."""
+class ChoiceLogprobs(TypedDict):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprobEntry]
+    refusal: None
+
+
+class CalledFunction(TypedDict):
+    """`arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(TypedDict):
+    """A call that the model wants made."""
 
     id: str
-    created: int  # Unix seconds
-    model: str  # the name that the client asked for
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(TypedDict):
+    """The answer of one choice."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    annotations: Annotated[list[Any], Field(max_length=0)]
+    tool_calls: NotRequired[Annotated[list[AnswerToolCall], Field(min_length=1)]]
+    function_call: NotRequired[CalledFunction]
+
+
+class ChatChoice(TypedDict):
+    """One of n answers."""
+
+    index: Count
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """The whole answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: Count
+    model: str
+    choices: Annotated[list[ChatChoice], Field(min_length=1)]
+    usage: CompletionUsage
+    service_tier: Literal["default"]
     system_fingerprint: str
 
 
-@dataclass(frozen=True)
-class ChunkOptions:
-    """What the client wants to see beside the text."""
+class FunctionDelta(TypedDict):
+    """The name once, then pieces of the arguments."""
 
-    logprobs: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    has_legacy_functions: bool = False  # calls are told as `function_call`, as before there were tools
+    name: NotRequired[str]
+    arguments: str
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage` object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": 0,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
-    }
+class ToolCallDeltaEntry(TypedDict):
+    """More of one call; id, type and name come once."""
+
+    index: Count
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
 
 
-def total_usage(usages: Iterable[Usage]) -> Usage:
-    """The counts of one request with several choices of one prompt: the prompt counts once."""
-    all_usages = list(usages)
-    if not all_usages:
-        return Usage(0, 0)
-    return Usage(
-        all_usages[0].prompt_tokens,
-        sum(usage.completion_tokens for usage in all_usages),
-        # later choices find the prompt that the first one computed; what was there before is the least of them
-        min(usage.cached_tokens for usage in all_usages),
-    )
+class Delta(TypedDict):
+    """More of one answer."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[Annotated[list[ToolCallDeltaEntry], Field(min_length=1)]]
+    function_call: NotRequired[FunctionDelta]
 
 
-def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[dict[str, Any]]:
-    """Entries of `logprobs.content`."""
-    return [
-        {
-            **_token_json(entry.token_id, entry.logprob, token_bytes),
-            "top_logprobs": [_token_json(token_id, logprob, token_bytes) for token_id, logprob in entry.top],
-        }
-        for entry in logprobs
-    ]
+class ChunkChoice(TypedDict):
+    """What happened to one of n answers."""
+
+    index: Count
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
 
 
-def _token_json(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[str, Any]:
-    raw = token_bytes(token_id)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(raw)}
+class ChatCompletionChunk(TypedDict):
+    """One event of a chat stream. `usage` is there when `stream_options.include_usage` asks for it."""
 
-
-@dataclass
-class ChatChoice:
-    """One choice of a completion, while its events are folded."""
-
-    text: list[str] = field(default_factory=list[str])
-    calls: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict[int, tuple[str, str, list[str]]])
-    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    finished: Finished | None = None
-
-    def push(self, event: ChatEvent) -> None:
-        match event:
-            case TextDelta(text, logprobs):
-                self.text.append(text)
-                self.logprobs.extend(logprobs)
-            case ToolCallDelta(index, call_id, name, arguments):
-                _, _, pieces = self.calls.setdefault(index, (call_id or "", name or "", []))
-                pieces.append(arguments)
-            case Finished():
-                self.finished = event
-
-    def to_choice(self, index: int, options: ChunkOptions, token_bytes: TokenBytes) -> dict[str, Any]:
-        text = "".join(self.text)
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": None if self.calls and not text else text,
-            "refusal": None,
-            "annotations": [],
-        }
-        if self.calls and options.has_legacy_functions:
-            _, name, pieces = self.calls[0]
-            message["function_call"] = {"name": name, "arguments": "".join(pieces)}
-        elif self.calls:
-            message["tool_calls"] = [
-                {"id": call_id, "type": "function", "function": {"name": name, "arguments": "".join(pieces)}}
-                for _, (call_id, name, pieces) in sorted(self.calls.items())
-            ]
-        logprobs = {"content": logprobs_json(self.logprobs, token_bytes), "refusal": None} if options.logprobs else None
-        reason = None if self.finished is None else _reason(self.finished, options)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: Count
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[CompletionUsage | None]
 
 
 def to_completion(
     events: Iterable[IndexedEvent], envelope: Envelope, options: ChunkOptions, token_bytes: TokenBytes
-) -> dict[str, Any]:
+) -> ChatCompletion:
     """The whole answer, every choice of it finished."""
-    answers: dict[int, ChatChoice] = {}
-    for index, event in events:
-        answers.setdefault(index, ChatChoice()).push(event)
-    usage = total_usage(answer.finished.usage for _, answer in sorted(answers.items()) if answer.finished is not None)
+    choices: list[ChatChoice] = []
+    usages: list[Usage] = []
+    for index, parts, finished in by_choice(events):
+        logprobs = [entry for part in parts if isinstance(part, TextDelta) for entry in part.logprobs]
+        choices.append(
+            {
+                "index": index,
+                "message": _message(parts, options),
+                "logprobs": _logprobs(logprobs, token_bytes) if options.logprobs else None,
+                "finish_reason": _reason(finished, options),
+            }
+        )
+        usages.append(finished.usage)
     return {
         "id": envelope.id,
         "object": "chat.completion",
         "created": envelope.created,
         "model": envelope.model,
-        "choices": [answer.to_choice(index, options, token_bytes) for index, answer in sorted(answers.items())],
-        "usage": usage_json(usage),
+        "choices": choices,
+        "usage": to_completion_usage(total_usage([usages])),
         "service_tier": "default",
         "system_fingerprint": envelope.system_fingerprint,
     }
 
 
-class RunningUsage:
-    """Token counts of a stream so far: exact for finished choices, by the tokens read for the others."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
-        self._counts: dict[int, int] = {}
-        self._finished: dict[int, Usage] = {}
-
-    def push(self, index: int, event: ChatEvent) -> None:
-        match event:
-            case TextDelta(_, logprobs):
-                self._counts[index] = self._counts.get(index, 0) + len(logprobs)
-            case Finished(_, usage):
-                self._counts[index] = usage.completion_tokens
-                self._finished[index] = usage
-            case ToolCallDelta():
-                pass
-
-    @property
-    def so_far(self) -> Usage:
-        return Usage(self._prompt_tokens, sum(self._counts.values()), self.final.cached_tokens)
-
-    @property
-    def final(self) -> Usage:
-        return total_usage(self._finished.values())
+def _message(parts: Iterable[AnswerPart], options: ChunkOptions) -> AnswerMessage:
+    text = "".join(part.text for part in parts if isinstance(part, TextDelta))
+    deltas: dict[int, list[ToolCallDelta]] = {}
+    for part in parts:
+        if isinstance(part, ToolCallDelta):
+            deltas.setdefault(part.index, []).append(part)
+    calls: list[AnswerToolCall] = []
+    for _, (first, *rest) in sorted(deltas.items()):
+        arguments = "".join(delta.arguments for delta in (first, *rest))
+        function: CalledFunction = {"name": first.name or "", "arguments": arguments}
+        calls.append({"id": first.id or "", "type": "function", "function": function})
+    content = None if calls and not text else text
+    message: AnswerMessage = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if calls and options.has_legacy_functions:
+        message["function_call"] = calls[0]["function"]
+    elif calls:
+        message["tool_calls"] = calls
+    return message
 
 
 class ChatCompletionStream:
-    """Folds events into the JSON text of chunks. One object a stream, used by one loop.
+    """Folds events into the chunks of a stream, as text of server-sent events. One object a stream, used by one loop.
 
     The order is the one every client was seen to read: the role with "" first (choices in order), `{}` with the
     finish reason last, then usage if it was asked for.
     """
 
-    def __init__(self, envelope: Envelope, options: ChunkOptions, token_bytes: TokenBytes, prompt_tokens: int) -> None:
+    def __init__(
+        self, envelope: Envelope, options: ChunkOptions, token_bytes: TokenBytes, num_prompt_tokens: int
+    ) -> None:
+        self._envelope = envelope
         self._options = options
         self._token_bytes = token_bytes
-        self._usage = RunningUsage(prompt_tokens)
-        self._introduced = 0  # choices 0 .. introduced - 1 have had their role
-        head = {
-            "id": envelope.id,
-            "object": "chat.completion.chunk",
-            "created": envelope.created,
-            "model": envelope.model,
-            "system_fingerprint": envelope.system_fingerprint,
-        }
-        self._head = to_json(head)[:-1] + ',"choices":['
+        self._usage = RunningUsage(num_prompt_tokens) if options.include_usage else None
         self._is_plain = not options.logprobs and not options.continuous_usage
-        ending = '],"usage":null}' if options.include_usage else "]}"
-        self._plain_tail = '},"logprobs":null,"finish_reason":null}' + ending
+        self._text_chunks: list[tuple[str, str]] = []  # of each choice introduced: a text chunk around its text
 
     def push(self, index: int, event: ChatEvent) -> list[str]:
         """The chunks of one event; an event that shows the client nothing gives none."""
-        if self._is_plain and index < self._introduced and type(event) is TextDelta and event.text:
+        if self._is_plain and index < len(self._text_chunks) and type(event) is TextDelta and event.text:
             # nearly every chunk there is
-            return [f'{self._head}{{"index":{index},"delta":{{"content":{to_json(event.text)}{self._plain_tail}']
-        self._usage.push(index, event)
-        if isinstance(event, TextDelta) and not event.text and not (event.logprobs and self._options.logprobs):
-            return []
-        chunks = self._introduce(index, isinstance(event, ToolCallDelta))
+            before, after = self._text_chunks[index]
+            return [f"{before}{to_json(event.text)}{after}"]
+        if self._usage:
+            self._usage.push(index, event)
         match event:
             case TextDelta(text, logprobs):
                 shown = logprobs if self._options.logprobs else ()
-                chunks.append(self._choice(index, f'{{"content":{to_json(text)}}}', self._logprobs(shown)))
+                if not text and not shown:
+                    return []
+                chunk = self._chunk(index, {"content": text}, _logprobs(shown, self._token_bytes) if shown else None)
             case ToolCallDelta():
-                chunks.append(self._choice(index, to_json(self._call(event))))
+                chunk = self._chunk(index, _call_delta(event, self._options))
             case Finished():
-                chunks.append(self._choice(index, "{}", finish_reason=f'"{_reason(event, self._options)}"'))
-        return chunks
+                chunk = self._chunk(index, {}, finish_reason=_reason(event, self._options))
+        return [*self._introduce(index, isinstance(event, ToolCallDelta)), chunk]
 
     def end(self) -> list[str]:
         """What follows the last event of the last choice."""
-        if not self._options.include_usage:
-            return []
-        return [f'{self._head}],"usage":{to_json(usage_json(self._usage.final))}}}']
+        usage = [self._event([], self._usage.final)] if self._usage else []
+        return [*usage, sse.DONE]
 
-    def _call(self, event: ToolCallDelta) -> dict[str, Any]:
-        if not self._options.has_legacy_functions:
-            return {"tool_calls": [_call_delta(event)]}
-        return {"function_call": _call_delta(event)["function"]}
+    def fail(self, failure: APIError) -> list[str]:
+        """What ends a stream that cannot be completed."""
+        return [sse.event(error_json(failure))]
 
     def _introduce(self, index: int, with_call: bool) -> list[str]:
         chunks: list[str] = []
-        for number in range(self._introduced, index + 1):
+        for number in range(len(self._text_chunks), index + 1):
             # null is right in one place only: before a tool call
-            content = "null" if with_call and number == index else '""'
-            chunks.append(self._choice(number, f'{{"role":"assistant","content":{content}}}'))
-        self._introduced = max(self._introduced, index + 1)
+            content = None if with_call and number == index else ""
+            chunks.append(self._chunk(number, {"role": "assistant", "content": content}))
+            self._text_chunks.append(sse.around_empty_text(self._chunk(number, {"content": ""})))
         return chunks
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> str:
-        if not logprobs:
-            return "null"
-        return to_json({"content": logprobs_json(logprobs, self._token_bytes), "refusal": None})
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        logprobs: ChoiceLogprobs | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> str:
+        choice: ChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._event([choice], self._usage.so_far if self._usage and self._options.continuous_usage else None)
 
-    def _choice(self, index: int, delta: str, logprobs: str = "null", finish_reason: str = "null") -> str:
-        tail = "]}"
-        if self._options.continuous_usage:
-            tail = f'],"usage":{to_json(usage_json(self._usage.so_far))}}}'
-        elif self._options.include_usage:
-            tail = '],"usage":null}'
-        rest = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}{tail}'
-        return f'{self._head}{{"index":{index},"delta":{delta},{rest}'
+    def _event(self, choices: list[ChunkChoice], usage: CompletionUsage | None) -> str:
+        chunk: ChatCompletionChunk = {
+            "id": self._envelope.id,
+            "object": "chat.completion.chunk",
+            "created": self._envelope.created,
+            "model": self._envelope.model,
+            "system_fingerprint": self._envelope.system_fingerprint,
+            "choices": choices,
+        }
+        if self._options.include_usage:
+            chunk["usage"] = usage
+        return sse.event(to_json(chunk))
 
 
-def _reason(event: Finished, options: ChunkOptions) -> str:
+def _logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChoiceLogprobs:
+    return {"content": to_entries(logprobs, token_bytes), "refusal": None}
+
+
+def _reason(event: Finished, options: ChunkOptions) -> FinishReason:
     return "function_call" if event.reason == "tool_calls" and options.has_legacy_functions else event.reason
 
 
-def _call_delta(event: ToolCallDelta) -> dict[str, Any]:
-    function: dict[str, str] = {"arguments": event.arguments}
-    if event.id is None:
-        return {"index": event.index, "function": function}
-    function = {"name": event.name or "", **function}
-    return {"index": event.index, "id": event.id, "type": "function", "function": function}
+def _call_delta(event: ToolCallDelta, options: ChunkOptions) -> Delta:
+    function: FunctionDelta = {"arguments": event.arguments}
+    entry: ToolCallDeltaEntry = {"index": event.index, "function": function}
+    if event.id is not None:
+        function = {"name": event.name or "", "arguments": event.arguments}
+        entry = {"index": event.index, "id": event.id, "type": "function", "function": function}
+    return {"function_call": function} if options.has_legacy_functions else {"tool_calls": [entry]}

@@ -1,63 +1,71 @@
-"""Events of raw text completions -> the JSON of OpenAI's legacy /completions. Pure; whole and in chunks."""
+"""Events of raw completions -> OpenAI's legacy completion, whole or in chunks; and its published types."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from serving.engine.interface import TokenLogprob
-from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import AnswerPart, ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.http import server_sent_events as sse
+from serving.http.errors import APIError
+from serving.http.errors import envelope as error_json
 from serving.http.server_sent_events import to_json
-from serving.openai.chat.response import (
-    LOWEST_LOGPROB,
-    ChunkOptions,
-    Envelope,
-    IndexedEvent,
-    TokenBytes,
-    total_usage,
-    usage_json,
-)
+from serving.openai.common import ChunkOptions, Count, Envelope, IndexedEvent, TokenBytes, by_choice
+from serving.openai.logprobs import LOWEST_LOGPROB, Logprob
+from serving.openai.usage import CompletionUsage, RunningUsage, to_completion_usage, total_usage
+
+FinishReason = Literal["stop", "length"]
 
 
-@dataclass
-class TextAnswer:
-    """One choice of a completion, while its events are folded. Raw prompts have no tools, so no calls come."""
+class LegacyLogprobs(TypedDict):
+    """Four parallel lists, one entry a token."""
 
-    deltas: list[TextDelta] = field(default_factory=list[TextDelta])
-    finished: Finished | None = None
-
-    def push(self, event: ChatEvent) -> None:
-        match event:
-            case TextDelta():
-                self.deltas.append(event)
-            case Finished():
-                self.finished = event
-            case ToolCallDelta():
-                pass
-
-    @property
-    def mean_logprob(self) -> float:
-        """How likely the model found its own answer, per token; the measure of `best_of`."""
-        logprobs = [entry.logprob for delta in self.deltas for entry in delta.logprobs]
-        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+    tokens: list[str]
+    token_logprobs: list[Logprob]
+    top_logprobs: list[dict[str, Logprob]]
+    text_offset: list[Count]
 
 
-class LegacyLogprobs:
-    """Folds one choice's log-probabilities into the four parallel lists of the legacy shape.
+class CompletionChoice(TypedDict):
+    """One continuation of one prompt."""
 
-    `text_offset` counts characters of the answer. Tokens that were read together share out the text that they gave,
-    so a character spelled in several tokens is where the first of them is, and no error outlives one delta.
+    text: str
+    index: Count
+    logprobs: LegacyLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """The answer to a raw prompt, whole or, in a stream, one event of it."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: Count
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[CompletionUsage | None]
+    system_fingerprint: str
+
+
+class LogprobsFold:
+    """Folds one choice's log-probabilities into the legacy lists.
+
+    `text_offset` counts characters of the answer. Tokens that were read together share the text that they gave, so a
+    character that consists of several tokens is where the first of them is, and no error outlives one delta.
     """
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
         self._offset = 0  # where the next delta begins
 
-    def push(self, deltas: Iterable[TextDelta]) -> dict[str, Any]:
+    def push(self, deltas: Iterable[TextDelta]) -> LegacyLogprobs:
         """The lists for more of the answer."""
-        lists: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        lists: LegacyLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for delta in deltas:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             passed = 0
@@ -84,7 +92,7 @@ class LegacyLogprobs:
 
 
 @dataclass(frozen=True)
-class TextPlan:
+class PromptChoices:
     """How the choices of one request are counted: prompt p's answers have indices p * n .. p * n + n - 1."""
 
     n: int
@@ -93,136 +101,121 @@ class TextPlan:
 
 def to_text_completion(
     per_prompt: Sequence[Iterable[IndexedEvent]],
-    plan: TextPlan,
+    prompts: PromptChoices,
     envelope: Envelope,
     options: ChunkOptions,
     token_bytes: TokenBytes,
-) -> dict[str, Any]:
+) -> Completion:
     """The whole answer. `per_prompt`: the events of each prompt; of more candidates than n the likeliest are kept."""
-    choices: list[dict[str, Any]] = []
-    usages: list[Usage] = []
-    for echo, events in zip(plan.echoes, per_prompt, strict=True):
-        answers: dict[int, TextAnswer] = {}
-        for index, event in events:
-            answers.setdefault(index, TextAnswer()).push(event)
-        usages.append(total_usage(answer.finished.usage for answer in answers.values() if answer.finished is not None))
-        ranked = [answer for _, answer in sorted(answers.items())]
-        if len(ranked) > plan.n:
-            ranked = sorted(ranked, key=lambda answer: -answer.mean_logprob)[: plan.n]
-        for answer in ranked:
-            choices.append(
-                _choice(
-                    len(choices), echo + "".join(delta.text for delta in answer.deltas), answer, options, token_bytes
-                )
-            )
+    choices: list[CompletionChoice] = []
+    usages: list[list[Usage]] = []
+    for echo, events in zip(prompts.echoes, per_prompt, strict=True):
+        answers = [(_texts(parts), finished) for _, parts, finished in by_choice(events)]
+        usages.append([finished.usage for _, finished in answers])
+        if len(answers) > prompts.n:
+            answers = sorted(answers, key=lambda answer: -_mean_logprob(answer[0]))[: prompts.n]
+        for deltas, finished in answers:
+            text = echo + "".join(delta.text for delta in deltas)
+            lists = LogprobsFold(token_bytes).push(deltas) if options.logprobs else None
+            reason = _reason(finished)
+            choices.append({"text": text, "index": len(choices), "logprobs": lists, "finish_reason": reason})
     return {
         "id": envelope.id,
         "object": "text_completion",
         "created": envelope.created,
         "model": envelope.model,
         "choices": choices,
-        "usage": usage_json(_sum(usages)),
+        "usage": to_completion_usage(total_usage(usages)),
         "system_fingerprint": envelope.system_fingerprint,
     }
 
 
-def _choice(
-    index: int, text: str, answer: TextAnswer, options: ChunkOptions, token_bytes: TokenBytes
-) -> dict[str, Any]:
-    logprobs = LegacyLogprobs(token_bytes).push(answer.deltas) if options.logprobs else None
-    reason = None if answer.finished is None else answer.finished.reason
-    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+def _texts(parts: Iterable[AnswerPart]) -> list[TextDelta]:
+    return [part for part in parts if isinstance(part, TextDelta)]  # raw prompts have no tools, so all of them
 
 
-def _sum(usages: Iterable[Usage]) -> Usage:
-    prompt = completion = cached = 0
-    for usage in usages:
-        prompt += usage.prompt_tokens
-        completion += usage.completion_tokens
-        cached += usage.cached_tokens
-    return Usage(prompt, completion, cached)
+def _mean_logprob(deltas: Iterable[TextDelta]) -> float:
+    """Of an answer's tokens; the measure of `best_of`."""
+    logprobs = [entry.logprob for delta in deltas for entry in delta.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
 class CompletionStream:
-    """Folds events into the JSON text of legacy chunks. One object a stream, used by one loop."""
+    """Folds events into legacy chunks, as text of server-sent events. One object a stream, used by one loop."""
 
     def __init__(
         self,
-        plan: TextPlan,
+        prompts: PromptChoices,
         envelope: Envelope,
         options: ChunkOptions,
         token_bytes: TokenBytes,
-        prompt_tokens: Sequence[int],
+        num_prompt_tokens: Sequence[int],
     ) -> None:
-        self._plan = plan
+        """num_prompt_tokens: of each prompt."""
+        self._prompts = prompts
+        self._envelope = envelope
         self._options = options
-        self._prompt_tokens = prompt_tokens  # of each prompt
-        self._logprobs: Mapping[int, LegacyLogprobs] = {
-            index: LegacyLogprobs(token_bytes) for index in range(plan.n * len(plan.echoes))
-        }
-        self._counts: dict[int, int] = {}
-        self._finished: dict[int, Usage] = {}
-        self._introduced = 0
-        head = {
-            "id": envelope.id,
-            "object": "text_completion",
-            "created": envelope.created,
-            "model": envelope.model,
-            "system_fingerprint": envelope.system_fingerprint,
-        }
-        self._head = to_json(head)[:-1] + ',"choices":['
+        self._logprobs = [LogprobsFold(token_bytes) for _ in range(prompts.n * len(prompts.echoes))]
+        self._usage = RunningUsage(sum(num_prompt_tokens))
+        self._is_plain = not options.logprobs and not options.continuous_usage
+        self._text_chunks: list[tuple[str, str]] = []  # of each choice introduced: a text chunk around its text
 
     def push(self, index: int, event: ChatEvent) -> list[str]:
         """The chunks of one event; an event that shows the client nothing gives none."""
+        if self._is_plain and index < len(self._text_chunks) and type(event) is TextDelta and event.text:
+            before, after = self._text_chunks[index]
+            return [f"{before}{to_json(event.text)}{after}"]
         chunks = self._introduce(index)
+        self._usage.push(index, event, index // self._prompts.n)
         match event:
             case TextDelta(text, logprobs):
-                self._counts[index] = self._counts.get(index, 0) + len(logprobs)
-                lists = to_json(self._logprobs[index].push([event])) if self._options.logprobs else "null"
+                lists = self._logprobs[index].push([event]) if self._options.logprobs else None
                 if text or (logprobs and self._options.logprobs):
                     chunks.append(self._chunk(index, text, lists))
-            case Finished(reason, usage):
-                self._counts[index] = usage.completion_tokens
-                self._finished[index] = usage
-                chunks.append(self._chunk(index, "", finish_reason=f'"{reason}"'))
+            case Finished():
+                chunks.append(self._chunk(index, "", finish_reason=_reason(event)))
             case ToolCallDelta():
                 pass
         return chunks
 
     def end(self) -> list[str]:
         """What follows the last event of the last choice."""
-        if not self._options.include_usage:
-            return []
-        return [f'{self._head}],"usage":{to_json(usage_json(self._final()))}}}']
+        usage = [self._event([], self._usage.final)] if self._options.include_usage else []
+        return [*usage, sse.DONE]
+
+    def fail(self, failure: APIError) -> list[str]:
+        """What ends a stream that cannot be completed."""
+        return [sse.event(error_json(failure))]
 
     def _introduce(self, index: int) -> list[str]:
         """Choices appear in order: the echo of each, or an empty text for those that a later one overtakes."""
         chunks: list[str] = []
-        for number in range(self._introduced, index + 1):
-            echo = self._plan.echoes[number // self._plan.n]
+        for number in range(len(self._text_chunks), index + 1):
+            echo = self._prompts.echoes[number // self._prompts.n]
             if echo or number < index:
                 chunks.append(self._chunk(number, echo))
-        self._introduced = max(self._introduced, index + 1)
+            self._text_chunks.append(sse.around_empty_text(self._chunk(number, "")))
         return chunks
 
-    def _chunk(self, index: int, text: str, logprobs: str = "null", finish_reason: str = "null") -> str:
-        tail = "]}"
-        if self._options.continuous_usage:
-            tail = f'],"usage":{to_json(usage_json(self._so_far()))}}}'
-        elif self._options.include_usage:
-            tail = '],"usage":null}'
-        return (
-            f'{self._head}{{"text":{to_json(text)},"index":{index},"logprobs":{logprobs},'
-            f'"finish_reason":{finish_reason}}}{tail}'
-        )
+    def _chunk(
+        self, index: int, text: str, logprobs: LegacyLogprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> str:
+        choice: CompletionChoice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._event([choice], self._usage.so_far if self._options.continuous_usage else None)
 
-    def _so_far(self) -> Usage:
-        return Usage(sum(self._prompt_tokens), sum(self._counts.values()), self._final().cached_tokens)
+    def _event(self, choices: list[CompletionChoice], usage: CompletionUsage | None) -> str:
+        chunk: Completion = {
+            "id": self._envelope.id,
+            "object": "text_completion",
+            "created": self._envelope.created,
+            "model": self._envelope.model,
+            "system_fingerprint": self._envelope.system_fingerprint,
+            "choices": choices,
+        }
+        if self._options.include_usage:
+            chunk["usage"] = usage
+        return sse.event(to_json(chunk))
 
-    def _final(self) -> Usage:
-        n = self._plan.n
-        per_prompt = [
-            [self._finished[index] for index in range(prompt * n, prompt * n + n) if index in self._finished]
-            for prompt in range(len(self._plan.echoes))
-        ]
-        return _sum(total_usage(usages) for usages in per_prompt)
+
+def _reason(finished: Finished) -> FinishReason:
+    return "length" if finished.reason == "length" else "stop"

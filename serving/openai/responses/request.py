@@ -1,93 +1,79 @@
-"""POST /responses: the request, field by field. Knows no answer.
+"""The body of a request for a response, field by field -> the job for the generation pipeline.
 
-The endpoint is stateless: whoever wants the conversation to go on sends it again. What a chat request can say as well
-is checked by the chat request itself, so both endpoints honour and refuse the same.
+The endpoint is stateless: a client that continues a conversation sends it again. Both this endpoint and chat accept and
+refuse the same, so they share the checks of tools, formats and tool messages.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from serving.openai.chat.messages import MEDIA_PARTS, STRICT, text_or_list
-from serving.openai.chat.request import (
-    Fraction,
-    LogitBias,
-    Metadata,
-    ModelName,
-    NumTokens,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    ServiceTier,
-    Stop,
-    Temperature,
-    TopK,
-    without_nulls,
+from serving.generation.interface import Conversation, Message, ToolCall
+from serving.generation.pipeline import ChatJob
+from serving.generation.structured.grammar import AnswerConstraint, JsonAnswer
+from serving.http.errors import invalid
+from serving.openai import common
+from serving.openai.chat.messages import MAX_CALLS, PART_SEPARATOR, ROLES, to_text_part, unanswered_call
+from serving.openai.chat.request import DEFAULT_MAX_TOKENS
+from serving.openai.chat.structured_outputs import check_formats
+from serving.openai.chat.tools import (
+    MAX_TOOLS,
+    STRING_OR_CHOICE,
+    FunctionDefinition,
+    FunctionName,
+    Mode,
+    ToolSelection,
+    check_tools,
+    to_selection,
+    to_tools,
 )
+from serving.openai.common import STRING_OR_ARRAY, GenerationRequest, NumTokens, StrictModel
+from serving.openai.validation import rejected
 
 ACCEPTED_WITHOUT_EFFECT = {
+    **common.ACCEPTED_WITHOUT_EFFECT,
     "include": "but for `message.output_text.logprobs`: there are no other outputs that could be included",
     "max_tool_calls": "counts built-in tools, of which there are none",
     "metadata": "comes back in the answer",
     "moderation": "answers are not moderated",
-    "prompt_cache_key": "equal prefixes are found without it",
     "prompt_cache_options": "the cache keeps what fits",
     "prompt_cache_retention": "the cache keeps what fits",
     "reasoning": "the model does not reason apart from its answer",
-    "safety_identifier": "as `user`",
-    "service_tier": "there is one tier; answers say `default`",
     "store": "only `false`, which is the default here: nothing is stored",
     "background": "only `false`",
     "stream_options": "only `include_obfuscation`: events are never padded",
-    "truncation": "only `disabled`: a conversation is never shortened in silence",
-    "user": "who asks; there are no per-user rules",
+    "truncation": "only `disabled`: a conversation is never shortened without notice",
 }
-
 REFUSED = {
     "previous_response_id": "Responses are not stored here: send the whole conversation as 'input' instead.",
     "conversation": "Conversations are not stored here: send the whole conversation as 'input' instead.",
     "prompt": "Prompt templates are not stored here: send 'instructions' and 'input' instead.",
-    "context_management": "A conversation is never compacted in silence: 'context_management' is not supported.",
-    "access_programs": "There are no access programs here: 'access_programs' is not supported.",
-    "image": "This model has no eyes: 'image' is not supported.",
+    "context_management": "'context_management' is not supported: a conversation is never compacted.",
+    "access_programs": "'access_programs' is not supported.",
+    "image": "Image output is not supported.",
     "background_options": "'background_options' is not supported: answers are given at once or streamed.",
 }
-
 REFUSED_VALUES: dict[tuple[str, object], str] = {
     ("store", True): "Responses are not stored here: leave 'store' out or send false.",
     ("background", True): "Background responses are not supported: answers are given at once or streamed.",
-    ("truncation", "auto"): "A conversation is never shortened in silence: 'truncation' can only be 'disabled'.",
+    ("truncation", "auto"): "A conversation is never shortened without notice: 'truncation' can only be 'disabled'.",
 }
-
 INPUT_ITEMS = ("message", "function_call", "function_call_output")
 LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-def _refused(message: str, param: str = "") -> PydanticCustomError:
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+def _kind(value: Any) -> Any:
+    return cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else None
 
 
-def _known_part(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    part = cast(dict[str, Any], value)
-    kind = part.get("type")
-    if isinstance(kind, str) and kind in MEDIA_PARTS:
-        message = f"This model has no eyes or ears: content parts of type '{kind}' are not supported, only text."
-        raise PydanticCustomError("media", "{message}", {"message": message})
-    if kind == "refusal" and part.keys() == {"type", "refusal"}:
-        return {"type": "output_text", "text": part["refusal"]}
-    return part
-
-
-class InputText(BaseModel):
+class InputText(StrictModel):
     """One part of an item's content; `output_text` is an earlier answer's, with all that the SDK leaves in it."""
 
-    model_config = STRICT
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: list[dict[str, Any]] | None = None
@@ -95,17 +81,16 @@ class InputText(BaseModel):
     parsed: Any = None
 
 
+InputPart = Annotated[InputText, BeforeValidator(lambda value: to_text_part(value, "output_text"))]
 InputContent = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[list[Annotated[InputText, BeforeValidator(_known_part)]], Field(min_length=1), Tag("<array>")],
-    Discriminator(text_or_list, custom_error_type="string_or_array", custom_error_message="string or array"),
+    Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Field(min_length=1), Tag("<array>")],
+    STRING_OR_ARRAY,
 ]
 
 
-class MessageItem(BaseModel):
+class MessageItem(StrictModel):
     """One turn of the conversation, written by the client or given back from an earlier answer."""
 
-    model_config = STRICT
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: InputContent
@@ -114,10 +99,9 @@ class MessageItem(BaseModel):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCallItem(BaseModel):
+class FunctionCallItem(StrictModel):
     """A call that the model made in an earlier answer."""
 
-    model_config = STRICT
     type: Literal["function_call"]
     call_id: str
     name: str
@@ -127,10 +111,9 @@ class FunctionCallItem(BaseModel):
     parsed_arguments: Any = None
 
 
-class FunctionOutputItem(BaseModel):
+class FunctionOutputItem(StrictModel):
     """What the client's function returned."""
 
-    model_config = STRICT
     type: Literal["function_call_output"]
     call_id: str
     output: InputContent
@@ -139,15 +122,16 @@ class FunctionOutputItem(BaseModel):
 
 
 def _item_kind(value: Any) -> str:
-    kind = cast(dict[str, Any], value).get("type") if isinstance(value, dict) else None
+    kind = _kind(value)
     return f"<{kind}>" if kind in INPUT_ITEMS else "<message>"
 
 
 def _known_item(value: Any) -> Any:
-    kind = cast(dict[str, Any], value).get("type") if isinstance(value, dict) else None
+    kind = _kind(value)
     if isinstance(kind, str) and kind not in INPUT_ITEMS:
         known = ", ".join(INPUT_ITEMS)
-        raise _refused(f"Input items of type '{kind[:60]}' are not supported, only {known}.", "type")
+        message = f"Input items of type '{kind[:60]}' are not supported, only {known}."
+        raise rejected(message, "type", "unsupported_value")
     return value
 
 
@@ -161,111 +145,191 @@ _AnyItem = Annotated[
 ]
 Input = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[_AnyItem], Field(min_length=1), Tag("<array>")],
-    Discriminator(text_or_list, custom_error_type="string_or_array", custom_error_message="string or array"),
+    STRING_OR_ARRAY,
 ]
 
 
 def _only_functions(value: Any) -> Any:
-    kind = cast(dict[str, Any], value).get("type") if isinstance(value, dict) else None
+    kind = _kind(value)
     if isinstance(kind, str) and kind != "function":
-        raise _refused(f"Tools of type '{kind[:60]}' do not exist here, only 'function'.", "type")
+        message = f"Tools of type '{kind[:60]}' do not exist here, only 'function'."
+        raise rejected(message, "type", "unsupported_value")
     return value
 
 
-class FunctionTool(BaseModel):
+class FunctionTool(FunctionDefinition):
     """A function that the model may call, in the flat shape of this endpoint."""
 
-    model_config = STRICT
+    type: Literal["function"]
+
+
+class FunctionChoice(StrictModel):
+    """The function that has to be called."""
+
     type: Literal["function"]
     name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+
+    @property
+    def selection(self) -> ToolSelection:
+        return ToolSelection("required", self.name)
 
 
-class TextFormat(BaseModel):
+class AllowedFunctionsChoice(StrictModel):
+    """Some of the functions, to be used if the model wants to, or in any case."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    @property
+    def selection(self) -> ToolSelection:
+        return ToolSelection(self.mode, allowed=tuple(tool.name for tool in self.tools))
+
+
+ToolChoice = Annotated[
+    Annotated[Mode, Tag("<string>")]
+    | Annotated[FunctionChoice, Tag("<object>")]
+    | Annotated[AllowedFunctionsChoice, Tag("<allowed>")],
+    STRING_OR_CHOICE,
+]
+
+
+class TextFormat(StrictModel):
     """What the answer's text must look like, in the flat shape of this endpoint."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(serialize_by_alias=True)
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: FunctionName | None = None
     description: str | None = None
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class TextConfig(BaseModel):
+class TextConfig(StrictModel):
     """`text` of a request."""
 
-    model_config = STRICT
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ResponseStreamOptions(BaseModel):
+class ResponseStreamOptions(StrictModel):
     """`stream_options` of this endpoint; usage always comes with the last event."""
 
-    model_config = STRICT
     include_obfuscation: bool | None = None
 
 
-class ResponsesRequest(BaseModel):
-    """POST /responses. Sampling defaults as in chat; what chat's own extensions can say, this can say too."""
+class ResponsesRequest(GenerationRequest):
+    """POST /responses. Extensions of chat that can be said of one answer are fields here, too."""
 
-    model_config = STRICT
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
-    model: ModelName
     input: Input
 
     instructions: str | None = None
-    temperature: Temperature = 0.95
-    top_p: Fraction = 0.7
     max_output_tokens: NumTokens | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stream: bool = False
     text: TextConfig | None = None
-    tools: list[Annotated[FunctionTool, BeforeValidator(_only_functions)]] = []
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[Annotated[FunctionTool, BeforeValidator(_only_functions)]] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-
-    top_k: TopK = 0
-    min_p: Fraction = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    logit_bias: LogitBias = {}
-    seed: Seed | None = None
-    stop: Stop = []
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    ignore_eos: bool = False
 
     include: list[str] | None = None
     stream_options: ResponseStreamOptions | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
-    metadata: Metadata | None = None
     moderation: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    service_tier: ServiceTier | None = None
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    user: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
+    def _refuse_values(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            body = cast(dict[str, Any], data)
+            body = cast("dict[str, Any]", data)
             for (name, value), reason in REFUSED_VALUES.items():
                 if type(body.get(name)) is type(value) and body[name] == value:
-                    raise _refused(reason, name)
-        return without_nulls(cls, data, REFUSED)
+                    raise invalid(reason, name, "unsupported_value")
+        return data
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ResponsesRequest:
+        if self.max_output_tokens is not None and self.min_tokens > self.max_output_tokens:
+            raise invalid("'min_tokens' must not be greater than 'max_output_tokens'.", "min_tokens")
+        if self.tools or self.tool_choice is not None:
+            check_tools([tool.name for tool in self.tools], to_selection(self.tool_choice))
+        formats = ["text.format"] if self.format is not None and self.format.type != "text" else []
+        breaking = {"ignore_eos": self.ignore_eos, "min_tokens": self.min_tokens > 0}
+        check_formats(formats, bool(self.tools) and self.tool_choice != "none", breaking)
+        return self
+
+    @property
+    def format(self) -> TextFormat | None:
+        return None if self.text is None else self.text.format
 
     @property
     def shows_logprobs(self) -> bool:
         """Whether the text's parts carry log-probabilities."""
         return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
+
+
+def to_chat_job(body: ResponsesRequest) -> ChatJob:
+    """Raises APIError 400 for an incomplete format, and for tools' results without their calls or the opposite."""
+    selection = to_selection(body.tool_choice)
+    return ChatJob(
+        conversation=Conversation(_messages(body), selection.offered(to_tools(body.tools))),
+        sampling=body.sampling(
+            body.max_output_tokens or DEFAULT_MAX_TOKENS, (body.top_logprobs or 0) if body.shows_logprobs else None
+        ),
+        stop=body.stop_strings,
+        max_tokens_is_default=body.max_output_tokens is None,
+        ignore_eos=body.ignore_eos,
+        constraint=_constraint(body.format),
+        tool_use=selection.tool_use(is_parallel=body.parallel_tool_calls is not False),
+    )
+
+
+def _constraint(text_format: TextFormat | None) -> AnswerConstraint | None:
+    if text_format is None:
+        return None
+    given = text_format.model_dump(exclude={"type"}, exclude_none=True)
+    if text_format.type != "json_schema":
+        for name in given:
+            raise invalid(f"Unknown parameter: 'text.format.{name}'.", f"text.format.{name}", "unknown_parameter")
+        return None if text_format.type == "text" else JsonAnswer({"type": "object"}, "text.format")
+    for name in ("name", "schema"):
+        if name not in given:
+            param = f"text.format.{name}"
+            raise invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    return JsonAnswer(given["schema"], "text.format", given["name"], bool(text_format.strict))
+
+
+def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
+    messages = [Message("system", body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        return (*messages, Message("user", body.input))
+    for item in body.input:
+        match item:
+            case MessageItem(role=role, content=content):
+                messages.append(Message(ROLES[role], _text(content)))
+            case FunctionCallItem(call_id=call_id, name=name, arguments=arguments):
+                # the calls of one answer, and its text, are one message of a chat
+                if not messages or messages[-1].role != "assistant":
+                    messages.append(Message("assistant", ""))
+                calls = (*messages[-1].tool_calls, ToolCall(call_id, name, arguments))
+                if len(calls) > MAX_CALLS:
+                    message = f"Invalid 'input': more than {MAX_CALLS} function calls in a row."
+                    raise invalid(message, "input", "array_above_max_length")
+                messages[-1] = replace(messages[-1], tool_calls=calls)
+            case FunctionOutputItem(call_id=call_id, output=output):
+                messages.append(Message("tool", _text(output), tool_call_id=call_id))
+    broken = unanswered_call([(m.tool_call_id, [call.id for call in m.tool_calls]) for m in messages])
+    if broken is not None:
+        raise invalid(broken[1], "input")
+    return tuple(messages)
+
+
+def _text(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content)

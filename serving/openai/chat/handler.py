@@ -1,0 +1,54 @@
+"""POST /chat/completions: a body -> prompt -> generation -> a whole completion or a stream."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.openai.chat.request import ChatRequest, to_chat_job
+from serving.openai.chat.response import ChatCompletion, ChatCompletionChunk, ChatCompletionStream, to_completion
+from serving.openai.common import (
+    Api,
+    InputTokens,
+    Operation,
+    build_prompt,
+    chunk_options,
+    count_tokens,
+    json_response,
+)
+from serving.openai.streaming import begin_stream, collect
+from serving.openai.validation import above_maximum
+
+
+async def create(api: Api, request: Request) -> Response:
+    """Answer a conversation."""
+    body = await api.parse(request, ChatRequest)
+    model = api.running_model(body.model)
+    if body.n > api.limits.max_n:
+        raise above_maximum("n", api.limits.max_n, body.n)
+    prompt = await build_prompt(model, to_chat_job(body))
+    envelope = api.envelope("chatcmpl", body.model)
+    options = chunk_options(body, body.logprobs, has_legacy_functions=bool(body.functions))
+    token_bytes = model.chat_format.token_bytes
+    events = api.generations.open(request, model, [prompt])
+    if body.stream:
+        chunks = ChatCompletionStream(envelope, options, token_bytes, len(prompt.token_ids))
+        return await begin_stream(events, chunks, request, api.limits)
+    return json_response(to_completion(await collect(events, request), envelope, options, token_bytes))
+
+
+async def count_input_tokens(api: Api, request: Request) -> Response:
+    """Count a conversation's tokens without answering it."""
+    body = await api.parse(request, ChatRequest)
+    model = api.running_model(body.model)
+    return await count_tokens(model, to_chat_job(body).conversation, "messages")
+
+
+OPERATIONS = (
+    Operation(
+        "post", "/chat/completions", "createChatCompletion", create, ChatCompletion, ChatRequest, ChatCompletionChunk
+    ),
+    Operation(
+        "post", "/chat/completions/input_tokens", "countChatTokens", count_input_tokens, InputTokens, ChatRequest
+    ),
+)

@@ -1,0 +1,19 @@
+"""Limits of requests, streams and clients that every endpoint keeps; `service.py` fills them from the settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ApiLimits:
+    """What the API accepts from one client."""
+
+    max_body_bytes: int = 4 * 2**20
+    max_json_depth: int = 64
+    max_n: int = 128  # answers of one request, over all its prompts
+    ping_seconds: float = 15.0  # silence after which a stream sends a comment
+    max_ready_events: int = 256  # events of one stream held for a slow client
+    stall_seconds: float = 60.0  # a client that reads nothing for this long counts as disconnected
+    timeout_seconds: float = math.inf  # from a request's arrival to the end of its answer

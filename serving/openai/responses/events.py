@@ -1,0 +1,296 @@
+"""Events of an answer -> the finished response, or the server-sent events that build it; and their published types.
+
+Streaming and not streaming use the same fold: a response that is not streamed is the last event's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from typing_extensions import TypeAliasType, TypedDict
+
+from serving.engine.interface import TokenLogprob
+from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta
+from serving.http import server_sent_events as sse
+from serving.http.errors import APIError
+from serving.http.server_sent_events import to_json
+from serving.openai.common import Count, IndexedEvent, TokenBytes
+from serving.openai.logprobs import TokenLogprobEntry, to_entries
+from serving.openai.responses.request import Status
+from serving.openai.responses.response import (
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputText,
+    Response,
+    fresh_id,
+    to_response_usage,
+)
+
+StateName = Literal[
+    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+]
+PartName = Literal["response.content_part.added", "response.content_part.done"]
+ItemName = Literal["response.output_item.added", "response.output_item.done"]
+
+
+class ResponseStateEvent(TypedDict):
+    """The response as it is now: at the beginning and at the end."""
+
+    type: StateName
+    response: Response
+    sequence_number: Count
+
+
+class OutputItemEvent(TypedDict):
+    """An item begins or is complete."""
+
+    type: ItemName
+    output_index: Count
+    item: OutputItem
+    sequence_number: Count
+
+
+class _InItem(TypedDict):
+    item_id: str
+    output_index: Count
+
+
+class _InText(_InItem):
+    content_index: Literal[0]
+
+
+class ContentPartEvent(_InText):
+    """The text of a message begins or is complete."""
+
+    type: PartName
+    part: OutputText
+    sequence_number: Count
+
+
+class TextDeltaEvent(_InText):
+    """More text."""
+
+    type: Literal["response.output_text.delta"]
+    delta: str
+    logprobs: list[TokenLogprobEntry]
+    sequence_number: Count
+
+
+class TextDoneEvent(_InText):
+    """All the text."""
+
+    type: Literal["response.output_text.done"]
+    text: str
+    logprobs: list[TokenLogprobEntry]
+    sequence_number: Count
+
+
+class ArgumentsDeltaEvent(_InItem):
+    """More of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+    sequence_number: Count
+
+
+class ArgumentsDoneEvent(_InItem):
+    """All of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+    sequence_number: Count
+
+
+ResponseEvent = TypeAliasType(
+    "ResponseEvent",
+    ResponseStateEvent
+    | OutputItemEvent
+    | ContentPartEvent
+    | TextDeltaEvent
+    | TextDoneEvent
+    | ArgumentsDeltaEvent
+    | ArgumentsDoneEvent,
+)
+
+
+class ResponseStream:
+    """Folds one answer's events into response events, as text of server-sent events.
+
+    One object a response, used by one loop. Items of the output come one after the other: text, then calls.
+    """
+
+    def __init__(self, response: Response, shows_logprobs: bool, token_bytes: TokenBytes) -> None:
+        self.response = response
+        self._shows_logprobs = shows_logprobs
+        self._token_bytes = token_bytes
+        self._number = 0  # of the next event
+        self._events: list[str] = []  # of this push
+        self._item: OutputItem | None = None  # is being written
+        self._call_index = 0  # among the answer's calls, of an item that is one
+        self._pieces: list[str] = []  # of the item's text or arguments
+        self._logprobs: list[TokenLogprob] = []
+
+    def push(self, index: int, event: ChatEvent) -> list[str]:
+        """The response events of one event of the only answer, index 0."""
+        self._events = []
+        if self._number == 0:
+            self._emit_state("response.created")
+            self._emit_state("response.in_progress")
+        match event:
+            case TextDelta(text, logprobs):
+                shown = logprobs if self._shows_logprobs else ()
+                if text or shown:
+                    self._push_text(text, shown)
+            case ToolCallDelta():
+                self._push_call(event)
+            case Finished():
+                self._finish(event)
+        return self._events
+
+    def end(self) -> list[str]:
+        return []
+
+    def fail(self, failure: APIError) -> list[str]:
+        """What ends a stream that cannot be completed."""
+        self._events = []
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": failure.code or "server_error", "message": failure.message}
+        self._emit_state("response.failed")
+        return self._events
+
+    def _push_text(self, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        if self._item is None or self._item["type"] != "message":
+            self._close("completed")
+            self._open_message()
+        self._pieces.append(text)
+        self._logprobs.extend(logprobs)
+        self._emit(
+            {
+                "type": "response.output_text.delta",
+                **self._text_position,
+                "delta": text,
+                "logprobs": to_entries(logprobs, self._token_bytes),
+                "sequence_number": self._number,
+            }
+        )
+
+    def _push_call(self, delta: ToolCallDelta) -> None:
+        if self._item is None or self._item["type"] != "function_call" or self._call_index != delta.index:
+            self._close("completed")
+            call: OutputCall = {
+                "id": fresh_id("fc"),
+                "type": "function_call",
+                "status": "in_progress",
+                "arguments": "",
+                "call_id": delta.id or fresh_id("call"),
+                "name": delta.name or "",
+            }
+            self._open(call)
+            self._call_index = delta.index
+        if delta.arguments:
+            self._pieces.append(delta.arguments)
+            self._emit(
+                {
+                    "type": "response.function_call_arguments.delta",
+                    **self._position,
+                    "delta": delta.arguments,
+                    "sequence_number": self._number,
+                }
+            )
+
+    def _finish(self, finished: Finished) -> None:
+        if self._item is None and not self.response["output"]:
+            self._open_message()  # an answer without a word is an empty message
+        is_cut = finished.reason == "length"
+        self._close("incomplete" if is_cut else "completed")
+        self.response["status"] = "incomplete" if is_cut else "completed"
+        self.response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
+        self.response["completed_at"] = None if is_cut else int(time.time())
+        self.response["usage"] = to_response_usage(finished.usage)
+        self._emit_state("response.incomplete" if is_cut else "response.completed")
+
+    def _open_message(self) -> None:
+        message: OutputMessage = {
+            "id": fresh_id("msg"),
+            "type": "message",
+            "status": "in_progress",
+            "content": [],
+            "role": "assistant",
+        }
+        self._open(message)
+        self._emit_part("response.content_part.added", _part("", []))
+
+    def _open(self, item: OutputItem) -> None:
+        self._item, self._pieces, self._logprobs = item, [], []
+        self._emit_item("response.output_item.added", item)
+
+    def _close(self, status: Status) -> None:
+        """Complete the item that is being written, if there is one."""
+        item, text = self._item, "".join(self._pieces)
+        if item is None:
+            return
+        if item["type"] == "message":
+            entries = to_entries(self._logprobs, self._token_bytes)
+            self._emit(
+                {
+                    "type": "response.output_text.done",
+                    **self._text_position,
+                    "text": text,
+                    "logprobs": entries,
+                    "sequence_number": self._number,
+                }
+            )
+            item["content"] = [_part(text, entries)]
+            self._emit_part("response.content_part.done", item["content"][0])
+        else:
+            item["arguments"] = text
+            self._emit(
+                {
+                    "type": "response.function_call_arguments.done",
+                    **self._position,
+                    "name": item["name"],
+                    "arguments": text,
+                    "sequence_number": self._number,
+                }
+            )
+        item["status"] = status
+        self._emit_item("response.output_item.done", item)
+        self.response["output"].append(item)
+        self._item = None
+
+    @property
+    def _position(self) -> _InItem:
+        return {"item_id": self._item["id"] if self._item else "", "output_index": len(self.response["output"])}
+
+    @property
+    def _text_position(self) -> _InText:
+        return {**self._position, "content_index": 0}
+
+    def _emit_state(self, name: StateName) -> None:
+        self._emit({"type": name, "response": self.response, "sequence_number": self._number})
+
+    def _emit_item(self, name: ItemName, item: OutputItem) -> None:
+        index = len(self.response["output"])
+        self._emit({"type": name, "output_index": index, "item": item, "sequence_number": self._number})
+
+    def _emit_part(self, name: PartName, part: OutputText) -> None:
+        self._emit({"type": name, **self._text_position, "part": part, "sequence_number": self._number})
+
+    def _emit(self, event: ResponseEvent) -> None:
+        self._number += 1
+        self._events.append(sse.event(to_json(event), event["type"]))
+
+
+def _part(text: str, logprobs: list[TokenLogprobEntry]) -> OutputText:
+    return {"type": "output_text", "annotations": [], "logprobs": logprobs, "text": text}
+
+
+def to_response(events: Iterable[IndexedEvent], fold: ResponseStream) -> Response:
+    """The whole response of a finished answer."""
+    for index, event in events:
+        fold.push(index, event)
+    return fold.response

@@ -1,0 +1,40 @@
+"""POST /responses: a body -> prompt -> generation -> a whole response or a stream of its events."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response as HTTPResponse
+
+from serving.openai.common import Api, InputTokens, Operation, build_prompt, count_tokens, json_response
+from serving.openai.responses.events import ResponseEvent, ResponseStream, to_response
+from serving.openai.responses.request import ResponsesRequest, to_chat_job
+from serving.openai.responses.response import Response, unfinished_response
+from serving.openai.streaming import begin_stream, collect
+
+
+async def create(api: Api, request: Request) -> HTTPResponse:
+    """Answer a conversation (stateless)."""
+    body = await api.parse(request, ResponsesRequest)
+    job = to_chat_job(body)
+    model = api.running_model(body.model)
+    prompt = await build_prompt(model, job, "input")
+    chunks = ResponseStream(unfinished_response(body), body.shows_logprobs, model.chat_format.token_bytes)
+    events = api.generations.open(request, model, [prompt])
+    if body.stream:
+        return await begin_stream(events, chunks, request, api.limits)
+    return json_response(to_response(await collect(events, request), chunks))
+
+
+async def count_input_tokens(api: Api, request: Request) -> HTTPResponse:
+    """Count an input's tokens without answering it."""
+    body = await api.parse(request, ResponsesRequest)
+    job = to_chat_job(body)
+    return await count_tokens(api.running_model(body.model), job.conversation, "input")
+
+
+OPERATIONS = (
+    Operation("post", "/responses", "createResponse", create, Response, ResponsesRequest, ResponseEvent),
+    Operation(
+        "post", "/responses/input_tokens", "countResponseTokens", count_input_tokens, InputTokens, ResponsesRequest
+    ),
+)
