@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
 from models.checkpoints.chatglm2 import RopeRule, convert
+from models.checkpoints.open_decoder import load_transformers
 from models.checkpoints.shards import ShardWriter
 from models.family import ImportRefused
-from models.networks.transformers_decoder import TransformersDecoder, load_transformers
+from models.networks.transformers_decoder import TransformersDecoder
 from models.store.progress import no_progress
 from serving.engine.interface import RaggedBatch
 from tests.golden_data import GOLDEN

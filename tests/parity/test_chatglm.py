@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.checkpoints import chatglm as chatglm_checkpoint
-from models.checkpoints.shards import read_json
+from models.checkpoints.files import read_json
 from models.networks.chatglm import ChatGLMNetwork
 from models.store.progress import no_progress
 from serving.engine.interface import EngineLimits, SamplingParams

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from models.networks.transformers_decoder import open_decoder
+from models.checkpoints.open_decoder import open_decoder
 from models.store.progress import no_progress
 from serving.engine.interface import EngineLimits
 from tests.tiny import generate, greedy, running, tokens

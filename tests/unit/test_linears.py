@@ -9,6 +9,7 @@ from torch import nn
 from kernels import linears
 from kernels.precision import Precision
 
+CPU = torch.device("cpu")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
@@ -19,8 +20,8 @@ def layer(bias: bool, inputs: int = 256, outputs: int = 320) -> nn.Linear:
 
 def product(precision: Precision, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        dtype = linears.compute_dtype(precision, torch.device("cpu"))
-        return linears.packed_linear(linear, precision)(x.to(dtype)).float()
+        dtype = linears.compute_dtype(precision, CPU)
+        return linears.packed_linear(linear, precision, CPU)(x.to(dtype)).float()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -54,7 +55,7 @@ def test_a_row_of_zeros_gives_the_bias(precision: Precision) -> None:
 
 def test_packing_keeps_embeddings_as_stored_and_widens_rows() -> None:
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)).half()
-    linears.pack(model, "float16", torch.device("cpu"), lambda done, total, what: None)
+    linears.pack(model, "float16", CPU, lambda done, total, what: None)
     embedding = model[0]
     assert isinstance(embedding, linears.StoredEmbedding)
     assert embedding.weight.dtype == torch.float16

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints.shards import link_or_copy, require_space
+from models.checkpoints.files import link_or_copy, require_space
 from models.families import FAMILIES
 from models.family import ImportRefused
 from models.store.progress import ProgressPrinter, describe, no_progress, readable_bytes
@@ -106,7 +106,7 @@ def test_the_newest_import_is_the_latest_and_a_tag_is_taken_once(home: Path, che
     again = store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     assert again.returncode == 1
     assert one_line(again) == (
-        "Error: the model store has tiny:v1 already: choose another version, or first `bentoml models delete tiny:v1`"
+        "Error: the model store has tiny:v1 already: choose another version, or run `bentoml models delete tiny:v1`"
     )
 
 
@@ -175,15 +175,15 @@ def test_a_missing_model_says_what_there_is_and_how_to_import(home: Path, checkp
         "try:\n    store.resolve('chatglm2-6b')\n    answer = None\n"
         "except store.StoreError as error:\n    answer = str(error)"
     )
-    assert "it has: nothing yet" in ask(home, code)
-    assert "nothing yet" in store(home, "list").stdout
+    assert "it has: no models yet" in ask(home, code)
+    assert "There are no models yet" in store(home, "list").stdout
     store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     foreign = "import bentoml\nwith bentoml.models.create('foreign:v1'): pass\n"
     message = ask(home, foreign + code)
     assert "it has: tiny:v1)" in message
     assert "--name chatglm2-6b" in message
     assert "\n" not in message
-    assert "does not say its family" in ask(home, code.replace("chatglm2-6b", "foreign"))
+    assert "has no family in its metadata" in ask(home, code.replace("chatglm2-6b", "foreign"))
 
 
 def large_checkpoint(folder: Path) -> Path:
