@@ -1,4 +1,4 @@
-"""Every weight format gives its product, for each row alone: what shares the batch does not matter."""
+"""Every weight format gives the right product, for each row independently of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_the_product_is_right_within_the_format(precision: Precision, bias: bool
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_outlier_in_a_neighbouring_row_changes_nothing(precision: Precision) -> None:
-    """With one activation scale for the batch, int8 was off by half of everything: /docs/decisions.md."""
-    calm = torch.randn(1, 256)
-    company = torch.cat([calm, 1000 * torch.randn(1, 256), calm])
-    alone = product(precision, layer(True), calm)
-    together = product(precision, layer(True), company)
-    assert torch.allclose(together[0], alone[0], rtol=1e-2, atol=1e-3)
-    assert torch.allclose(together[2], alone[0], rtol=1e-2, atol=1e-3)
+    """With one activation scale for the batch, int8 products were wrong by half: docs/decisions.md."""
+    row = torch.randn(1, 256)
+    batch = torch.cat([row, 1000 * torch.randn(1, 256), row])
+    alone = product(precision, layer(True), row)
+    products = product(precision, layer(True), batch)
+    assert torch.allclose(products[0], alone[0], rtol=1e-2, atol=1e-3)
+    assert torch.allclose(products[2], alone[0], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
