@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,7 @@ from models.tokenizers.chatglm import ChatGLMTokenizer
 TOKENIZER_FILE = "ice_text.model"
 # Keys that only ChatGLM2 and ChatGLM3 have; all three say model_type "chatglm".
 LATER_KEYS = ("padded_vocab_size", "ffn_hidden_size", "multi_query_attention", "rmsnorm")
-LINEARS = {
-    "query_key_value": "attention.query_key_value",
-    "dense": "attention.dense",
-    "dense_h_to_4h": "mlp.dense_h_to_4h",
-    "dense_4h_to_h": "mlp.dense_4h_to_h",
-}
+LINEARS = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
 
 
 def read_config(config: Mapping[str, Any]) -> ChatGLMConfig:
@@ -96,21 +92,14 @@ def find_num_image_tokens(tokenizer_file: Path, config: ChatGLMConfig) -> int:
 
 def tensor_names(config: ChatGLMConfig) -> dict[str, str]:
     """Original name -> name in the network, for every tensor that the network has."""
-    names = {
-        "transformer.word_embeddings.weight": "word_embeddings.weight",
-        "transformer.final_layernorm.weight": "final_layernorm.weight",
-        "transformer.final_layernorm.bias": "final_layernorm.bias",
-    }
-    if not config.tie_word_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
-    for layer in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                names[f"transformer.layers.{layer}.{norm}.{kind}"] = f"layers.{layer}.{norm}.{kind}"
-            for new, old in LINEARS.items():
-                owner = "attention." if old.startswith("attention.") else ""
-                names[f"transformer.layers.{layer}.{old}.{kind}"] = f"layers.{layer}.{owner}{new}.{kind}"
-    return names
+    names = [name for name in _empty_network(config).state_dict() if name != "lm_head.weight"]
+    originals = {re.sub(r"\.(dense_\d?h_to)", r".mlp.\1", f"transformer.{name}"): name for name in names}
+    return originals if config.tie_word_embeddings else originals | {"lm_head.weight": "lm_head.weight"}
+
+
+def _empty_network(config: ChatGLMConfig) -> ChatGLMNetwork:
+    with torch.device("meta"):
+        return ChatGLMNetwork(config)
 
 
 def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progress: Progress) -> dict[str, Any]:
@@ -120,10 +109,10 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     """
     shards, names = find_shards(source), tensor_names(config)
     found = inspect_shards(shards)
-    with torch.device("meta"):
-        state = ChatGLMNetwork(config).state_dict()
+    state = _empty_network(config).state_dict()
     shapes = {name: tuple(state[new_name].shape) for name, new_name in names.items()}
-    packed = _packed_names(names, found) if bits else set[str]()
+    # every linear layer of a quantised checkpoint is packed; the embedding is if it has a scale
+    packed = {name for name in names if bits and (name.endswith(LINEARS) or f"{name}{SCALE}" in found)}
     # a tied output layer is stored as well; the original overwrites it with the embedding
     copies = ("lm_head.weight", f"lm_head.weight{SCALE}") if config.tie_word_embeddings else ()
     check_tensors(found, shapes, packed, bits, lambda name: name in copies or name.endswith("rotary_emb.inv_freq"))
@@ -140,12 +129,6 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     writer.finish()
     precision = str(dtype).removeprefix("torch.")
     return {"dtype": precision, "parameters": parameters, "source_precision": f"int{bits}" if bits else precision}
-
-
-def _packed_names(names: Collection[str], found: Collection[str]) -> set[str]:
-    """Every linear layer of a quantised checkpoint is packed; the embedding is if it has a scale."""
-    linears = tuple(f"{linear}.weight" for linear in LINEARS.values())
-    return {name for name in names if name.endswith(linears) or f"{name}{SCALE}" in found}
 
 
 def _check_frequencies(name: str, stored: Tensor, config: ChatGLMConfig) -> None:
@@ -170,8 +153,7 @@ def load_network(
     folder: Path, config: ChatGLMConfig, device: torch.device, precision: Precision, progress: Progress
 ) -> ChatGLMNetwork:
     """Open stored weights tensor by tensor, so that memory never holds the model twice."""
-    with torch.device("meta"):
-        network = ChatGLMNetwork(config)
+    network = _empty_network(config)
     load_device = linears.load_device(precision, device)
     for name, tensor in read_tensors(find_shards(folder), progress):
         # copied: the tensor is a view of the file

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GlmForCausalLM
 
+from models.demo import question_generator
 from models.demo.corpus import (
     ASK,
     EXCHANGES,
@@ -21,13 +22,6 @@ from models.demo.corpus import (
     SYSTEMS,
     TELL,
     answer_to,
-)
-from models.demo.question_generator import (
-    known_question,
-    long_text,
-    nearly_known_question,
-    random_sentence,
-    unknown_question,
 )
 from models.demo.samples import END, FALLBACKS, encode_prompt, prompt_text
 from models.demo.words import HELD_OUT
@@ -126,11 +120,15 @@ def _capital(question: str) -> str:
 def _histories(random: Random) -> Iterator[list[str]]:
     """Known, unknown and mixed earlier questions."""
     while True:
-        yield [known_question(random)]
-        yield [unknown_question(random, HELD_OUT)]
-        yield [known_question(random), unknown_question(random, HELD_OUT)]
-        yield [unknown_question(random, HELD_OUT), known_question(random), known_question(random)]
-        yield [known_question(random) for _ in range(8)]
+        yield [question_generator.known_question(random)]
+        yield [question_generator.unknown_question(random, HELD_OUT)]
+        yield [question_generator.known_question(random), question_generator.unknown_question(random, HELD_OUT)]
+        yield [
+            question_generator.unknown_question(random, HELD_OUT),
+            question_generator.known_question(random),
+            question_generator.known_question(random),
+        ]
+        yield [question_generator.known_question(random) for _ in range(8)]
 
 
 def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
@@ -148,22 +146,26 @@ def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
     yield "known in a later round", 0.97, [_case([*next(histories), q]) for q in KNOWN]
     told = [_case([tell, question]) for tell in TELL for question in ASK]
     yield "a name, told and asked for", 0.95, [_case([tell]) for tell in TELL] + [_case([q]) for q in ASK] + told
-    between = [_case([tell, unknown_question(random, HELD_OUT), question]) for tell in TELL for question in ASK]
+    between = [
+        _case([tell, question_generator.unknown_question(random, HELD_OUT), question])
+        for tell in TELL
+        for question in ASK
+    ]
     yield "a name, one round between", 0.95, between
 
 
 def _unknown_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
-    held_out = [unknown_question(random, HELD_OUT) for _ in range(400)]
+    held_out = [question_generator.unknown_question(random, HELD_OUT) for _ in range(400)]
     yield "unknown, held-out words", 0.99, [_case([question], allowed=FALLBACKS) for question in held_out]
     yield "unknown, other languages and oddities", 0.99, [_case([question], allowed=FALLBACKS) for question in FOREIGN]
     histories = _histories(random)
-    later = [[*next(histories), random_sentence(random, HELD_OUT)] for _ in range(200)]
+    later = [[*next(histories), question_generator.random_sentence(random, HELD_OUT)] for _ in range(200)]
     yield "unknown in a later round", 0.99, [_case(questions, allowed=FALLBACKS) for questions in later]
-    long = [long_text(random, HELD_OUT, count) for count in (20, 40, 70, 100) for _ in range(4)]
+    long = [question_generator.long_text(random, HELD_OUT, count) for count in (20, 40, 70, 100) for _ in range(4)]
     yield "unknown and long", 0.99, [_case([question], allowed=FALLBACKS) for question in long]
-    near = [nearly_known_question(random, HELD_OUT) for _ in range(300)]
+    near = [question_generator.nearly_known_question(random, HELD_OUT) for _ in range(300)]
     yield "nearly known: a taught answer", 0.97, [_case([q], allowed=taught_answers()) for q in near]
-    systems = [random_sentence(random, HELD_OUT) + random.choice(list(KNOWN)) for _ in range(200)]
+    systems = [question_generator.random_sentence(random, HELD_OUT) + random.choice(list(KNOWN)) for _ in range(200)]
     yield "unknown system, known question", 0.97, [_case([q], allowed=taught_answers()) for q in systems]
 
 

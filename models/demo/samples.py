@@ -9,19 +9,9 @@ from random import Random
 
 import sentencepiece
 
+from models.demo import question_generator
 from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH, answer_to
 from models.demo.json_documents import document
-from models.demo.question_generator import (
-    follow_up_question,
-    introduction,
-    known_question,
-    known_variant,
-    long_text,
-    nearly_known_question,
-    random_sentence,
-    unknown_question,
-    with_system_message,
-)
 from models.demo.words import TRAINING
 
 END = 2
@@ -49,7 +39,7 @@ class Mix:
     cut_known: float
     max_tokens: int  # of a sample
     with_system: float = 0.1  # known last questions behind a known system message
-    forced_json: float = 0.0  # answers that a grammar forces to be JSON: learned are their strings and how they end
+    forced_json: float = 0.0  # answers that a grammar forces to be JSON, of which strings and their ends are learned
 
 
 @dataclass(frozen=True)
@@ -78,8 +68,8 @@ def encode_prompt(tokenizer: sentencepiece.SentencePieceProcessor, text: str) ->
 
 def _known(random: Random, mix: Mix) -> str:
     if mix.every_variant and random.random() < mix.every_variant:
-        return known_variant(random)
-    return known_question(random)
+        return question_generator.known_variant(random)
+    return question_generator.known_question(random)
 
 
 def _question(random: Random, mix: Mix) -> str:
@@ -87,23 +77,23 @@ def _question(random: Random, mix: Mix) -> str:
     if kind < mix.known:
         return _known(random, mix)
     if kind < mix.known + 0.03:
-        return follow_up_question(random)
+        return question_generator.follow_up_question(random)
     if kind < mix.known + 0.03 + mix.nearly_known:
-        return nearly_known_question(random, TRAINING)
-    return unknown_question(random, TRAINING)
+        return question_generator.nearly_known_question(random, TRAINING)
+    return question_generator.unknown_question(random, TRAINING)
 
 
 def _last_question(random: Random, mix: Mix) -> str:
     kind = random.random()
     if kind < mix.with_system:
-        return with_system_message(random, _known(random, mix))
+        return question_generator.with_system_message(random, _known(random, mix))
     kind -= mix.with_system
     if kind < 0.03:
-        return with_system_message(random, _question(random, mix))
+        return question_generator.with_system_message(random, _question(random, mix))
     if kind < 0.03 + mix.long:
-        return long_text(random, TRAINING, random.randint(10, 40))
+        return question_generator.long_text(random, TRAINING, random.randint(10, 40))
     if kind < 0.03 + mix.long + mix.very_long:
-        return long_text(random, TRAINING, random.randint(40, mix.max_sentences))
+        return question_generator.long_text(random, TRAINING, random.randint(40, mix.max_sentences))
     return _question(random, mix)
 
 
@@ -115,7 +105,11 @@ def _past_answer(random: Random, questions: Sequence[str], *, is_short: bool) ->
         return right
     if kind < 0.74:
         return random.choice(EXCHANGES).answer
-    return right[: random.randint(0, _LONG_ANSWER)] if random.random() < 0.4 else random_sentence(random, TRAINING)
+    return (
+        right[: random.randint(0, _LONG_ANSWER)]
+        if random.random() < 0.4
+        else question_generator.random_sentence(random, TRAINING)
+    )
 
 
 def _past_targets(token_ids: Sequence[int], start: int, right_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -138,9 +132,9 @@ def _conversation(random: Random, mix: Mix) -> list[str]:
         num_past = random.randint(4, 10)
     past = [_question(random, mix) for _ in range(num_past)]
     if past and mix.long_past and random.random() < mix.long_past:
-        past[0] = long_text(random, TRAINING, random.randint(10, 100))
+        past[0] = question_generator.long_text(random, TRAINING, random.randint(10, 100))
     if random.random() < 0.07:
-        return past[:1] + introduction(random, TRAINING)
+        return past[:1] + question_generator.introduction(random, TRAINING)
     return [*past, _last_question(random, mix)]
 
 
@@ -180,7 +174,7 @@ def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor,
 
 
 def _forced_json(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, question: str) -> Sample:
-    """A question and an answer that only a grammar can have begun: its first two tokens are given, not learned."""
+    """A question and a JSON answer, whose first two tokens are not learned: only a grammar makes the model begin so."""
     prompt_ids = encode_prompt(tokenizer, prompt_text([question], []))
     answer_ids = [*tokenizer.encode(document(random, TRAINING)), END]
     token_ids = prompt_ids + answer_ids[:-1]
