@@ -141,7 +141,11 @@ def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
         0.99,
         [_case([_capital(q) + random.choice(endings)]) for q in KNOWN for _ in range(2)],
     )
-    yield "known behind a known system", 0.97, [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)]
+    yield (
+        "known after a known system message",
+        0.97,
+        [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)],
+    )
     histories = _histories(random)
     yield "known in a later round", 0.97, [_case([*next(histories), q]) for q in KNOWN]
     told = [_case([tell, question]) for tell in TELL for question in ASK]

@@ -55,13 +55,13 @@ def test_all_49_conversations_are_the_originals_or_refused_with_the_reason(piece
 
 @needs_chatglm2_tokenizer
 def test_full_prompts_have_the_golden_ids() -> None:
-    itself = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
-    chat_format = ChatGLM2Format(itself)
-    assert (itself.gmask, itself.sop) == (64790, 64792)
+    tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
+    chat_format = ChatGLM2Format(tokenizer)
+    assert (tokenizer.gmask, tokenizer.sop) == (64790, 64792)
     for case in golden_conversations():
         if case["strict_template"] is not None:
             ids = chat_format.render(conversation(case["messages"]))
-            assert ids == [64790, 64792, *itself.encode(case["strict_template"])]
+            assert ids == [64790, 64792, *tokenizer.encode(case["strict_template"])]
     content = json.loads((GOLDEN / "tokenizer" / "chatglm2.json").read_text(encoding="utf-8"))
     for case in content["incremental"]:
         turns = [
