@@ -121,9 +121,8 @@ def import_tokenizer(source: Path, target: Path) -> None:
     pieces = source / "tokenizer.model"
     if pieces.is_file():
         refuse_lfs_pointer(pieces)
-        added = source / "added_tokens.json"
-        has_bos = _configured(source, "add_bos_token") is not False
-        convert(pieces, target / TOKENIZER_FILE, read_json(added) if added.is_file() else {}, has_bos)
+        has_bos = _read_optional(source / "tokenizer_config.json").get("add_bos_token") is not False
+        convert(pieces, target / TOKENIZER_FILE, _read_optional(source / "added_tokens.json"), has_bos)
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, use_fast=True)
@@ -134,17 +133,15 @@ def import_tokenizer(source: Path, target: Path) -> None:
         ) from None
 
 
-def _configured(source: Path, key: str) -> Any:
-    """A value of tokenizer_config.json, or None."""
-    file = source / "tokenizer_config.json"
-    return read_json(file).get(key) if file.is_file() else None
+def _read_optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """bos_token, eos_token and so on -> the token's text, by the folder's configuration."""
     named: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        configuration = read_json(file) if file.is_file() else {}
+        configuration = _read_optional(file)
         for key in NAMED_TOKENS:
             value = configuration.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -157,7 +154,7 @@ def token_ids(folder: Path, key: str) -> list[int]:
     """bos_token_id or eos_token_id of generation_config.json and config.json: a number, a list or nothing."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        value = _read_optional(folder / name).get(key)
         ids += [token_id for token_id in (value if isinstance(value, list) else [value]) if isinstance(token_id, int)]
     return ids
 
@@ -180,7 +177,7 @@ def _own_templates(source: Path) -> Mapping[str, str]:
         named = {file.stem: file.read_text(encoding="utf-8") for file in additional}
         return {**named, "default": (source / TEMPLATE_FILE).read_text(encoding="utf-8")}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        value = read_json(source / name).get("chat_template") if (source / name).is_file() else None
+        value = _read_optional(source / name).get("chat_template")
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, dict):

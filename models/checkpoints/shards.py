@@ -6,10 +6,9 @@ import math
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,14 +35,6 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class SafeShard(Protocol):
-    """The part of safetensors' reader that is used here; the library has no types for it."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -115,12 +106,11 @@ def read_shard(shard: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_safetensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        opened = safe_open(shard, framework="pt")  # pyright: ignore[reportUnknownVariableType]
+        opened: Any = safe_open(shard, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ImportRefused(f"{shard} is damaged or incomplete ({error}): download it again") from None
-    with cast("AbstractContextManager[SafeShard]", opened) as reader:
-        names = reader.keys()
-        for name in names:
+    with opened as reader:
+        for name in list(reader.keys()):
             yield name, reader.get_tensor(name)
 
 

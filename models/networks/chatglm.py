@@ -43,20 +43,6 @@ class ChatGLMConfig:
         return self.hidden_size // self.num_heads
 
 
-def prompt_layout(prompt_ids: Sequence[int], config: ChatGLMConfig) -> PromptLayout:
-    """Tokens before the first <sop> attend to each other in both directions; later ones get the position of [gMASK],
-    or else of [MASK].
-
-    The original fails on a prompt without <sop> or without a mask. Here such ids (a raw completion may send any) are
-    all context, and later tokens get the position of the last one.
-    """
-    ids = list(prompt_ids)
-    num_context = ids.index(config.bos_token_id) if config.bos_token_id in ids else len(ids)
-    mask = config.gmask_token_id if config.gmask_token_id in ids else config.mask_token_id
-    mask_index = ids.index(mask) if mask in ids else max(num_context - 1, 0)
-    return PromptLayout(num_two_way=num_context, mask_index=mask_index)
-
-
 def positions(batch: RaggedBatch) -> Tensor:
     """The two position rows, [2, rows]: the index in the context, and the index in the answer.
 
@@ -152,8 +138,17 @@ class ChatGLMNetwork(nn.Module):
         )
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
-        """See `prompt_layout`."""
-        return prompt_layout(prompt_ids, self.config)
+        """Tokens before the first <sop> attend to each other in both directions; later ones get the position of
+        [gMASK], or else of [MASK].
+
+        The original fails on a prompt without <sop> or without a mask. Here such ids (a raw completion may send any)
+        are all context, and later tokens get the position of the last one.
+        """
+        ids, config = list(prompt_ids), self.config
+        num_context = ids.index(config.bos_token_id) if config.bos_token_id in ids else len(ids)
+        mask = config.gmask_token_id if config.gmask_token_id in ids else config.mask_token_id
+        mask_index = ids.index(mask) if mask in ids else max(num_context - 1, 0)
+        return PromptLayout(num_two_way=num_context, mask_index=mask_index)
 
     def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
         """Hidden state of every row after the final norm, [rows, hidden_size]."""

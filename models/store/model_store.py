@@ -33,6 +33,11 @@ class StoreError(Exception):
 class AlreadyStored(StoreError):
     """There is a model with this tag."""
 
+    def __init__(self, tag: Tag) -> None:
+        super().__init__(
+            f"the model store has {tag} already: choose another version, or run `bentoml models delete {tag}`"
+        )
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -182,14 +187,8 @@ def _new_tag(name: str) -> Tag:
     if tag.version is None:
         return tag.make_new_version()
     if (store_folder() / tag.name / tag.version).is_dir():
-        raise _already_stored(tag)
+        raise AlreadyStored(tag)
     return tag
-
-
-def _already_stored(tag: Tag) -> AlreadyStored:
-    return AlreadyStored(
-        f"the model store has {tag} already: choose another version, or run `bentoml models delete {tag}`"
-    )
 
 
 def _add(tag: Tag, write: Callable[[Path], Mapping[str, Any]]) -> str:
@@ -212,7 +211,7 @@ def _add(tag: Tag, write: Callable[[Path], Mapping[str, Any]]) -> str:
         try:
             move_folder(folder, versions / tag.version)
         except FileExistsError:
-            raise _already_stored(tag) from None
+            raise AlreadyStored(tag) from None
     latest = versions / f"latest.{tag.version}"
     latest.write_text(tag.version)
     latest.rename(versions / "latest")
