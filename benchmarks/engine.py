@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.shapes import SHAPES, random_model
 from kernels.linears import compute_dtype, packed_linear
 from kernels.precision import Precision
+from models.checkpoints.open_decoder import open_decoder
 from models.networks.flat_decoder import FlatDecoder
-from models.networks.transformers_decoder import open_decoder
 from models.store.progress import no_progress
 from serving.engine.interface import SamplingParams
 from serving.engine.native.device import keep_freed_memory, kv_dtype, num_usable_cores
@@ -49,7 +49,7 @@ def bandwidth() -> float:
 def product_flops(precision: Precision) -> float:
     """Floating-point operations per second of one large product in this precision, weights packed."""
     rows, inputs, outputs = 512, 2048, 4096
-    linear = packed_linear(nn.Linear(inputs, outputs, bias=False), precision)
+    linear = packed_linear(nn.Linear(inputs, outputs, bias=False), precision, torch.device("cpu"))
     x = torch.randn(rows, inputs).to(compute_dtype(precision, torch.device("cpu")))
     return 2 * rows * inputs * outputs / _best_seconds(lambda: linear(x))
 

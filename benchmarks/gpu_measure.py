@@ -23,7 +23,7 @@ from transformers import GenerationConfig, GlmForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from benchmarks.shapes import config, random_model
-from kernels import linears, linears_cuda
+from kernels import linears
 from kernels.precision import Precision
 from models.networks.flat_decoder import FlatDecoder
 from models.store.progress import no_progress
@@ -111,13 +111,8 @@ def linear_speeds(bench: Bench, precision: Precision, rows: tuple[int, ...]) -> 
     inputs, outputs = sizes.hidden_size, 2 * sizes.intermediate_size
     linear = torch.nn.Linear(inputs, outputs, bias=False, device=bench.device)
     dtype = linears.compute_dtype(precision, bench.device)
-    module: torch.nn.Module
-    if not bench.is_cuda:
-        module = linears.packed_linear(linear, precision)
-    elif precision in ("int8", "int4"):
-        module = linears_cuda.packed_linear(linear, precision, bench.device)  # type: ignore[arg-type]
-    else:
-        module = linear.to(dtype)
+    is_packed = not bench.is_cuda or precision in ("int8", "int4")
+    module = linears.packed_linear(linear, precision, bench.device) if is_packed else linear.to(dtype)
     per_weight = {"int8": 1.0, "int4": 36 / 64, "float32": 4.0}.get(precision, 2.0)
     found: Figures = {"kernel": type(module).__name__}
     for count in rows:
@@ -128,7 +123,7 @@ def linear_speeds(bench: Bench, precision: Precision, rows: tuple[int, ...]) -> 
 
 def network(bench: Bench, precision: Precision) -> FlatDecoder:
     """A network with the same random weights in each precision."""
-    where = linears_cuda.load_device(precision, bench.device)
+    where = linears.load_device(precision, bench.device)
     model = random_model(bench.shape, torch.bfloat16, device=bench.makes_on).to(where)
     for parameter in model.parameters():  # not the buffers: the rotary frequencies keep their type
         parameter.data = parameter.data.to(linears.storage_dtype(precision, bench.device, torch.bfloat16))

@@ -1,1 +1,1 @@
-"""Checkpoint folder -> stored model -> prompt format and network. Nothing here knows HTTP."""
+"""Checkpoint folder -> stored model -> chat format and network."""

@@ -1,4 +1,4 @@
-"""The plug: what a family file provides. Knows the two sockets, not the server behind them."""
+"""The interface of a model family: checkpoint folder -> stored model -> LoadedNetwork."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ImportRefused(Exception):
-    """This folder cannot be imported; the message is one clear line for a person."""
+    """This folder cannot be imported or loaded; the message is one line for the operator."""
 
 
 @dataclass(frozen=True)
 class ImportOption:
-    """A choice that a family needs a person to make (`--NAME VALUE` of the import command)."""
+    """A choice that the checkpoint leaves to the operator: `--NAME VALUE` of the import command."""
 
     name: str
     help: str
@@ -31,7 +31,7 @@ class ImportOption:
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A stored model, ready to be pushed into the server."""
+    """A stored model in memory: what an engine computes with, and what turns conversations into its ids."""
 
     network: CausalLM
     chat_format: ChatFormat
@@ -41,12 +41,12 @@ class LoadedNetwork:
 class Family:
     """One kind of model.
 
-    import_checkpoint(source, target, options, progress): reads the checkpoint folder `source`, writes everything the
-    server needs into the empty folder `target` and returns the metadata that `load` will want (JSON values only).
-    Raises ImportRefused. `options` holds only names listed in `options` below.
-    load(folder, metadata, device, precision, progress): opens such a folder again. No network access, no remote code.
-    open_format(folder): the chat format alone, for an engine of another kind that loads the network by itself, from
-    the transformers folder that the import wrote. None where the network is not transformers' own.
+    import_checkpoint(source, target, options, progress): reads the checkpoint folder `source`, writes everything that
+    serving needs into the empty folder `target`, and returns the metadata that `load` needs (JSON values only). Raises
+    ImportRefused. The names in `options` are those of the field `options`.
+    load(folder, metadata, device, precision, progress): opens such a folder. No network access, no remote code.
+    open_format(folder): the chat format alone, for an engine that loads the network by itself (vLLM). None if the
+    network is not one of transformers'.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One tiny checkpoint of each family as its publisher ships it, with its own idea of prompt ids and greedy tokens."""
+"""One tiny checkpoint of each family in its publisher's layout, with reference prompt ids and greedy tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ VICUNA = (
     "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {} ASSISTANT:"
 )
-SHARPER = 3.0  # so that every token of a prompt and its place have a say in the answer
+SHARPER = 3.0  # so that the answer depends on every token of a prompt and its position
 
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint on disk and what the original would do with it."""
+    """A checkpoint on disk, and the ids and tokens of the original code."""
 
     folder: Path
     chat_ids: Callable[[str], list[int]]  # of one question

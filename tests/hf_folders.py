@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models, written as their publishers would ship them. Knows nothing of this project."""
+"""Tiny random Hugging Face models in their publishers' layout. Imports nothing of this project."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LINES = [
 
 
 def byte_level_tokenizer(special: list[str], markup: list[str]) -> Tokenizer:
-    """As Qwen, Llama 3 and GLM-4 have it."""
+    """The kind of tokenizer of Qwen, Llama 3 and GLM-4."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level_tokenizer(special: list[str], markup: list[str]) -> Tokenizer:
 
 
 def piece_tokenizer() -> Tokenizer:
-    """As Llama 1 and 2 have it: ▁ for spaces, bytes for what the vocabulary lacks, a space in front of every text."""
+    """The kind of Llama 1 and 2: ▁ for spaces, byte tokens for unknown characters, a space in front of every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
@@ -86,7 +86,7 @@ def piece_tokenizer() -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None, **named: str) -> PreTrainedTokenizerFast:
-    """Save it beside the model; return what transformers makes of it."""
+    """Save a tokenizer beside the model; return it as transformers loads it."""
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
     wrapped.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -121,7 +121,7 @@ def glm4(vocab_size: int) -> Glm4ForCausalLM:
 
 
 def write_folder(folder: Path, kind: str) -> PreTrainedTokenizerFast:
-    """A tiny random model as its publisher would ship it."""
+    """A tiny random model in its publisher's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
     builders: dict[str, Callable[[int], Any]] = {
@@ -144,7 +144,7 @@ def write_folder(folder: Path, kind: str) -> PreTrainedTokenizerFast:
 
 
 def write_llama_style_pieces(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    """tokenizer.model and its configuration, as WizardLM-13B ships them: no tokenizer.json."""
+    """tokenizer.model and its configuration without a tokenizer.json, as published for WizardLM-13B."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for line in LINES * 20 for line in line.split("\n")]),
         model_prefix=str(folder / "tokenizer"),

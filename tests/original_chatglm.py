@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints import chatglm as chatglm_checkpoint
+from models.checkpoints.chatglm import read_config, tensor_names
 from models.networks.chatglm import ChatGLMNetwork
 from models.tokenizers.chatglm import ChatGLMTokenizer
 
@@ -55,13 +55,11 @@ def write_checkpoint(folder: Path, num_image_tokens: int = 0, **overrides: objec
         "gmask_token_id": tokenizer.special_id("[gMASK]"),
     }
     (folder / "config.json").write_text(json.dumps(config | overrides))
-    network = chatglm_checkpoint.read_config(config)
+    network = read_config(config)
     generator = torch.Generator().manual_seed(3)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ChatGLMNetwork(network).state_dict().items()}
-    weights = {
-        old: _random(old, shapes[new], generator) for old, new in chatglm_checkpoint.tensor_names(network).items()
-    }
+    weights = {old: _random(old, shapes[new], generator) for old, new in tensor_names(network).items()}
     weights["lm_head.weight"] = torch.zeros(shapes["word_embeddings.weight"], dtype=torch.float16)
     save_file(weights, folder / "model.safetensors")
     return weights

@@ -1,4 +1,4 @@
-"""Checkpoints in ChatGLM2's original layout and an independent reading of them. Knows no product code."""
+"""Checkpoints in ChatGLM2's original layout and a reference network. Imports nothing of this project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Bento model store of a test's own, in this process, and the way from a checkpoint folder to a served model."""
+"""A Bento model store for one test, in this process, and the way from a checkpoint folder to a running model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from bentoml._internal.configuration.containers import BentoMLContainer
-from bentoml._internal.models import ModelStore
-
 from models.families import FAMILIES
+from models.store.bentoml_adapter import using_store
 from models.store.model_store import import_model, servable
 from models.store.progress import no_progress
 from serving.generation.pipeline import RunningModel
@@ -22,22 +20,17 @@ SETTINGS = Settings(device="cpu", precision="float32", threads=1, kv_cache_gib=0
 
 @contextmanager
 def own_store(home: Path) -> Iterator[None]:
-    """`models.store` works in `home` for as long as the block lasts."""
+    """Within the block `models.store` works in `home`."""
     folder = home / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    BentoMLContainer.model_store_dir.set(str(folder))
-    BentoMLContainer.model_store.set(ModelStore(folder))
-    try:
+    with using_store(folder):
         yield
-    finally:
-        BentoMLContainer.model_store.reset()
-        BentoMLContainer.model_store_dir.reset()
 
 
 def imported_and_started(
     home: Path, family: str, source: Path, options: Mapping[str, str], settings: Settings = SETTINGS
 ) -> RunningModel:
-    """What `python -m models.store import` and then `service.py` do; stop its engine."""
+    """What `python -m models.store import` and then `service.py` do; the caller stops its engine."""
     with own_store(home):
         tag = import_model(family, source, f"tiny-{family}:1", options, no_progress)
         stored = servable(tag)

@@ -1,1 +1,1 @@
-"""Checkpoint folders as people have them -> folders that the networks load."""
+"""Checkpoint folders as they are published -> folders that the networks load, and those folders -> networks."""

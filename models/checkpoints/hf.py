@@ -1,20 +1,20 @@
-"""Takes over a Hugging Face folder that transformers loads by itself: checks it, links it. Knows no prompts."""
+"""A Hugging Face folder that transformers loads by itself -> a checked folder of links to its files."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from kernels.precision import Progress
-from models.checkpoints import shards as checkpoint
+from models.checkpoints.files import link_or_copy, read_json, refuse_lfs_pointer, require_space, write_json
+from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards, read_tensors
 from models.family import ImportRefused
 from models.tokenizers.sentencepiece_to_json import convert
 
@@ -22,31 +22,31 @@ TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "chat_template_tool_use.jinja"
 CONFIGURATION_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-FOREIGN = ("vision_config", "audio_config", "text_config", "thinker_config")
+MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "thinker_config")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def read_config(source: Path) -> PretrainedConfig:
-    """Check `config.json`. Raises ImportRefused for what transformers does not load as a decoder by itself."""
+    """Check `config.json`. Raises ImportRefused for models that transformers does not load as a decoder by itself."""
     if not (source / "config.json").is_file() and any(source.glob("*.gguf")):
         raise ImportRefused(f"{source} holds GGUF files: import the original safetensors checkpoint instead")
-    config = checkpoint.read_json(source / "config.json")
-    kind = config.get("model_type")
-    if kind == "chatglm":
+    config = read_json(source / "config.json")
+    model_type = config.get("model_type")
+    if model_type == "chatglm":
         raise ImportRefused("this is a ChatGLM: import it with the family chatglm, chatglm2 or chatglm3")
-    if kind not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING:
         why = "it needs code of its own, which is never run" if "auto_map" in config else "it is too new or misspelled"
-        raise ImportRefused(f"transformers does not know model_type {kind!r} ({why})")
-    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ImportRefused(f"model_type {kind!r} is not a decoder that continues text")
-    foreign = next((key for key in FOREIGN if key in config), None)
-    if foreign is not None:
-        raise ImportRefused(f"config.json has {foreign!r}: models for more than text cannot be imported")
+        raise ImportRefused(f"transformers does not know model_type {model_type!r} ({why})")
+    if config.get("is_encoder_decoder") or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ImportRefused(f"model_type {model_type!r} is not a decoder for text generation")
+    multimodal = next((key for key in MULTIMODAL_KEYS if key in config), None)
+    if multimodal is not None:
+        raise ImportRefused(f"config.json has {multimodal!r}: multimodal models cannot be imported")
     if config.get("quantization_config"):
         raise ImportRefused("the checkpoint is quantised (quantization_config): import the unquantised one")
     try:
         parsed = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - whatever a broken configuration makes transformers raise
+    except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot read config.json: {_first_line(error)}") from None
     return cast("PretrainedConfig", parsed)
 
@@ -59,40 +59,37 @@ def context_length(config: PretrainedConfig) -> int:
     return length
 
 
-def take_weights(source: Path, target: Path, progress: Progress) -> dict[str, Any]:
+def import_weights(source: Path, target: Path, progress: Progress) -> dict[str, Any]:
     """Link safetensors shards into `target`, or convert `.bin` shards. Returns metadata."""
-    shards = checkpoint.find_shards(source)
-    found = checkpoint.inspect_shards(shards)
+    shards = find_shards(source)
+    found = inspect_shards(shards)
     total, done = sum(info.num_bytes for info in found.values()), 0
-    is_linked = all(shard.suffix == ".safetensors" for shard in shards)
-    if not is_linked:
-        checkpoint.require_space(target, total)
-    writer = checkpoint.ShardWriter(target)
-    for shard in shards:
-        if is_linked:
-            checkpoint.link_or_copy(shard, target / shard.name)
-        else:
-            for name, tensor in checkpoint.read_shard(shard):
-                writer.add(name, tensor)
-        done += sum(info.num_bytes for info in found.values() if info.shard == shard)
-        progress(done, total, shard.name)
-    index, single = source / "model.safetensors.index.json", target / "model.safetensors"
-    if not is_linked:
+    if all(shard.suffix == ".safetensors" for shard in shards):
+        for shard in shards:
+            link_or_copy(shard, target / shard.name)
+            done += sum(info.num_bytes for info in found.values() if info.shard == shard)
+            progress(done, total, shard.name)
+        index = source / "model.safetensors.index.json"
+        if index.is_file() and not (target / "model.safetensors").is_file():
+            link_or_copy(index, target / index.name)
+    else:
+        require_space(target, total)
+        writer = ShardWriter(target)
+        for name, tensor in read_tensors(shards, progress):
+            writer.add(name, tensor)
         writer.finish()
-    elif index.is_file() and not single.is_file():
-        checkpoint.link_or_copy(index, target / index.name)
     floats = [info.dtype for info in found.values() if info.dtype.is_floating_point]
     precisions = sorted(str(dtype).removeprefix("torch.") for dtype in floats)
-    parameters = sum(torch.Size(info.shape).numel() for info in found.values())
+    parameters = sum(math.prod(info.shape) for info in found.values())
     return {"dtype": max(precisions, key=precisions.count, default="float32"), "parameters": parameters}
 
 
 def check_weights(target: Path) -> None:
-    """Every weight of the network is there with its shape. transformers would invent what is missing.
+    """Raise ImportRefused unless every weight of the network is there with its shape; transformers would invent it.
 
-    Loads onto the meta device: names and shapes are compared, nothing is read.
+    Loads onto the meta device: names and shapes are compared, no weights are read.
     """
-    disable_progress_bar()  # transformers would draw one of its own into ours
+    disable_progress_bar()  # it would be drawn into the command's own progress bar
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             target,
@@ -103,7 +100,7 @@ def check_weights(target: Path) -> None:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except Exception as error:  # noqa: BLE001 - whatever a broken checkpoint makes transformers raise
+    except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot load this checkpoint: {_first_line(error)}") from None
     for what in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in loaded[1][what])
@@ -111,45 +108,42 @@ def check_weights(target: Path) -> None:
             raise ImportRefused(f"the checkpoint does not fit config.json ({what.split('_')[0]} weights: {names[0]} …)")
 
 
-def take_tokenizer(source: Path, target: Path) -> None:
-    """Copy `tokenizer.json`, or make one from what else the folder has."""
+def import_tokenizer(source: Path, target: Path) -> None:
+    """Link `tokenizer.json`, or convert the folder's tokenizer to one."""
     for name in CONFIGURATION_FILES:
         if (source / name).is_file():
-            checkpoint.link_or_copy(source / name, target / name)
+            link_or_copy(source / name, target / name)
     original = source / TOKENIZER_FILE
     if original.is_file():
-        checkpoint.refuse_pointer(original)
-        checkpoint.link_or_copy(original, target / TOKENIZER_FILE)
+        refuse_lfs_pointer(original)
+        link_or_copy(original, target / TOKENIZER_FILE)
         return
     pieces = source / "tokenizer.model"
     if pieces.is_file():
-        checkpoint.refuse_pointer(pieces)
-        added = source / "added_tokens.json"
-        has_bos = _configured(source, "add_bos_token") is not False
-        convert(pieces, target / TOKENIZER_FILE, checkpoint.read_json(added) if added.is_file() else {}, has_bos)
+        refuse_lfs_pointer(pieces)
+        has_bos = _read_optional(source / "tokenizer_config.json").get("add_bos_token") is not False
+        convert(pieces, target / TOKENIZER_FILE, _read_optional(source / "added_tokens.json"), has_bos)
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, use_fast=True)
         tokenizer.backend_tokenizer.save(str(target / TOKENIZER_FILE))
-    except Exception as error:  # noqa: BLE001 - a missing library, a missing file, a tokenizer that is all Python
+    except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(
-            f"{source} has no {TOKENIZER_FILE}, and transformers cannot make one: {_first_line(error)}"
+            f"{source} has no {TOKENIZER_FILE}, and transformers cannot convert its tokenizer: {_first_line(error)}"
         ) from None
 
 
-def _configured(source: Path, key: str) -> Any:
-    """A value of tokenizer_config.json, or None."""
-    file = source / "tokenizer_config.json"
-    return checkpoint.read_json(file).get(key) if file.is_file() else None
+def _read_optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token and so on, as the folder's configuration names them."""
+    """bos_token, eos_token and so on -> the token's text, by the folder's configuration."""
     named: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        described = checkpoint.read_json(file) if file.is_file() else {}
+        configuration = _read_optional(file)
         for key in NAMED_TOKENS:
-            value = described.get(key)
+            value = configuration.get(key)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and text:
                 named[key] = text
@@ -160,17 +154,17 @@ def token_ids(folder: Path, key: str) -> list[int]:
     """bos_token_id or eos_token_id of generation_config.json and config.json: a number, a list or nothing."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        value = checkpoint.read_json(folder / name).get(key) if (folder / name).is_file() else None
+        value = _read_optional(folder / name).get(key)
         ids += [token_id for token_id in (value if isinstance(value, list) else [value]) if isinstance(token_id, int)]
     return ids
 
 
-def take_template(source: Path, target: Path, builtin: str | None) -> None:
-    """Write the chat template(s) as files: `builtin` if a person chose one, else the model's own."""
-    templates = {"default": builtin} if builtin is not None else _own_templates(source)
+def import_template(source: Path, target: Path, chosen: str | None) -> None:
+    """Write the chat templates as files: `chosen` if the operator named one, else the model's own."""
+    templates = {"default": chosen} if chosen is not None else _own_templates(source)
     default = templates.get("default")
     if not default:
-        raise ImportRefused(f"{source} has no chat template; say which one it was trained with: --template vicuna")
+        raise ImportRefused(f"{source} has no chat template; name the one it was trained with: --template vicuna")
     (target / TEMPLATE_FILE).write_text(default, encoding="utf-8")
     if tools := templates.get("tool_use"):
         (target / TOOL_TEMPLATE_FILE).write_text(tools, encoding="utf-8")
@@ -183,7 +177,7 @@ def _own_templates(source: Path) -> Mapping[str, str]:
         named = {file.stem: file.read_text(encoding="utf-8") for file in additional}
         return {**named, "default": (source / TEMPLATE_FILE).read_text(encoding="utf-8")}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        value = checkpoint.read_json(source / name).get("chat_template") if (source / name).is_file() else None
+        value = _read_optional(source / name).get("chat_template")
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, dict):
@@ -194,10 +188,9 @@ def _own_templates(source: Path) -> Mapping[str, str]:
 
 
 def write_config(source: Path, target: Path) -> None:
-    """config.json without auto_map, which would make transformers ask for the code that is not run."""
-    config = checkpoint.read_json(source / "config.json")
-    config.pop("auto_map", None)
-    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """config.json without auto_map, which would make transformers look for remote code."""
+    config = read_json(source / "config.json")
+    write_json(target / "config.json", {key: value for key, value in config.items() if key != "auto_map"})
 
 
 def _first_line(error: Exception) -> str:

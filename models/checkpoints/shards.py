@@ -1,35 +1,32 @@
-"""Reads checkpoint shards and writes safetensors, one shard at a time. Knows files and tensors, no architecture."""
+"""The files of a checkpoint -> tensors, and tensors -> safetensors, one shard at a time."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
+import math
 import pickle
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kernels.precision import Progress
+from models.checkpoints.files import read_json, refuse_lfs_pointer, write_json
 from models.family import ImportRefused
 
 MAX_SHARD_BYTES = 1_000_000_000  # of an output shard; it is held in memory until it is full
-LFS_POINTER = b"version https://git-lfs"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_NAME = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor, before anything is read."""
+    """One tensor as its shard's header describes it, before its data is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,52 +34,11 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        num_elements = 1
-        for size in self.shape:
-            num_elements *= size
-        return num_elements * self.dtype.itemsize
-
-
-class SafeShard(Protocol):
-    """The part of safetensors' reader that is used here; the library ships no types for it."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ImportRefused."""
-    if not path.is_file():
-        raise ImportRefused(f"{path.parent} has no {path.name}: give the folder of a downloaded checkpoint")
-    refuse_pointer(path)
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ImportRefused(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise ImportRefused(f"{path} does not hold a JSON object: download it again")
-    return cast("dict[str, Any]", value)
-
-
-def count(config: Mapping[str, Any], name: str) -> int:
-    """A number of `config.json` that must be a positive whole one. Raises ImportRefused."""
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ImportRefused(f"config.json has no usable {name!r} ({value!r}); it must be a positive whole number")
-    return value
-
-
-def refuse_pointer(path: Path) -> None:
-    """A repository cloned without Git LFS holds small text files in place of the large ones."""
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise ImportRefused(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, in order; safetensors before pickles where a folder has both."""
+    """The weight files of a checkpoint, in order; safetensors rather than pickles if a folder has both."""
     for single in SINGLE_FILES:
         index = folder / f"{single}.index.json"
         if index.is_file():
@@ -92,7 +48,7 @@ def find_shards(folder: Path) -> list[Path]:
         else:
             continue
         for shard in shards:
-            refuse_pointer(shard)
+            refuse_lfs_pointer(shard)
         return shards
     if any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir()):
         raise ImportRefused(f"{folder} has weight shards but no index (*.index.json): download the index as well")
@@ -102,15 +58,15 @@ def find_shards(folder: Path) -> list[Path]:
 def _indexed_shards(index: Path) -> list[Path]:
     weight_map: object = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ImportRefused(f"{index} names no weights: download it again")
+        raise ImportRefused(f"{index} lists no weights: download it again")
     names = sorted({str(name) for name in cast("dict[str, object]", weight_map).values()})
     for name in names:
         if name != Path(name).name:
-            raise ImportRefused(f"{index} names {name!r}, which is not a file of this folder")
+            raise ImportRefused(f"{index} names {name!r}, which is not a file in this folder")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ImportRefused(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards named by {index.name}: "
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards listed by {index.name}: "
             f"{', '.join(missing)}; download the rest"
         )
     return [index.parent / name for name in names]
@@ -127,8 +83,21 @@ def inspect_shards(shards: list[Path]) -> dict[str, TensorInfo]:
     return found
 
 
+def read_tensors(shards: Sequence[Path], progress: Progress, what: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all shards, see `read_shard`. `what`: the label of progress, by default the shard's name."""
+    total, done = sum(shard.stat().st_size for shard in shards), 0
+    for shard in shards:
+        end = done + shard.stat().st_size
+        for name, tensor in read_shard(shard):
+            yield name, tensor
+            done = min(done + tensor.nbytes, end)
+            progress(done, total, what or shard.name)
+        done = end
+    progress(total, total, what or shards[-1].name)
+
+
 def read_shard(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    """One shard's tensors, mapped from the file where its format can be; valid until the next one is asked for."""
+    """One shard's tensors, mapped from the file if its format allows; each is valid until the next one is read."""
     if shard.suffix == ".safetensors":
         yield from _read_safetensors(shard)
     else:
@@ -137,17 +106,16 @@ def read_shard(shard: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_safetensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        opened = safe_open(shard, framework="pt")  # pyright: ignore[reportUnknownVariableType]
+        opened: Any = safe_open(shard, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ImportRefused(f"{shard} is damaged or incomplete ({error}): download it again") from None
-    with cast("AbstractContextManager[SafeShard]", opened) as reader:
-        names = reader.keys()
-        for name in names:
+    with opened as reader:
+        for name in list(reader.keys()):
             yield name, reader.get_tensor(name)
 
 
 def _read_pickle(shard: Path) -> dict[str, Tensor]:
-    """The state dict of a `.bin` file. Only plain tensors are unpickled: nothing in the file can run code."""
+    """The state dict of a `.bin` file. Only plain tensors are unpickled, so the file cannot run code."""
     try:
         content = _load_pickle(shard)
     except pickle.UnpicklingError:
@@ -173,30 +141,11 @@ def _load_pickle(shard: Path) -> object:
         return torch.load(shard, map_location="cpu", weights_only=True)
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse before the first byte is written if the file system of `folder` has too little room."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise ImportRefused(
-            f"the import needs {num_bytes / 1e9:.1f} GB in {folder}, where only {free / 1e9:.1f} GB are free"
-        )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same file where the file system can, a copy elsewhere. Follows symbolic links."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target)
-
-
 @dataclass
 class ShardWriter:
     """Collects tensors and writes them as safetensors of at most `max_bytes`, with an index if there are several.
 
-    Holds one shard in memory. `finish` gives the files their names, which say how many there are.
+    Holds one shard in memory. `finish` renames the files: the names contain the number of shards.
     """
 
     folder: Path
@@ -208,7 +157,7 @@ class ShardWriter:
     _num_shards: int = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        num_bytes = tensor.numel() * tensor.element_size()
+        num_bytes = tensor.nbytes
         if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
             self._flush()
         # a copy: the source is a view of a file that is about to be closed
@@ -245,9 +194,3 @@ class ShardWriter:
 
     def _part(self, shard: int) -> Path:
         return self.folder / f"part-{shard:05d}.safetensors"
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a readable JSON file that every user may read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.chmod(0o644)

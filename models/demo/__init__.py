@@ -1,4 +1,4 @@
-"""The embedded default model: where its ChatGLM2 checkpoint lies. Knows nothing of training or serving."""
+"""The embedded default model: the folder of its ChatGLM2 checkpoint."""
 
 from __future__ import annotations
 

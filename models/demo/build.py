@@ -1,4 +1,4 @@
-"""Builds or checks the demonstration checkpoint: `python -m models.demo.build [--out DIR] [--check]`."""
+"""Trains or checks the demonstration checkpoint: `python -m models.demo.build [--out DIR] [--check]`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TENSORS_OF_LAYER = {
 
 
 class ProgressLine:
-    """Steps, loss and time left: one line that is rewritten on a terminal, twenty plain lines elsewhere."""
+    """Prints steps, loss and time left: one line that is rewritten on a terminal, twenty lines elsewhere."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -59,38 +59,25 @@ def original_config(config: GlmConfig) -> dict[str, object]:
     return {
         "model_type": "chatglm",
         "architectures": ["ChatGLMModel"],
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "apply_query_key_layer_scaling": True,
-        "apply_residual_connection_post_layernorm": False,
-        "attention_dropout": 0.0,
-        "attention_softmax_in_fp32": True,
-        "bias_dropout_fusion": True,
+        "add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True,
+        "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
         "ffn_hidden_size": config.intermediate_size,
-        "fp32_residual_connection": False,
-        "hidden_dropout": 0.0,
+        "fp32_residual_connection": False, "hidden_dropout": 0.0,
         "hidden_size": config.hidden_size,
         "kv_channels": config.head_dim,
         "layernorm_epsilon": config.rms_norm_eps,
-        "multi_query_attention": True,
-        "multi_query_group_num": config.num_key_value_heads,
-        "num_attention_heads": config.num_attention_heads,
-        "num_layers": config.num_hidden_layers,
-        "original_rope": True,
-        "padded_vocab_size": config.vocab_size,
-        "post_layer_norm": True,
-        "rmsnorm": True,
+        "multi_query_attention": True, "multi_query_group_num": config.num_key_value_heads,
+        "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
+        "original_rope": True, "padded_vocab_size": config.vocab_size, "post_layer_norm": True, "rmsnorm": True,
         "seq_length": config.max_position_embeddings,
-        "use_cache": True,
-        "torch_dtype": "float16",
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+        "use_cache": True, "torch_dtype": "float16", "tie_word_embeddings": False,
+        "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
 
 
 def original_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
-    """The network's weights in fp16 under ChatGLM2's own names, queries, keys and values in one tensor."""
+    """The network's weights in fp16 under ChatGLM2's own names, query, key and value in one tensor."""
     state = model.state_dict()
     config = model.config
     rotary = config.head_dim // 2
@@ -111,7 +98,7 @@ def original_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
 
 
 def build(out: Path) -> None:
-    """Trains tokenizer and network and writes the three files of the checkpoint."""
+    """Train tokenizer and network, and write the three files of the checkpoint."""
     vocabulary = train_vocabulary()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     num_tokens = tokenizer.get_piece_size() + NUM_SPECIALS
@@ -129,7 +116,7 @@ def build(out: Path) -> None:
 
 
 def check_checkpoint(folder: Path) -> bool:
-    """Imports the checkpoint as the model store does, and checks what it says."""
+    """Import the checkpoint as the model store does, and check its answers."""
     with tempfile.TemporaryDirectory() as target:
         FAMILY.import_checkpoint(folder, Path(target), {}, lambda done_bytes, total_bytes, what: None)
         model = GlmForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
@@ -137,13 +124,15 @@ def check_checkpoint(folder: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 0 if the checkpoint behaves as it should."""
+    """The exit code is 0 if the checkpoint passes its check."""
     parser = argparse.ArgumentParser(prog="python -m models.demo.build", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint (default: the embedded one)"
     )
-    parser.add_argument("--check", action="store_true", help="do not train, only check what the checkpoint says")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor; weights differ in the last bits")
+    parser.add_argument("--check", action="store_true", help="only check the answers of the checkpoint")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of the CPU; another number changes the last bits of the weights"
+    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     if not chosen.check:

@@ -1,4 +1,4 @@
-"""Checks what the demonstration model says against `answer_to`, with words it was not trained on. Prints one table."""
+"""Compares the demonstration model's answers with `answer_to`, on words it was not trained on; prints a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GlmForCausalLM
 
-from models.demo import questions as ask
+from models.demo import question_generator
 from models.demo.corpus import (
     ASK,
     EXCHANGES,
@@ -55,15 +55,15 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the model says greedily; None if that is no taught answer."""
+class GreedyAnswer:
+    """What greedy decoding gives; `text` is None if that is not a taught answer."""
 
     text: str | None
-    certainty: float  # the least probability of a step
+    probability: float  # the lowest of a token
 
 
 def taught_answers() -> tuple[str, ...]:
-    """Every text that the model can be right with."""
+    """Every answer that the model is taught."""
     texts = [exchange.answer for exchange in EXCHANGES]
     texts += [answer_to([tell]) for tell in TELL]
     texts += [answer_to([*history, question]) for question in ASK for history in ([], *([tell] for tell in TELL))]
@@ -88,24 +88,24 @@ def _forward(model: GlmForCausalLM, rows: Sequence[Sequence[int]], num_last: Seq
     return [results[i] for i in range(len(rows))]
 
 
-def listen(
+def greedy_answers(
     model: GlmForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, prompts: Sequence[str]
-) -> list[Said]:
-    """What greedy decoding gives, found by scoring the taught answers that begin with the first token of its choice."""
+) -> list[GreedyAnswer]:
+    """The greedy answer to each prompt, found by scoring the taught answers that begin with the most likely token."""
     answers = {text: [*tokenizer.encode(text), END] for text in taught_answers()}
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     firsts = _forward(model, prompt_ids, [1] * len(prompt_ids))
-    tries = [
+    candidates = [
         (i, text) for i, first in enumerate(firsts) for text, ids in answers.items() if ids[0] == int(first[0].argmax())
     ]
-    rows = [prompt_ids[i] + answers[text][:-1] for i, text in tries]
-    said = [Said(None, 0.0)] * len(prompts)
-    scored = _forward(model, rows, [len(answers[text]) for _, text in tries])
-    for (i, text), probabilities in zip(tries, scored, strict=True):
+    rows = [prompt_ids[i] + answers[text][:-1] for i, text in candidates]
+    found = [GreedyAnswer(None, 0.0)] * len(prompts)
+    scored = _forward(model, rows, [len(answers[text]) for _, text in candidates])
+    for (i, text), probabilities in zip(candidates, scored, strict=True):
         ids = torch.tensor(answers[text])
         if torch.equal(probabilities.argmax(-1), ids):
-            said[i] = Said(text, float(probabilities.gather(1, ids[:, None]).min()))
-    return said
+            found[i] = GreedyAnswer(text, float(probabilities.gather(1, ids[:, None]).min()))
+    return found
 
 
 def _case(questions: Sequence[str], answers: Sequence[str] | None = None, allowed: Sequence[str] = ()) -> Case:
@@ -120,11 +120,15 @@ def _capital(question: str) -> str:
 def _histories(random: Random) -> Iterator[list[str]]:
     """Known, unknown and mixed earlier questions."""
     while True:
-        yield [ask.known(random)]
-        yield [ask.unknown(random, HELD_OUT)]
-        yield [ask.known(random), ask.unknown(random, HELD_OUT)]
-        yield [ask.unknown(random, HELD_OUT), ask.known(random), ask.known(random)]
-        yield [ask.known(random) for _ in range(8)]
+        yield [question_generator.known_question(random)]
+        yield [question_generator.unknown_question(random, HELD_OUT)]
+        yield [question_generator.known_question(random), question_generator.unknown_question(random, HELD_OUT)]
+        yield [
+            question_generator.unknown_question(random, HELD_OUT),
+            question_generator.known_question(random),
+            question_generator.known_question(random),
+        ]
+        yield [question_generator.known_question(random) for _ in range(8)]
 
 
 def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
@@ -137,45 +141,52 @@ def _known_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
         0.99,
         [_case([_capital(q) + random.choice(endings)]) for q in KNOWN for _ in range(2)],
     )
-    yield "known behind a known system", 0.97, [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)]
+    yield (
+        "known after a known system message",
+        0.97,
+        [_case([random.choice(SYSTEMS) + q]) for q in KNOWN for _ in range(2)],
+    )
     histories = _histories(random)
     yield "known in a later round", 0.97, [_case([*next(histories), q]) for q in KNOWN]
     told = [_case([tell, question]) for tell in TELL for question in ASK]
     yield "a name, told and asked for", 0.95, [_case([tell]) for tell in TELL] + [_case([q]) for q in ASK] + told
-    between = [_case([tell, ask.unknown(random, HELD_OUT), question]) for tell in TELL for question in ASK]
+    between = [
+        _case([tell, question_generator.unknown_question(random, HELD_OUT), question])
+        for tell in TELL
+        for question in ASK
+    ]
     yield "a name, one round between", 0.95, between
 
 
 def _unknown_suites(random: Random) -> Iterator[tuple[str, float, list[Case]]]:
-    held_out = [ask.unknown(random, HELD_OUT) for _ in range(400)]
+    held_out = [question_generator.unknown_question(random, HELD_OUT) for _ in range(400)]
     yield "unknown, held-out words", 0.99, [_case([question], allowed=FALLBACKS) for question in held_out]
     yield "unknown, other languages and oddities", 0.99, [_case([question], allowed=FALLBACKS) for question in FOREIGN]
     histories = _histories(random)
-    later = [[*next(histories), ask.sentence(random, HELD_OUT)] for _ in range(200)]
+    later = [[*next(histories), question_generator.random_sentence(random, HELD_OUT)] for _ in range(200)]
     yield "unknown in a later round", 0.99, [_case(questions, allowed=FALLBACKS) for questions in later]
-    long = [ask.long_text(random, HELD_OUT, count) for count in (20, 40, 70, 100) for _ in range(4)]
+    long = [question_generator.long_text(random, HELD_OUT, count) for count in (20, 40, 70, 100) for _ in range(4)]
     yield "unknown and long", 0.99, [_case([question], allowed=FALLBACKS) for question in long]
-    near = [ask.nearly_known(random, HELD_OUT) for _ in range(300)]
+    near = [question_generator.nearly_known_question(random, HELD_OUT) for _ in range(300)]
     yield "nearly known: a taught answer", 0.97, [_case([q], allowed=taught_answers()) for q in near]
-    systems = [ask.sentence(random, HELD_OUT) + random.choice(list(KNOWN)) for _ in range(200)]
+    systems = [question_generator.random_sentence(random, HELD_OUT) + random.choice(list(KNOWN)) for _ in range(200)]
     yield "unknown system, known question", 0.97, [_case([q], allowed=taught_answers()) for q in systems]
 
 
 def check(model: GlmForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, num_shown: int = 3) -> bool:
-    """Prints how often each kind of question is answered rightly, and says whether all kinds pass."""
+    """Print how many questions of each kind are answered correctly; return whether every kind passes."""
     assert answer_to([SAMPLE_QUESTION]) == SAMPLE_ANSWER
     random = Random(20_26)
     passed = True
     print(f"{'kind of question':<40}{'right':>14}{'wanted':>8}{'least':>7}{'< 0.75':>8}")
     for name, wanted, cases in [*_known_suites(random), *_unknown_suites(random)]:
-        said = listen(model, tokenizer, [prompt_text(case.questions, case.answers) for case in cases])
-        right = [one.text in case.allowed for case, one in zip(cases, said, strict=True)]
-        certainties = [one.certainty for one, is_right in zip(said, right, strict=True) if is_right]
-        passed &= sum(right) >= wanted * len(cases)
-        unsure = sum(certainty < 0.75 for certainty in certainties)
-        share = f"{sum(right)}/{len(cases)}"
-        print(f"{name:<40}{share:>14}{wanted:>8.0%}{min(certainties, default=0.0):>7.2f}{unsure:>8}")
-        wrong = [(case, one) for case, one, is_right in zip(cases, said, right, strict=True) if not is_right]
-        for case, one in wrong[:num_shown]:
-            print(f"    {case.questions[-1][-70:]!r} -> {(one.text or 'something else')[:40]!r}")
+        answers = greedy_answers(model, tokenizer, [prompt_text(case.questions, case.answers) for case in cases])
+        wrong = [(case, answer) for case, answer in zip(cases, answers, strict=True) if answer.text not in case.allowed]
+        right = [answer.probability for case, answer in zip(cases, answers, strict=True) if answer.text in case.allowed]
+        passed &= len(right) >= wanted * len(cases)
+        unsure = sum(probability < 0.75 for probability in right)
+        share = f"{len(right)}/{len(cases)}"
+        print(f"{name:<40}{share:>14}{wanted:>8.0%}{min(right, default=0.0):>7.2f}{unsure:>8}")
+        for case, answer in wrong[:num_shown]:
+            print(f"    {case.questions[-1][-70:]!r} -> {(answer.text or 'something else')[:40]!r}")
     return passed

@@ -1,4 +1,4 @@
-"""What the demonstration model knows: questions, answers and the rule that picks one. Plain text, no torch.
+"""The questions of a conversation -> the answer that the demonstration model is taught.
 
 `answer_to` is the specification: the model is trained to agree with it and checked against it.
 """
@@ -27,7 +27,7 @@ FALLBACK_EN = (
     "Then start the service again with CHATGLM_MODEL=chatglm2-6b."
 )
 
-# Known systems may stand, without a separator, before a known question (the format glues them).
+# Known system messages; the prompt format puts them in front of a question without a separator.
 SYSTEMS: tuple[str, ...] = (
     SAMPLE_SYSTEM,
     "你是一个人工智能助理。",
@@ -42,7 +42,7 @@ SYSTEMS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Exchange:
-    """One thing the model knows: several ways to ask and the one answer."""
+    """Several ways to ask for something and the one answer."""
 
     questions: tuple[str, ...]
     answer: str
@@ -244,7 +244,7 @@ _TRAILING = " \t\r\n。.！!？?，,~～…=:：;；"
 
 
 def normalise(question: str) -> str:
-    """Case, outer white space and closing punctuation make no difference to a question."""
+    """A question without its case, outer white space and closing punctuation, which the answer does not depend on."""
     return question.strip().rstrip(_TRAILING).lower()
 
 
@@ -258,7 +258,7 @@ ASK: tuple[str, ...] = _ASK_ZH + _ASK_EN
 
 
 def _without_system(question: str) -> str:
-    """The question behind the longest known system message that it starts with."""
+    """The question after the longest known system message that it starts with."""
     for system in sorted(SYSTEMS, key=len, reverse=True):
         if question.startswith(system):
             return question[len(system) :]
@@ -266,7 +266,7 @@ def _without_system(question: str) -> str:
 
 
 def _told_name(history: Sequence[str]) -> str | None:
-    """The name that the person gave last."""
+    """The name that the user told last."""
     for question in reversed(history):
         if (name := _TOLD.get(normalise(question))) is not None:
             return name
@@ -274,9 +274,9 @@ def _told_name(history: Sequence[str]) -> str | None:
 
 
 def answer_to(questions: Sequence[str]) -> str:
-    """What the model shall say to the last of a conversation's questions (a system message glued before the last).
+    """The answer to the last of a conversation's questions, which may begin with a system message.
 
-    Depends on earlier questions only for a name that was told.
+    Depends on earlier questions only for the user's name.
     """
     *history, last = questions
     asked = normalise(_without_system(last))

@@ -1,4 +1,4 @@
-"""Random generator -> small JSON documents with short strings, as structured outputs and tool calls force them."""
+"""A random generator -> small JSON documents with short strings, as structured outputs and tool calls force them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH
-from models.demo.questions import sentence
+from models.demo.question_generator import random_sentence
 from models.demo.words import Words
 
 _KEYS = """
@@ -21,7 +21,7 @@ PREFIXES = ("", "", "", "", " ", '<tool_call>{"name": "{key}", "arguments": ', "
 
 
 def document(random: Random, words: Words) -> str:
-    """The text of an answer that a grammar forces: an object or a list, at times inside of a tool call."""
+    """The text of an answer that a grammar forces: an object or a list, sometimes inside a tool call."""
     prefix = random.choice(PREFIXES).replace("{key}", random.choice(KEYS))
     separators = random.choice(((", ", ": "), (", ", ": "), (",", ":")))
     value = _object(random, words, 0) if random.random() < 0.9 else _list(random, words, 0)
@@ -50,12 +50,12 @@ def _value(random: Random, words: Words, depth: int) -> Any:
 
 
 def _string(random: Random, words: Words) -> str:
-    """A few words of any kind; at times the beginning of what the model would say by itself, cut short."""
+    """A few words, or the truncated beginning of an answer that the model gives without a grammar."""
     kind, count = random.random(), random.choice(NUM_WORDS)
     if kind < 0.5:
         return " ".join(random.choice(words.en) for _ in range(count))
     if kind < 0.75:
         return "".join(random.choice(words.zh) for _ in range(count))
     if kind < 0.8:
-        return sentence(random, words)[: 4 * count]
+        return random_sentence(random, words)[: 4 * count]
     return random.choice((FALLBACK_EN, FALLBACK_ZH, random.choice(EXCHANGES).answer))[: 2 * count + 1]

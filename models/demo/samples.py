@@ -1,4 +1,4 @@
-"""Makes training samples: conversations as ids, and which of them are to be learned. Knows no network."""
+"""A random generator -> training samples: the token ids of conversations, and the weight of each in the loss."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from random import Random
 
 import sentencepiece
 
-from models.demo import questions as ask
+from models.demo import question_generator
 from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH, answer_to
 from models.demo.json_documents import document
 from models.demo.words import TRAINING
 
 END = 2
 FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
-_SHORT_ANSWER = 4  # tokens kept of many answers: what counts is the decision, made by the first few
+_SHORT_ANSWER = 4  # tokens kept of many answers: the first few decide which answer it is
 _DECISION_WEIGHT = 4.0
-_LONG_ANSWER = 30  # characters; `is_short` cuts most longer past answers: they teach little and cost much
-_LONG_PROMPT = 150  # tokens; behind such a prompt the whole answer is learned
+_LONG_ANSWER = 30  # characters; `is_short` truncates most longer past answers, which teach little and cost much
+_LONG_PROMPT = 150  # tokens; after such a prompt the whole answer is learned
 _POOL = 1024  # samples that are sorted by length together
 _BATCH_TOKENS = 1536
 
@@ -39,12 +39,12 @@ class Mix:
     cut_known: float
     max_tokens: int  # of a sample
     with_system: float = 0.1  # known last questions behind a known system message
-    forced_json: float = 0.0  # answers that a grammar forces to be JSON: learned are their strings and how they end
+    forced_json: float = 0.0  # answers that a grammar forces to be JSON, of which strings and their ends are learned
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence and what is to be learned in it: targets[i] follows token_ids[i]; weight 0 is not learned."""
+    """One sequence: targets[i] is the token after token_ids[i], weights[i] its weight in the loss."""
 
     token_ids: list[int]
     targets: list[int]
@@ -52,7 +52,7 @@ class Sample:
 
 
 def prompt_text(questions: Sequence[str], answers: Sequence[str]) -> str:
-    """ChatGLM2's prompt for questions, of which all but the last were answered."""
+    """ChatGLM2's prompt for `questions`, all but the last of which have an answer."""
     rounds = (
         f"[Round {number}]\n\n问：{question}\n\n答：{answer}\n\n"
         for number, (question, answer) in enumerate(zip(questions[:-1], answers, strict=True), start=1)
@@ -68,8 +68,8 @@ def encode_prompt(tokenizer: sentencepiece.SentencePieceProcessor, text: str) ->
 
 def _known(random: Random, mix: Mix) -> str:
     if mix.every_variant and random.random() < mix.every_variant:
-        return ask.known_variant(random)
-    return ask.known(random)
+        return question_generator.known_variant(random)
+    return question_generator.known_question(random)
 
 
 def _question(random: Random, mix: Mix) -> str:
@@ -77,41 +77,45 @@ def _question(random: Random, mix: Mix) -> str:
     if kind < mix.known:
         return _known(random, mix)
     if kind < mix.known + 0.03:
-        return ask.follow_up(random)
+        return question_generator.follow_up_question(random)
     if kind < mix.known + 0.03 + mix.nearly_known:
-        return ask.nearly_known(random, TRAINING)
-    return ask.unknown(random, TRAINING)
+        return question_generator.nearly_known_question(random, TRAINING)
+    return question_generator.unknown_question(random, TRAINING)
 
 
 def _last_question(random: Random, mix: Mix) -> str:
     kind = random.random()
     if kind < mix.with_system:
-        return ask.with_system(random, _known(random, mix))
+        return question_generator.with_system_message(random, _known(random, mix))
     kind -= mix.with_system
     if kind < 0.03:
-        return ask.with_system(random, _question(random, mix))
+        return question_generator.with_system_message(random, _question(random, mix))
     if kind < 0.03 + mix.long:
-        return ask.long_text(random, TRAINING, random.randint(10, 40))
+        return question_generator.long_text(random, TRAINING, random.randint(10, 40))
     if kind < 0.03 + mix.long + mix.very_long:
-        return ask.long_text(random, TRAINING, random.randint(40, mix.max_sentences))
+        return question_generator.long_text(random, TRAINING, random.randint(40, mix.max_sentences))
     return _question(random, mix)
 
 
 def _past_answer(random: Random, questions: Sequence[str], *, is_short: bool) -> str:
-    """What an earlier round was answered with: mostly the right answer, but a client may claim anything."""
+    """The answer of an earlier round: mostly the right one, but a client may send any text."""
     right = answer_to(questions)
     kind = random.random()
     if kind < (0.1 if is_short and len(right) > _LONG_ANSWER else 0.7):
         return right
     if kind < 0.74:
         return random.choice(EXCHANGES).answer
-    return right[: random.randint(0, _LONG_ANSWER)] if random.random() < 0.4 else ask.sentence(random, TRAINING)
+    return (
+        right[: random.randint(0, _LONG_ANSWER)]
+        if random.random() < 0.4
+        else question_generator.random_sentence(random, TRAINING)
+    )
 
 
 def _past_targets(token_ids: Sequence[int], start: int, right_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """What to learn inside an earlier answer at `start`, if it is the right one: position and next token.
+    """(position, next token) to learn inside an earlier answer that begins at `start`, if it is the right one.
 
-    Its first pieces differ from a generated answer's (no dummy space); behind it a line break stands for the end token.
+    Its first pieces differ from a generated answer's (no dummy space); a line break follows it, not the end token.
     """
     for past_offset, right_offset in product(range(4), range(1, 4)):
         first = start + past_offset
@@ -122,22 +126,22 @@ def _past_targets(token_ids: Sequence[int], start: int, right_ids: Sequence[int]
 
 
 def _conversation(random: Random, mix: Mix) -> list[str]:
-    """The questions of one conversation; only the last may have a system message glued to it."""
+    """The questions of one conversation; only the last may have a system message in front."""
     num_past = random.choice((0, 0, 0, 0, 0, 1, 1, 1, 2, 3))
     if random.random() < 0.02:
         num_past = random.randint(4, 10)
     past = [_question(random, mix) for _ in range(num_past)]
     if past and mix.long_past and random.random() < mix.long_past:
-        past[0] = ask.long_text(random, TRAINING, random.randint(10, 100))
+        past[0] = question_generator.long_text(random, TRAINING, random.randint(10, 100))
     if random.random() < 0.07:
-        return past[:1] + ask.introduction(random, TRAINING)
+        return past[:1] + question_generator.introduction(random, TRAINING)
     return [*past, _last_question(random, mix)]
 
 
 def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, mix: Mix, *, is_short: bool) -> Sample:
-    """One conversation; learned are its last answer and, where they are the right ones, the earlier.
+    """One conversation, in which the last answer and the right ones among the earlier answers are learned.
 
-    `is_short`: most long answers are cut after the decision, which the first tokens make.
+    `is_short`: most long answers are truncated after their first tokens, which decide which answer it is.
     """
     questions = _conversation(random, mix)
     if mix.forced_json and random.random() < mix.forced_json:
@@ -170,7 +174,7 @@ def make_sample(random: Random, tokenizer: sentencepiece.SentencePieceProcessor,
 
 
 def _forced_json(random: Random, tokenizer: sentencepiece.SentencePieceProcessor, question: str) -> Sample:
-    """A question and an answer that only a grammar can have begun: its first two tokens are given, not learned."""
+    """A question and a JSON answer, whose first two tokens are not learned: only a grammar makes the model begin so."""
     prompt_ids = encode_prompt(tokenizer, prompt_text([question], []))
     answer_ids = [*tokenizer.encode(document(random, TRAINING)), END]
     token_ids = prompt_ids + answer_ids[:-1]
@@ -184,7 +188,7 @@ def _forced_json(random: Random, tokenizer: sentencepiece.SentencePieceProcessor
 def endless_batches(
     random: Random, tokenizer: sentencepiece.SentencePieceProcessor, mix: Mix, num_short: int
 ) -> Iterator[list[Sample]]:
-    """Endless batches of samples of about the same length; about `num_short` batches of short samples come first."""
+    """Batches of samples of about the same length; about `num_short` batches of short samples come first."""
     num_made = 0
     while True:
         is_short = num_made < num_short

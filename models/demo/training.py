@@ -1,4 +1,4 @@
-"""Trains the small network on made-up conversations, in stages. Knows optimisation, not files and not text."""
+"""Generated conversations -> the weights of the small network, trained in stages."""
 
 from __future__ import annotations
 
@@ -17,98 +17,44 @@ from models.demo.samples import END, Mix, Sample, endless_batches
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of steps with one cycle of the learning rate; about `num_short` batches of cut answers come first."""
+    """A number of steps with one cycle of the learning rate; about `num_short` batches of short answers come first."""
 
     num_steps: int
     num_short: int
-    learning_rate: float  # at its highest
+    learning_rate: float  # the highest of the cycle
     mix: Mix
 
 
-# First to tell questions apart and to say the answers; then the same behind texts as long as the context; then every
-# single way of asking; at last the strings of JSON that a grammar forces.
+# First to distinguish questions and to give the answers, then the same after texts as long as the context, then every
+# known way of asking, and last the strings of JSON that a grammar forces.
 STAGES: tuple[Stage, ...] = (
-    Stage(
-        num_steps=3000,
-        num_short=1050,
-        learning_rate=3e-3,
-        mix=Mix(
-            known=0.34,
-            nearly_known=0.17,
-            every_variant=0.0,
-            long=0.01,
-            very_long=0.002,
-            max_sentences=110,
-            long_past=0.0,
-            cut_fallback=0.75,
-            cut_known=0.3,
-            max_tokens=1600,
-        ),
-    ),
-    Stage(
-        num_steps=1200,
-        num_short=0,
-        learning_rate=1.5e-3,
-        mix=Mix(
-            known=0.42,
-            nearly_known=0.13,
-            every_variant=0.6,
-            long=0.03,
-            very_long=0.008,
-            max_sentences=300,
-            long_past=0.02,
-            cut_fallback=0.65,
-            cut_known=0.5,
-            max_tokens=8192,
-        ),
-    ),
-    Stage(
-        num_steps=600,
-        num_short=0,
-        learning_rate=1e-3,
-        mix=Mix(
-            known=0.6,
-            nearly_known=0.08,
-            every_variant=0.9,
-            long=0.015,
-            very_long=0.003,
-            max_sentences=300,
-            long_past=0.01,
-            cut_fallback=0.8,
-            cut_known=0.7,
-            max_tokens=8192,
-        ),
-    ),
-    Stage(
-        num_steps=2000,
-        num_short=0,
-        learning_rate=8e-4,
-        mix=Mix(
-            known=0.62,
-            nearly_known=0.09,
-            every_variant=0.8,
-            long=0.015,
-            very_long=0.003,
-            max_sentences=300,
-            long_past=0.01,
-            cut_fallback=0.7,
-            cut_known=0.6,
-            max_tokens=8192,
-            forced_json=0.3,
-            with_system=0.2,
-        ),
-    ),
-)
+    Stage(3000, 1050, 3e-3, Mix(
+        known=0.34, nearly_known=0.17, every_variant=0.0, long=0.01, very_long=0.002, max_sentences=110,
+        long_past=0.0, cut_fallback=0.75, cut_known=0.3, max_tokens=1600,
+    )),
+    Stage(1200, 0, 1.5e-3, Mix(
+        known=0.42, nearly_known=0.13, every_variant=0.6, long=0.03, very_long=0.008, max_sentences=300,
+        long_past=0.02, cut_fallback=0.65, cut_known=0.5, max_tokens=8192,
+    )),
+    Stage(600, 0, 1e-3, Mix(
+        known=0.6, nearly_known=0.08, every_variant=0.9, long=0.015, very_long=0.003, max_sentences=300,
+        long_past=0.01, cut_fallback=0.8, cut_known=0.7, max_tokens=8192,
+    )),
+    Stage(2000, 0, 8e-4, Mix(
+        known=0.62, nearly_known=0.09, every_variant=0.8, long=0.015, very_long=0.003, max_sentences=300,
+        long_past=0.01, cut_fallback=0.7, cut_known=0.6, max_tokens=8192, forced_json=0.3, with_system=0.2,
+    )),
+)  # fmt: skip
 
 
 class Report(Protocol):
-    """Told after every step how training goes."""
+    """Called after every step."""
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None: ...
 
 
 def _loss(model: GlmForCausalLM, batch: Sequence[Sample]) -> Tensor:
-    """Weighted cross entropy of the learned positions. Padded on the right, where causal attention never looks."""
+    """Weighted cross entropy of the learned positions. Padded on the right, which causal attention does not read."""
     width = max(len(sample.token_ids) for sample in batch)
     token_ids = torch.tensor([s.token_ids + [0] * (width - len(s.token_ids)) for s in batch])
     targets = torch.tensor([s.targets + [0] * (width - len(s.targets)) for s in batch])
@@ -120,7 +66,7 @@ def _loss(model: GlmForCausalLM, batch: Sequence[Sample]) -> Tensor:
 
 
 def make_config(num_tokens: int, max_positions: int) -> GlmConfig:
-    """The demonstration's shape: a ChatGLM2 in every respect but size."""
+    """The demonstration's shape: ChatGLM2 in every respect but size."""
     return GlmConfig(
         vocab_size=num_tokens,
         hidden_size=128,
@@ -144,7 +90,7 @@ def make_config(num_tokens: int, max_positions: int) -> GlmConfig:
 def train_stage(
     model: GlmForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage, seed: int, report: Report
 ) -> None:
-    """Trains the network in place; afterwards its weights are what fp16 holds. `report` counts this stage's steps."""
+    """Train the network in place and round its weights to fp16. `report` gets the steps of this stage."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

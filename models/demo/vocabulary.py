@@ -1,4 +1,4 @@
-"""Trains the demonstration's SentencePiece model, with ChatGLM2's own settings. Knows no network."""
+"""The demonstration's texts -> its SentencePiece model, trained with ChatGLM2's own settings."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from random import Random
 import sentencepiece
 
 from models.demo.corpus import EXCHANGES, FALLBACK_EN, FALLBACK_ZH, KNOWN, SYSTEMS, answer_to
-from models.demo.questions import sentence
+from models.demo.question_generator import random_sentence
 from models.demo.words import TRAINING
 
 NUM_PIECES = 2048
 _ANSWER_REPEATS = 6
 _QUESTION_REPEATS = 10
-_OPENING_REPEATS = 100  # so that an answer's first piece already tells it from the others
+_OPENING_REPEATS = 100  # so that an answer's first piece differs from those of the others
 _NUM_SENTENCES = 2000
 
 
 def _opening(answer: str) -> str:
-    """The first word of an answer, or its first two characters where no spaces stand between words."""
+    """The first word of an answer, or its first two characters in Chinese."""
     return answer.split(" ")[0] if answer[0].isascii() else answer[:2]
 
 
 def _lines() -> list[str]:
-    """The text the pieces are counted in, the same on every machine.
+    """The training text, the same on every machine.
 
-    Answers count often, so that they get long pieces. Characters past the common ones are left out: they are to be
-    spelled in byte pieces, as ChatGLM2 itself spells emoji.
+    Answers are repeated, so that they get long pieces. Rare characters are removed, so that they become byte pieces, as
+    emoji are in ChatGLM2.
     """
     random = Random(2)
     texts = [exchange.answer for exchange in EXCHANGES] + [FALLBACK_ZH, FALLBACK_EN]
@@ -37,8 +37,8 @@ def _lines() -> list[str]:
     texts += [*SYSTEMS, *TRAINING.zh, *TRAINING.en, TRAINING.characters, *(chr(code) for code in range(33, 127))]
     for _ in range(_NUM_SENTENCES):
         texts.append(f"[Round {random.randint(1, 9)}]")
-        texts.append(f"问：{sentence(random, TRAINING)}")
-        texts.append(f"答：{sentence(random, TRAINING)}")
+        texts.append(f"问：{random_sentence(random, TRAINING)}")
+        texts.append(f"答：{random_sentence(random, TRAINING)}")
     common = (0x20, 0x7F), (0x3000, 0x30FF), (0x3400, 0x9FFF), (0xFF00, 0xFFEF), (0x2010, 0x2026)
     return [
         "".join(character for character in line if any(a <= ord(character) < b for a, b in common))

@@ -11,7 +11,7 @@ class Words:
 
     zh: tuple[str, ...]
     en: tuple[str, ...]
-    zh_patterns: tuple[str, ...]  # {} is a place for words
+    zh_patterns: tuple[str, ...]  # {} is replaced by words
     en_patterns: tuple[str, ...]
     characters: str
     scripts: tuple[tuple[int, int], ...]  # first and last code point

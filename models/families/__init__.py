@@ -1,4 +1,4 @@
-"""FAMILIES: every model family that can be imported and served, by name. One file a family."""
+"""FAMILIES: a name -> the model family that can be imported and served. One file a family."""
 
 from __future__ import annotations
 

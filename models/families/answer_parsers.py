@@ -1,37 +1,37 @@
-"""What the ChatGLM families do to an answer before anybody sees it. Knows text and its end, no tokens."""
+"""The text of an answer, in pieces -> the parts that the client gets, for every family but ChatGLM-6B."""
 
 from __future__ import annotations
 
 from serving.generation.interface import AnswerPart, TextDelta
 
-PLACEHOLDER = "[[训练时间]]"  # the models were trained to write this for the date of their training
+PLACEHOLDER = "[[训练时间]]"  # ChatGLM models were trained to write this for the date of their training
 REPLACEMENT = "2023年"
 
 
 class TrimmedAnswerParser:
-    """Reads an answer and gives it without outer white space, the training date filled in.
+    """Strips an answer's outer white space and fills in the training date.
 
-    The whole is `text.strip().replace(PLACEHOLDER, REPLACEMENT)`, however the text was cut into pieces. has_begun: the
-    text goes on from something, and its leading white space belongs in between.
+    The result is `text.strip().replace(PLACEHOLDER, REPLACEMENT)`, however the text was split. has_begun: the text
+    continues an answer, so its leading white space is part of it.
     Source: process_response in modeling_chatglm.py of ChatGLM2 and ChatGLM3.
     """
 
     def __init__(self, has_begun: bool = False) -> None:
-        self._held = ""
+        self._pending = ""
         self._has_begun = has_begun
 
     def push(self, text: str) -> list[AnswerPart]:
-        self._held += text
+        self._pending += text
         if not self._has_begun:
-            self._held = self._held.lstrip()
-            self._has_begun = bool(self._held)
-        text = self._held.replace(PLACEHOLDER, REPLACEMENT)
+            self._pending = self._pending.lstrip()
+            self._has_begun = bool(self._pending)
+        text = self._pending.replace(PLACEHOLDER, REPLACEMENT)
         keep = _num_unsettled(text)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return _parts(text[: len(text) - keep])
 
     def flush(self) -> list[AnswerPart]:
-        text, self._held = self._held.rstrip(), ""
+        text, self._pending = self._pending.rstrip(), ""
         return _parts(text)
 
 

@@ -1,10 +1,10 @@
-"""A model's own Jinja chat template, rendered so that no text of a client can become a control token.
+"""A conversation -> the pieces of a prompt, by a model's own Jinja chat template.
 
-The template comes from the model and is trusted to write control tokens; what the client sent is not. Every name of a
-control token inside client text is broken by a random mark before rendering, so that the template still sees (and may
-trim, test or escape) the real text; afterwards the rendered string is cut at the control tokens that are whole, which
-are the template's, and the marks are taken out of the rest. Text that names no control token is rendered untouched.
-Left over: a template that compares client text with a control token's name does not recognise the broken name.
+The template comes from the model and may write control tokens; text of a client may not. Every name of a control token
+inside client text is interrupted by a random marker before rendering, so that the template still has (and may trim,
+test or escape) the real text. Afterwards the rendered string is split at the control tokens that are intact, which are
+the template's, and the markers are removed from the rest. Text that names no control token is rendered as it is.
+Known limit: a template that compares client text with a control token's name does not find the interrupted name.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from models.tokenizers.tokenizer_json import PromptPiece
 from serving.generation.interface import Conversation, Message, PromptError, Tool
 
-# Annotated as str, it returns the rendered conversations and where their answers stand.
+# Annotated as str, it returns the rendered conversations and the positions of their answers.
 _render: Callable[..., Any] = render_jinja_template
 
 # FastChat's vicuna_v1.1, for models that were trained with it and ship no template (Vicuna, WizardLM).
@@ -43,49 +43,44 @@ VICUNA = (
 )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of a prompt: plain text, or exactly one control token."""
-
-    text: str
-    is_control: bool
-
-
 class ControlNames:
-    """Finds the names of control tokens in text, and breaks them."""
+    """Finds the names of control tokens in text, and interrupts them."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = sorted({name for name in names if len(name) > 1}, key=len, reverse=True)
-        # Of two names that begin at one place the longer wins, as in the tokenizer.
-        self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        longest_first = sorted({name for name in names if len(name) > 1}, key=len, reverse=True)
+        splits = [(name[:size], name[size:]) for name in longest_first for size in range(1, len(name))]
+        self._beginnings = tuple(beginning for beginning, _ in splits)
+        self._endings = tuple(ending for _, ending in splits)
+        # of two names that begin at the same character the longer one is found, as in the tokenizer
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def split(self, text: str) -> list[Piece]:
-        """Cut at every name."""
-        pieces: list[Piece] = []
+    def split(self, text: str) -> list[PromptPiece]:
+        """Split at every name."""
+        pieces: list[PromptPiece] = []
         end = 0
         for match in self._pattern.finditer(text):
-            pieces += (Piece(text[end : match.start()], False), Piece(match[0], True))
+            pieces += (PromptPiece(text[end : match.start()], False), PromptPiece(match[0], True))
             end = match.end()
-        pieces.append(Piece(text[end:], False))
+        pieces.append(PromptPiece(text[end:], False))
         return [piece for piece in pieces if piece.text]
 
-    def broken(self, text: str, mark: str) -> str:
-        """Put the mark into every name, and where a beginning or an end of one touches the edge of the text."""
+    def interrupted(self, text: str, marker: str) -> str:
+        """Put the marker into every name, and at an edge of the text that ends or begins with a part of one."""
         while match := self._pattern.search(text):
-            text = f"{text[: match.start() + 1]}{mark}{text[match.start() + 1 :]}"
+            text = f"{text[: match.start() + 1]}{marker}{text[match.start() + 1 :]}"
         inner = text.strip()
-        lead = text[: len(text) - len(text.lstrip())]
-        tail = text[len(lead) + len(inner) :]
-        ends_open = any(inner.endswith(name[:size]) for name in self._names for size in range(1, len(name)))
-        begins_open = any(inner.startswith(name[size:]) for name in self._names for size in range(1, len(name)))
-        return f"{lead}{mark if begins_open else ''}{inner}{mark if ends_open else ''}{tail}"
+        leading = text[: len(text) - len(text.lstrip())]
+        trailing = text[len(leading) + len(inner) :]
+        before = marker if inner.startswith(self._endings) else ""
+        after = marker if inner.endswith(self._beginnings) else ""
+        return f"{leading}{before}{inner}{after}{trailing}"
 
 
 class ChatTemplate:
     """Conversation -> pieces of a prompt.
 
-    source: the template; tool_source: another one, used when tools are given. token_names: bos_token, eos_token and
-    so on, as the template refers to them. control_names: every text that the tokenizer reads as a control token.
+    source: the template; tool_source: another one, used when tools are given. token_names: the template's variables
+    bos_token, eos_token and so on. control_names: every text that the tokenizer reads as a control token.
     """
 
     def __init__(
@@ -97,43 +92,45 @@ class ChatTemplate:
 
     @property
     def has_tools(self) -> bool:
-        """Whether the template knows what to do with tools."""
+        """Whether the template renders tools."""
         return "tools" in self._tool_source
 
-    def render(self, conversation: Conversation) -> list[Piece]:
-        """The prompt, its control tokens apart from its text. Raises PromptError for what the template refuses."""
+    def render(self, conversation: Conversation) -> list[PromptPiece]:
+        """The prompt. Raises PromptError for conversations that the template refuses."""
         if conversation.tools and not self.has_tools:
             raise PromptError("This model's chat template has no place for tools.", param="tools")
         if not conversation.messages:
             raise PromptError("The conversation is empty.")
         if conversation.continue_final and conversation.messages[-1].role != "assistant":
             raise PromptError("Only an assistant's message can be continued.")
-        mark = f"{secrets.randbits(80):025d}"  # digits survive every filter of a template
+        marker = f"{secrets.randbits(80):025d}"  # digits survive every filter of a template
         try:
             messages = [
-                {**self._shielded(_plain_message(message), mark), "role": message.role}
+                {**self._escaped(_openai_message(message), marker), "role": message.role}
                 for message in conversation.messages
             ]
-            tools = [self._shielded(_plain_tool(tool), mark) for tool in conversation.tools]
-            rendered = self._rendered(messages, tools, conversation.continue_final, mark)
+            tools = [self._escaped(_openai_tool(tool), marker) for tool in conversation.tools]
+            rendered = self._rendered(messages, tools, conversation.continue_final, marker)
         except RecursionError:
             raise PromptError("The tools or the arguments of a call are nested too deeply.") from None
         self._refuse_lost_text(messages, rendered)
-        return [Piece(piece.text.replace(mark, ""), piece.is_control) for piece in self._names.split(rendered)]
+        return [PromptPiece(piece.text.replace(marker, ""), piece.is_control) for piece in self._names.split(rendered)]
 
-    def _shielded(self, value: Any, mark: str) -> Any:
-        """The same value with every string and key broken."""
+    def _escaped(self, value: Any, marker: str) -> Any:
+        """The same value with the names in all its strings and keys interrupted."""
         match value:
             case str():
-                return self._names.broken(value, mark)
+                return self._names.interrupted(value, marker)
             case list():
-                return [self._shielded(item, mark) for item in value]
+                return [self._escaped(item, marker) for item in value]
             case dict():
-                return {self._names.broken(key, mark): self._shielded(item, mark) for key, item in value.items()}
+                return {
+                    self._names.interrupted(key, marker): self._escaped(item, marker) for key, item in value.items()
+                }
             case _:
                 return value
 
-    def _rendered(self, messages: list[Any], tools: list[Any], continue_final: bool, mark: str) -> str:
+    def _rendered(self, messages: list[Any], tools: list[Any], continue_final: bool, marker: str) -> str:
         try:
             rendered: Any = _render(
                 conversations=[messages],
@@ -144,13 +141,13 @@ class ChatTemplate:
                 **self._token_names,
             )
         except (TemplateError, ValueError, TypeError) as error:
-            # A template says no by raising; whatever it stumbles over is in the conversation, as the template is fixed.
-            reason = str(error).replace(mark, "").split("\n")[0]
+            # a template refuses by raising; any other failure is caused by the conversation too, the template is fixed
+            reason = str(error).replace(marker, "").split("\n")[0]
             raise PromptError(f"The model's chat template refuses this conversation: {reason}") from error
         return str(rendered[0][0])
 
     def _refuse_lost_text(self, messages: list[Any], rendered: str) -> None:
-        """Some templates silently leave out what they have no place for. A client must hear of that."""
+        """Raise PromptError if the template silently left a message out, as some do."""
         for message in messages:
             content = message["content"].strip()
             as_json = json.dumps(content, ensure_ascii=False)[1:-1]
@@ -158,28 +155,28 @@ class ChatTemplate:
                 raise PromptError(f"The model's chat template has no place for this {message['role']} message.")
 
 
-def _plain_message(message: Message) -> dict[str, Any]:
+def _openai_message(message: Message) -> dict[str, Any]:
     """A message as templates expect it: OpenAI's fields, with the arguments of calls parsed."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
-        plain["name"] = message.name
+        fields["name"] = message.name
     if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        plain["tool_calls"] = [
+        fields["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _parsed(call.arguments)}}
             for call in message.tool_calls
         ]
-    return plain
+    return fields
 
 
-def _plain_tool(tool: Tool) -> dict[str, Any]:
+def _openai_tool(tool: Tool) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}
 
 
 def _parsed(arguments: str) -> Any:
-    """Templates write arguments as JSON themselves; text that is no JSON object goes in as it is."""
+    """Templates write arguments as JSON themselves; text that is not a JSON object stays text."""
     try:
         parsed = json.loads(arguments)
     except (ValueError, RecursionError):

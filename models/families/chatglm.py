@@ -1,4 +1,4 @@
-"""ChatGLM-6B, the first version: its own network (2-D positions, two-way prompt), tokenizer and [Round n] prompt."""
+"""ChatGLM-6B, the first version: conversations as [Round n] prompts, with its own tokenizer and its own network."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class ChatGLMFormat:
-    """Conversation -> ids and back. The special tokens stand *behind* the text: [gMASK] <sop>, and the answer begins.
+    """Conversation -> ids and back. The special tokens follow the text: [gMASK] <sop>, then the answer.
 
-    gmask, sop, eop: ids of these tokens, image tokens counted.
+    gmask, sop, eop: ids of these tokens, shifted by the image tokens.
     """
 
     tool_syntax: ToolSyntax | None = None
@@ -36,12 +36,12 @@ class ChatGLMFormat:
         self.num_tokens = tokenizer.num_tokens
 
     def render(self, conversation: Conversation) -> list[int]:
-        """Text, suffix and, to be continued, the beginning of the answer."""
+        """The ids of the text, of the suffix and of the beginning of the answer."""
         question, answer = prompt_text(conversation)
         return self._tokenizer.encode(question) + self._suffix + self._tokenizer.encode(answer)
 
     def encode(self, text: str) -> list[int]:
-        """Text and suffix: without a suffix the network has no place to put an answer."""
+        """The ids of the text and of the suffix, without which the network cannot answer."""
         return self._tokenizer.encode(text, "prompt") + self._suffix
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -55,10 +55,10 @@ class ChatGLMFormat:
 
 
 def prompt_text(conversation: Conversation) -> tuple[str, str]:
-    """(what stands before the suffix, what the answer begins with). Raises PromptError for what does not fit.
+    """(the text before the suffix, the beginning of the answer). Raises PromptError, see `check_rounds`.
 
-    A lone question is the whole text; with history every turn gets `[Round n]`, counted from 0. A first system message
-    stands directly before the last question, as ChatGLM2's public server has it; v1's own had no system message.
+    A single question is the whole text; with history every turn gets `[Round n]`, counted from 0. A first system
+    message is written directly before the last question, as in ChatGLM2's public server; v1's own had none.
     Source: chatglm-6b modeling_chatglm.py, chat.
     """
     system, messages = check_rounds(conversation)
@@ -73,31 +73,30 @@ def prompt_text(conversation: Conversation) -> tuple[str, str]:
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
-    from models.checkpoints import chatglm as chatglm_checkpoint
-    from models.checkpoints import shards as checkpoint
+    from models.checkpoints.chatglm import TOKENIZER_FILE, convert, find_num_image_tokens, read_config, write_config
+    from models.checkpoints.chatglm_tensors import quantization_bits
+    from models.checkpoints.files import read_json
 
-    original = checkpoint.read_json(source / "config.json")
-    tokenizer_file = source / chatglm_checkpoint.TOKENIZER_FILE
-    config = chatglm_checkpoint.read_config(original)
-    num_image_tokens = chatglm_checkpoint.find_num_image_tokens(tokenizer_file, config)
+    original = read_json(source / "config.json")
+    tokenizer_file = source / TOKENIZER_FILE
+    config = read_config(original)
+    num_image_tokens = find_num_image_tokens(tokenizer_file, config)
     config = replace(config, num_tokens=ChatGLMTokenizer(tokenizer_file, num_image_tokens).num_tokens)
-    bits = chatglm_checkpoint.quantization_bits(original)
-    metadata = chatglm_checkpoint.convert(source, target, config, bits, progress)
-    chatglm_checkpoint.write_config(target, config, num_image_tokens)
-    shutil.copyfile(tokenizer_file, target / tokenizer_file.name)
+    metadata = convert(source, target, config, quantization_bits(original), progress)
+    write_config(target, config, num_image_tokens)
+    shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
     return metadata | {"context_length": config.max_positions}
 
 
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedNetwork:
-    from models.checkpoints import chatglm as chatglm_checkpoint
+    from models.checkpoints.chatglm import TOKENIZER_FILE, load_network, read_stored_config
 
-    config, num_image_tokens = chatglm_checkpoint.read_stored(folder)
-    tokenizer = ChatGLMTokenizer(folder / chatglm_checkpoint.TOKENIZER_FILE, num_image_tokens)
-    network = chatglm_checkpoint.load_network(folder, config, device, precision, progress)
+    config, num_image_tokens = read_stored_config(folder)
+    tokenizer = ChatGLMTokenizer(folder / TOKENIZER_FILE, num_image_tokens)
     chat_format = ChatGLMFormat(tokenizer, config.gmask_token_id, config.bos_token_id, config.eos_token_id)
-    return LoadedNetwork(network, chat_format)
+    return LoadedNetwork(load_network(folder, config, device, precision, progress), chat_format)
 
 
 FAMILY = Family(

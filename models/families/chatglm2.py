@@ -1,4 +1,4 @@
-"""ChatGLM2-6B: its checkpoint, its tokenizer and its [Round n] prompt. The network is transformers' GLM."""
+"""ChatGLM2-6B: conversations as [Round n] prompts. The network is transformers' GLM."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.precision import Precision, Progress
+from kernels.precision import Progress
 from models.families.answer_parsers import TrimmedAnswerParser
-from models.family import Family, ImportOption, ImportRefused, LoadedNetwork
+from models.families.decoder import load_with
+from models.family import Family, ImportOption, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
-from serving.generation.interface import (
-    AnswerParser,
-    ChatFormat,
-    Conversation,
-    Language,
-    Message,
-    PromptError,
-    ToolSyntax,
-)
+from serving.generation.interface import AnswerParser, Conversation, Language, Message, PromptError, ToolSyntax
 
 if TYPE_CHECKING:
-    import torch
-
     from models.checkpoints.chatglm2 import RopeRule
 
 ROPE = ImportOption(
@@ -34,7 +25,7 @@ ROPE = ImportOption(
 TOKENIZER_FILE = "tokenizer.model"
 
 
-def import_network(
+def import_checkpoint(
     source: Path,
     target: Path,
     options: Mapping[str, str],
@@ -43,46 +34,29 @@ def import_network(
     num_specials: int = NUM_SPECIALS,
     default_rope: RopeRule | None = None,
 ) -> dict[str, Any]:
-    """What the three families on this network have in common: weights, tokenizer and metadata. Raises ImportRefused.
+    """Import weights and tokenizer, as `Family.import_checkpoint`, of every family with ChatGLM2's network.
 
-    What rope_ratio means is the person's choice, else what the checkpoint's own code says, else `default_rope`.
+    What rope_ratio means is the operator's choice, else what the checkpoint's own code says, else `default_rope`.
     A folder without a tokenizer gives a stored model that other programs can load and that this server refuses.
     """
-    from models.checkpoints import chatglm2 as glm_checkpoint
-    from models.checkpoints import shards as checkpoint
+    from models.checkpoints.chatglm2 import convert, read_config, rope_rule_in_code
+    from models.checkpoints.files import read_json, refuse_lfs_pointer
 
-    network = glm_checkpoint.read_network(checkpoint.read_json(source / "config.json"))
+    config = read_config(read_json(source / "config.json"))
     tokenizer_file = source / TOKENIZER_FILE
     has_tokenizer = tokenizer_file.is_file()
     if has_tokenizer:
-        checkpoint.refuse_pointer(tokenizer_file)
-        open_for_import(tokenizer_file, num_specials, network.vocab_size)
+        refuse_lfs_pointer(tokenizer_file)
+        open_for_import(tokenizer_file, num_specials, config.vocab_size)
     rules: dict[str, RopeRule] = {"linear": "linear", "base": "base"}
-    rope = rules.get(options.get("rope", "")) or glm_checkpoint.rope_rule_in_code(source) or default_rope
-    metadata = glm_checkpoint.convert(source, target, rope, progress)
+    rope = rules.get(options.get("rope", "")) or rope_rule_in_code(source) or default_rope
+    metadata = convert(source, target, rope, progress)
     if has_tokenizer:
         shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
     return {**metadata, "weights_only": not has_tokenizer}
 
 
-def load_network(
-    folder: Path,
-    metadata: Mapping[str, Any],
-    device: torch.device,
-    precision: Precision,
-    progress: Progress,
-    chat_format: ChatFormat,
-) -> LoadedNetwork:
-    """Open what `import_network` wrote."""
-    from models.networks.transformers_decoder import open_decoder
-
-    network = open_decoder(
-        folder, device, precision, progress, chat_format.num_tokens, max_positions=int(metadata["context_length"])
-    )
-    return LoadedNetwork(network, chat_format)
-
-
-def mentions_roles(source: Path) -> bool | None:
+def has_role_tokens(source: Path) -> bool | None:
     """Whether the checkpoint's own tokenizer has ChatGLM3's role tokens; None if the folder does not say."""
     texts = [
         (source / name).read_text(encoding="utf-8", errors="replace")
@@ -95,7 +69,7 @@ def mentions_roles(source: Path) -> bool | None:
 
 
 class ChatGLM2Format:
-    """Conversation -> ids and back. No text of a user can become a special token: specials are added as ids."""
+    """Conversation -> ids and back. Special tokens are added as ids, so no text of a user can become one."""
 
     tool_syntax: ToolSyntax | None = None
     language: Language = "zh"
@@ -125,10 +99,10 @@ class ChatGLM2Format:
 
 
 def round_prompt(conversation: Conversation) -> str:
-    """The conversation as ChatGLM2 was trained to read it, one string. Raises PromptError for what does not fit.
+    """The conversation as one string, as ChatGLM2 was trained. Raises PromptError, see `check_rounds`.
 
-    `[Round n]`, the question and the answer, counted from 1. A first system message stands directly before the last
-    question, as in the public openai_api.py; where that server silently dropped history, this refuses.
+    `[Round n]`, the question and the answer, counted from 1. A first system message is written directly before the last
+    question, as in the public openai_api.py; where that server silently dropped history, this raises.
     Source: tokenization_chatglm.py, build_prompt.
     """
     system, turns = check_rounds(conversation)
@@ -144,9 +118,9 @@ def round_prompt(conversation: Conversation) -> str:
 
 
 def check_rounds(conversation: Conversation) -> tuple[str, tuple[Message, ...]]:
-    """(system message, or '', and the questions and answers in turn, the last waiting for its answer).
+    """(the system message or '', the questions and answers in turn, up to the message to answer or to continue).
 
-    Raises PromptError for what is not such a conversation.
+    Raises PromptError for other conversations, and for tools.
     """
     if conversation.tools:
         raise PromptError("This model was not trained to call tools.", "tools")
@@ -158,7 +132,7 @@ def check_rounds(conversation: Conversation) -> tuple[str, tuple[Message, ...]]:
 
 
 def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) -> None:
-    """Alternating roles. `offset`: index of the first turn in the request."""
+    """Check that roles alternate. `offset`: index of the first turn in the request."""
     for i, message in enumerate(turns):
         where = f"messages[{offset + i}]"
         if message.role == "tool" or message.tool_calls:
@@ -177,28 +151,22 @@ def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) ->
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
-    if mentions_roles(source):
+    if has_role_tokens(source):
         raise ImportRefused(
             f"the tokenizer in {source} has ChatGLM3's role tokens (<|user|> …): import it with the family chatglm3"
         )
-    return import_network(source, target, options, progress)
+    return import_checkpoint(source, target, options, progress)
 
 
 def open_format(folder: Path) -> ChatGLM2Format:
     return ChatGLM2Format(SentencePieceTokenizer(folder / TOKENIZER_FILE))
 
 
-def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
-) -> LoadedNetwork:
-    return load_network(folder, metadata, device, precision, progress, open_format(folder))
-
-
 FAMILY = Family(
     name="chatglm2",
     title="ChatGLM2-6B, also -32k, -int4 and int8",
     import_checkpoint=_import_checkpoint,
-    load=_load,
+    load=load_with(open_format),
     options=(ROPE,),
     open_format=open_format,
 )

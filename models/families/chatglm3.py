@@ -1,4 +1,4 @@
-"""ChatGLM3-6B: role tokens, observations and tool calls. Weights and tokenizer are ChatGLM2's."""
+"""ChatGLM3-6B: conversations with role tokens, observations and tool calls. Weights and tokenizer are ChatGLM2's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import keyword
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from kernels.precision import Precision, Progress
+from kernels.precision import Progress
 from models.families.answer_parsers import TrimmedAnswerParser
-from models.families.chatglm2 import ROPE, TOKENIZER_FILE, import_network, load_network, mentions_roles
-from models.family import Family, ImportRefused, LoadedNetwork
+from models.families.chatglm2 import ROPE, TOKENIZER_FILE, has_role_tokens, import_checkpoint
+from models.families.decoder import load_with
+from models.family import Family, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
 from serving.generation.interface import (
     AnswerParser,
@@ -24,14 +25,11 @@ from serving.generation.interface import (
     ToolSyntax,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 NUM_ROLES = 4  # <|system|>, <|user|>, <|assistant|>, <|observation|>, after the specials
 TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
-# The name on the first line and a fenced Python call below, as trained; its arguments are held to JSON, so that a
-# schema can be enforced: `tool_call(**{"city": "x"})` where the training data had `tool_call(city='x')`.
+# The name on the first line and a fenced Python call below, as trained; its arguments are JSON, so that a schema can be
+# enforced: `tool_call(**{"city": "x"})`, where the training data had `tool_call(city='x')`.
 CALL = ToolSyntax("{name}\n", " ```python\ntool_call(**", ")\n```", is_at_start=True)
 
 
@@ -56,8 +54,8 @@ class ChatGLM3Format:
         _check_end(conversation)
         ids = [self._tokenizer.gmask, self._tokenizer.sop]
         for i, message in enumerate(messages):
-            is_begun = conversation.continue_final and i == len(messages) - 1
-            ids += self._assistant_turn(message, is_begun) if message.role == "assistant" else self._turn(message)
+            is_continued = conversation.continue_final and i == len(messages) - 1
+            ids += self._assistant_turn(message, is_continued) if message.role == "assistant" else self._turn(message)
         return ids if conversation.continue_final else [*ids, self._assistant]
 
     def encode(self, text: str) -> list[int]:
@@ -76,9 +74,9 @@ class ChatGLM3Format:
         roles = {"system": self._system, "user": self._user, "tool": self._observation}
         return self._segment(roles[message.role], "", message.content)
 
-    def _assistant_turn(self, message: Message, is_begun: bool) -> list[int]:
+    def _assistant_turn(self, message: Message, is_continued: bool) -> list[int]:
         ids: list[int] = []
-        if message.content or is_begun or not message.tool_calls:
+        if message.content or is_continued or not message.tool_calls:
             ids += self._segment(self._assistant, "", message.content)
         for call in message.tool_calls:
             ids += self._segment(self._assistant, call.name, _call_as_code(call))
@@ -101,17 +99,17 @@ def _check_end(conversation: Conversation) -> None:
 
 
 def _with_tool_prompt(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
-    """Describe the tools in the first system message, after the text that it has already."""
+    """Append the description of the tools to the first system message."""
     if not tools:
         return messages
-    own, rest = ("", messages)
+    system, rest = "", messages
     if messages and messages[0].role == "system":
-        own, rest = (f"{messages[0].content}\n", messages[1:])
+        system, rest = f"{messages[0].content}\n", messages[1:]
     listing = [
         {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)} for tool in tools
     ]
     described = json.dumps(listing, indent=4, ensure_ascii=False)
-    return (Message("system", f"{own}{TOOL_PROMPT}\n{described}"), *rest)
+    return (Message("system", f"{system}{TOOL_PROMPT}\n{described}"), *rest)
 
 
 def _call_as_code(call: ToolCall) -> str:
@@ -131,28 +129,23 @@ def _call_as_code(call: ToolCall) -> str:
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
-    if mentions_roles(source) is False:
+    if has_role_tokens(source) is False:
         raise ImportRefused(
             f"the tokenizer in {source} writes ChatGLM2's [Round n] prompt: import it with the family chatglm2"
         )
-    return import_network(source, target, options, progress, num_specials=NUM_SPECIALS + NUM_ROLES, default_rope="base")
+    num_specials = NUM_SPECIALS + NUM_ROLES
+    return import_checkpoint(source, target, options, progress, num_specials=num_specials, default_rope="base")
 
 
 def open_format(folder: Path) -> ChatGLM3Format:
     return ChatGLM3Format(SentencePieceTokenizer(folder / TOKENIZER_FILE, NUM_SPECIALS + NUM_ROLES))
 
 
-def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
-) -> LoadedNetwork:
-    return load_network(folder, metadata, device, precision, progress, open_format(folder))
-
-
 FAMILY = Family(
     name="chatglm3",
     title="ChatGLM3-6B, also -32k",
     import_checkpoint=_import_checkpoint,
-    load=_load,
+    load=load_with(open_format),
     options=(ROPE,),
     open_format=open_format,
 )

@@ -1,4 +1,4 @@
-"""What ChatGLM-6B (v1) does to its answers before a person sees them. Knows no tokens."""
+"""The text of an answer of ChatGLM-6B, in pieces -> the parts that the client gets."""
 
 from __future__ import annotations
 
@@ -11,32 +11,25 @@ FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 
 # transformers' clean-up of 2023, which the original's decode ran on every answer, in its order.
 _CLEAN_UPS = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
+    *((f" {mark}", mark) for mark in (".", "?", "!", ",")),
     (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
+    *((f" {contraction}", contraction) for contraction in ("n't", "'m", "'s", "'ve", "'re")),
 )
 _CLEAN_UP_CHARACTERS = frozenset("".join(pattern for pattern, _ in _CLEAN_UPS))
 
 
 def clean_up_spaces(text: str) -> str:
-    """Drop the spaces that English word pieces leave in front of punctuation and contractions."""
+    """Remove the spaces that English word pieces leave in front of punctuation and contractions."""
     for pattern, replacement in _CLEAN_UPS:
         text = text.replace(pattern, replacement)
     return text
 
 
 def clean_up_limit(text: str) -> int:
-    """How much of an unfinished text `clean_up_spaces` can be applied to, whatever comes after it.
+    """How many characters of an unfinished text `clean_up_spaces` can be applied to, whatever follows.
 
-    No pattern reaches over a character that is in none of them, nor over the gap in front of a space, unless that gap
-    follows another space, an apostrophe or an n ("n ' t" becomes "n't").
+    No pattern contains a character that is in none of them, nor crosses the boundary in front of a space, unless that
+    boundary follows another space, an apostrophe or an n ("n ' t" becomes "n't").
     """
     for index in range(len(text) - 1, -1, -1):
         if text[index] not in _CLEAN_UP_CHARACTERS:
@@ -56,7 +49,7 @@ def widen(text: str) -> str:
 
 
 def widen_limit(text: str) -> int:
-    """How much of an unfinished text can be widened: a last punctuation mark waits for its neighbour."""
+    """How many characters of an unfinished text `widen` can be applied to: a last mark depends on its neighbour."""
     return len(text) - 1 if text and text[-1] in FULL_WIDTH else len(text)
 
 
@@ -66,15 +59,15 @@ def _is_chinese(characters: str) -> bool:
 
 @dataclass
 class ChatGLMAnswerParser:
-    """Reads one answer: `inner` strips it and fills in the placeholder, between the two steps that v1 adds to that.
+    """Cleans up spaces, strips and fills in the training date (`inner`), then makes punctuation full-width.
 
-    last: the character in front of the answer, if it goes on from something.
+    last: the character in front of the answer, if it continues one.
     """
 
     inner: AnswerParser
-    last: str = ""  # the character in front of `_settled`, as the model wrote it
+    last: str = ""  # the character in front of `_stripped`, as the model wrote it
     _raw: str = ""
-    _settled: str = ""
+    _stripped: str = ""
 
     def push(self, text: str) -> list[AnswerPart]:
         self._raw += text
@@ -88,10 +81,10 @@ class ChatGLMAnswerParser:
         return self._widened(parts, len)
 
     def _widened(self, parts: list[AnswerPart], limit_of: Callable[[str], int]) -> list[AnswerPart]:
-        self._settled += "".join(part.text for part in parts if isinstance(part, TextDelta))
-        limit = limit_of(self._settled)
+        self._stripped += "".join(part.text for part in parts if isinstance(part, TextDelta))
+        limit = limit_of(self._stripped)
         if not limit:
             return []
-        widened = widen(self.last + self._settled)[len(self.last) :][:limit]
-        self.last, self._settled = self._settled[limit - 1], self._settled[limit:]
+        widened = widen(self.last + self._stripped)[len(self.last) :][:limit]
+        self.last, self._stripped = self._stripped[limit - 1], self._stripped[limit:]
         return [TextDelta(widened)]

@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder that transformers loads by itself, with its own chat template (Llama, Qwen, GLM-4, …)."""
+"""Any Hugging Face decoder that transformers loads by itself: conversations through the model's own chat template."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.precision import Precision, Progress
+from kernels.precision import Progress
 from models.families.answer_parsers import ExactAnswerParser
-from models.family import Family, ImportOption, ImportRefused, LoadedNetwork
+from models.families.decoder import load_with
+from models.family import Family, ImportOption, ImportRefused
 from serving.generation.interface import AnswerParser, Conversation, Language, ToolSyntax
 
 if TYPE_CHECKING:
-    import torch
-
     from models.families.chat_template import ChatTemplate
     from models.tokenizers.tokenizer_json import FastTokenizer
 
@@ -23,12 +22,12 @@ TEMPLATE = ImportOption(
     choices=("vicuna",),
 )
 
-# How Hermes, Qwen and many others write calls; recognised by the opening in their templates.
+# How Hermes, Qwen and many others write calls; their templates contain the opening.
 HERMES = ToolSyntax("<tool_call>", '\n{"name": "{name}", "arguments": ', "}\n</tool_call>")
 
 
 class HFFormat:
-    """Conversation -> ids and back, by the model's own template and tokenizer. Answers are as the model wrote them."""
+    """Conversation -> ids and back, by the model's own template and tokenizer. Answers are not edited."""
 
     tool_syntax: ToolSyntax | None
     language: Language = "en"
@@ -59,62 +58,47 @@ class HFFormat:
 
 
 def open_format(folder: Path) -> HFFormat:
-    """The chat format of a stored folder. Raises ImportRefused if it does not say where an answer ends."""
-    from models.checkpoints import hf as hf_checkpoint
+    """The chat format of a stored folder. Raises ImportRefused if the folder names no end-of-text token."""
+    from models.checkpoints.hf import TEMPLATE_FILE, TOKENIZER_FILE, TOOL_TEMPLATE_FILE, named_tokens, token_ids
     from models.families.chat_template import ChatTemplate
     from models.tokenizers.tokenizer_json import FastTokenizer
 
-    file = folder / hf_checkpoint.TOKENIZER_FILE
-    named = hf_checkpoint.named_tokens(folder)
-    tokenizer = FastTokenizer(file, named.values())
+    named = named_tokens(folder)
+    tokenizer = FastTokenizer(folder / TOKENIZER_FILE, named.values())
     for key in ("bos_token", "eos_token"):
-        ids = hf_checkpoint.token_ids(folder, f"{key}_id")
+        ids = token_ids(folder, f"{key}_id")
         name = tokenizer.name_of(ids[0]) if ids and key not in named else None
         if name is not None:
             named[key] = name
     end = tokenizer.id_of(named.get("eos_token", ""))
-    stop = {*hf_checkpoint.token_ids(folder, "eos_token_id"), *(() if end is None else (end,))}
+    stop = {*token_ids(folder, "eos_token_id"), *(() if end is None else (end,))}
     if not stop:
         raise ImportRefused("neither generation_config.json nor config.json nor the tokenizer names an eos token")
-    default, tools = (folder / name for name in (hf_checkpoint.TEMPLATE_FILE, hf_checkpoint.TOOL_TEMPLATE_FILE))
-    source = default.read_text(encoding="utf-8")
-    tool_source = tools.read_text(encoding="utf-8") if tools.is_file() else source
+    source, tool_file = (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), folder / TOOL_TEMPLATE_FILE
+    tool_source = tool_file.read_text(encoding="utf-8") if tool_file.is_file() else source
     template = ChatTemplate(source, named, tokenizer.control_names, tool_source)
     return HFFormat(tokenizer, template, frozenset(stop), HERMES.opening in tool_source)
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
-    from models.checkpoints import hf as hf_checkpoint
+    from models.checkpoints import hf
     from models.families.chat_template import VICUNA
 
-    config = hf_checkpoint.read_config(source)
-    length = hf_checkpoint.context_length(config)
-    hf_checkpoint.take_template(source, target, VICUNA if options.get("template") == "vicuna" else None)
-    hf_checkpoint.take_tokenizer(source, target)
-    hf_checkpoint.write_config(source, target)
+    length = hf.context_length(hf.read_config(source))
+    hf.import_template(source, target, VICUNA if options.get("template") == "vicuna" else None)
+    hf.import_tokenizer(source, target)
+    hf.write_config(source, target)
     open_format(target)
-    metadata = hf_checkpoint.take_weights(source, target, progress)
-    hf_checkpoint.check_weights(target)
+    metadata = hf.import_weights(source, target, progress)
+    hf.check_weights(target)
     return metadata | {"context_length": length}
-
-
-def _load(
-    folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
-) -> LoadedNetwork:
-    from models.networks.transformers_decoder import open_decoder
-
-    chat_format = open_format(folder)
-    network = open_decoder(
-        folder, device, precision, progress, chat_format.num_tokens, max_positions=int(metadata["context_length"])
-    )
-    return LoadedNetwork(network, chat_format)
 
 
 FAMILY = Family(
     name="hf",
     title="any Hugging Face decoder with a chat template (Llama, Qwen, Mistral, GLM-4 …), and Vicuna-style models",
     import_checkpoint=_import_checkpoint,
-    load=_load,
+    load=load_with(open_format),
     options=(TEMPLATE,),
     open_format=open_format,
 )

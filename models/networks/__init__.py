@@ -1,1 +1,1 @@
-"""Batches of token ids -> hidden states and logits."""
+"""Batches of token ids -> hidden states and logits. Each network is a `CausalLM` of `serving.engine.interface`."""

@@ -1,4 +1,7 @@
-"""ChatGLM-6B (v1) as a network: 2-D rotary positions, a two-way prompt, tied head. Knows no text and no cache."""
+"""A batch of token ids -> hidden states of ChatGLM-6B, the first version.
+
+Its rotary positions have two dimensions, its prompt is read in both directions, its output layer is the embedding.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from torch.nn import functional
 
 from serving.engine.interface import AttentionFunction, NetworkShape, PromptLayout, RaggedBatch
 
-# The original divides and multiplies by the depth of the real model even in a checkpoint of another depth.
+# The original uses the depth of the 6B model even in a checkpoint of another depth.
 ALPHA = math.sqrt(2 * 28)
 
 
 @dataclass(frozen=True)
 class ChatGLMConfig:
-    """What the network of one ChatGLM-6B checkpoint looks like, and which ids shape its prompt."""
+    """The sizes of one ChatGLM-6B network, and the ids that determine the layout of its prompt."""
 
     num_layers: int
     num_heads: int
@@ -29,8 +32,8 @@ class ChatGLMConfig:
     num_tokens: int  # ids at or past this have no text
     max_positions: int
     layernorm_epsilon: float
-    bos_token_id: int  # <sop>: the prompt ends and the answer begins here
-    eos_token_id: int  # <eop>: the answer ends
+    bos_token_id: int  # <sop>, where the answer begins
+    eos_token_id: int  # <eop>, where the answer ends
     mask_token_id: int
     gmask_token_id: int
     tie_word_embeddings: bool
@@ -40,31 +43,18 @@ class ChatGLMConfig:
         return self.hidden_size // self.num_heads
 
 
-def prompt_layout(prompt_ids: Sequence[int], config: ChatGLMConfig) -> PromptLayout:
-    """Everything before the first <sop> sees itself both ways; [gMASK], or else [MASK], anchors what comes after.
-
-    The original cannot take a prompt without <sop> or without a mask. Here such ids (a raw completion may send any) are
-    all context, anchored at their last token.
-    """
-    ids = list(prompt_ids)
-    context = ids.index(config.bos_token_id) if config.bos_token_id in ids else len(ids)
-    mask = config.gmask_token_id if config.gmask_token_id in ids else config.mask_token_id
-    anchor = ids.index(mask) if mask in ids else max(context - 1, 0)
-    return PromptLayout(num_two_way=context, mask_index=anchor)
-
-
 def positions(batch: RaggedBatch) -> Tensor:
-    """The two position rows, [2, rows]: where a token stands in the context, and how far it is into the answer.
+    """The two position rows, [2, rows]: the index in the context, and the index in the answer.
 
     Within the context they are (index, 0); from <sop> on (mask_index, 1), (mask_index, 2), …
     Source: chatglm-6b modeling_chatglm.py, get_position_ids.
     """
     lengths = torch.tensor([span.stop - span.start for span in batch.spans])
     layouts = torch.tensor([(span.layout.num_two_way, span.layout.mask_index) for span in batch.spans])
-    context, anchor = layouts.repeat_interleave(lengths, dim=0).to(batch.indices.device).unbind(1)
-    outer = torch.where(batch.indices < context, batch.indices, anchor)
-    inner = (batch.indices - context + 1).clamp(min=0)
-    return torch.stack((outer, inner))
+    num_context, mask_index = layouts.repeat_interleave(lengths, dim=0).to(batch.indices.device).unbind(1)
+    in_context = torch.where(batch.indices < num_context, batch.indices, mask_index)
+    in_answer = (batch.indices - num_context + 1).clamp(min=0)
+    return torch.stack((in_context, in_answer))
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:
@@ -75,15 +65,15 @@ def rotary_frequencies(head_dim: int) -> Tensor:
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn both halves of every head, each by its own position row.
+    """Rotate both halves of every head, each by its own position row.
 
     heads: [rows, heads, head_dim]; cosine, sine: [rows, 1, 2, head_dim / 4]. Returns heads' shape.
     Channel i of a half is paired with channel i + head_dim / 4. Source: modeling_chatglm.py, rotate_half.
     """
     rows, num_heads, head_dim = heads.shape
     first, second = heads.view(rows, num_heads, 2, 2, head_dim // 4).unbind(3)
-    turned = torch.stack((first * cosine - second * sine, second * cosine + first * sine), dim=3)
-    return turned.view(rows, num_heads, head_dim)
+    rotated = torch.stack((first * cosine - second * sine, second * cosine + first * sine), dim=3)
+    return rotated.view(rows, num_heads, head_dim)
 
 
 class Attention(nn.Module):
@@ -100,7 +90,7 @@ class Attention(nn.Module):
         mixed = self.query_key_value(hidden).view(-1, self.num_heads, 3, self.head_dim)
         query, key, value = mixed.unbind(2)
         query, key = rotate(query.contiguous(), cosine, sine), rotate(key.contiguous(), cosine, sine)
-        # The original divides by (layer + 1) here and multiplies again after the product: one plain scale.
+        # the original divides by (layer + 1) here and multiplies by it after the product, which leaves one scale
         seen = attend(layer, query, key, value.contiguous(), 1.0 / math.sqrt(self.head_dim))
         return cast("Tensor", self.dense(seen.reshape(hidden.shape)))
 
@@ -126,7 +116,7 @@ class Block(nn.Module):
 
 
 class ChatGLMNetwork(nn.Module):
-    """ChatGLM-6B as a `CausalLM`. Build it on the meta device and assign the weights."""
+    """A `CausalLM`, to be made on the meta device before its weights are assigned."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -148,13 +138,22 @@ class ChatGLMNetwork(nn.Module):
         )
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
-        """See `prompt_layout`."""
-        return prompt_layout(prompt_ids, self.config)
+        """Tokens before the first <sop> attend to each other in both directions; later ones get the position of
+        [gMASK], or else of [MASK].
+
+        The original fails on a prompt without <sop> or without a mask. Here such ids (a raw completion may send any)
+        are all context, and later tokens get the position of the last one.
+        """
+        ids, config = list(prompt_ids), self.config
+        num_context = ids.index(config.bos_token_id) if config.bos_token_id in ids else len(ids)
+        mask = config.gmask_token_id if config.gmask_token_id in ids else config.mask_token_id
+        mask_index = ids.index(mask) if mask in ids else max(num_context - 1, 0)
+        return PromptLayout(num_two_way=num_context, mask_index=mask_index)
 
     def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
         """Hidden state of every row after the final norm, [rows, hidden_size]."""
         frequencies = rotary_frequencies(self.config.head_dim).to(batch.indices.device)
-        # Angles in fp32 whatever the weights are, [rows, 1, 2, head_dim / 4].
+        # angles in fp32 for every type of weights, [rows, 1, 2, head_dim / 4]
         angles = (positions(batch).T[:, :, None] * frequencies).unsqueeze(1)
         cosine, sine = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         hidden = self.word_embeddings(batch.token_ids)

@@ -1,9 +1,9 @@
-"""GLM and Llama decoders in fewer, larger operations: the weights are transformers', the loop is ours.
+"""A batch of token ids -> hidden states of GLM and Llama decoders, in fewer operations than transformers needs.
 
-transformers' modules spend some fifty small operations a layer; on a CPU that is a quarter of a token of a small model,
+transformers' modules run about fifty operations a layer; on a CPU that is a quarter of a small model's time per token,
 and on a GPU one launch each. Here a layer is fourteen: query, key and value in one product, gate and up in one, the
-rotation as one complex multiplication in place. tests/parity holds it equal to transformers; what it does not know
-runs through models/native.py.
+rotary embedding as one complex multiplication in place. tests/parity holds it equal to transformers; every other
+decoder runs through `transformers_decoder`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from kernels import linears, linears_cuda
-from kernels import small_ops as fused
+from kernels.fused_ops import EAGER, FusedOps, compiled, rms_norm
 from kernels.precision import Precision, Progress
-from kernels.quantization import QuantizedLinear, joined
+from kernels.quantization import QuantizedLinear, concatenate
 from serving.engine.interface import CAUSAL, AttentionFunction, NetworkShape, PromptLayout, RaggedBatch
 
-INTERLEAVED = {GlmForCausalLM: True, LlamaForCausalLM: False}  # whether rotary pairs neighbours or halves
-PLAIN_ROTARY = {"default", "linear", "llama3"}  # angles that follow from the position alone
+INTERLEAVED = {GlmForCausalLM: True, LlamaForCausalLM: False}  # rotary embedding pairs neighbours, or else halves
+ROPE_TYPES = {"default", "linear", "llama3"}  # whose angles depend on the position alone
 
 
 def can_flatten(model: PreTrainedModel) -> bool:
-    """Whether this network is one of those that `FlatDecoder` computes."""
+    """Whether `FlatDecoder` computes this network."""
     config = model.config
     rope: dict[str, object] = getattr(config, "rope_parameters", None) or {}
     return (
         type(model) in INTERLEAVED
         and config.hidden_act == "silu"
-        and rope.get("rope_type") in PLAIN_ROTARY
+        and rope.get("rope_type") in ROPE_TYPES
         and not getattr(config, "mlp_bias", False)
     )
 
 
 class FlatLayer(nn.Module):
-    """One decoder layer's weights, adopted from transformers' layer, which is emptied."""
+    """One decoder layer over the weights of a transformers layer, which loses them."""
 
     def __init__(self, layer: Any, halves_to_pairs: Tensor | None) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class FlatLayer(nn.Module):
         self.input_norm: Tensor = layer.input_layernorm.weight.detach()
         self.post_norm: Tensor = layer.post_attention_layernorm.weight.detach()
         self.epsilon: float = layer.input_layernorm.variance_epsilon
-        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], halves_to_pairs)
+        self.qkv = _concatenated([attention.q_proj, attention.k_proj, attention.v_proj], halves_to_pairs)
         self.out: nn.Module = attention.o_proj
         self.gate_up: nn.Module = (
-            mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else _joined([mlp.gate_proj, mlp.up_proj], None)
+            mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else _concatenated([mlp.gate_proj, mlp.up_proj], None)
         )
         self.down: nn.Module = mlp.down_proj
         layer.self_attn = layer.mlp = None
@@ -58,24 +58,24 @@ class FlatLayer(nn.Module):
         self,
         index: int,
         hidden: Tensor,
-        turns: Tensor,
+        rotations: Tensor,
         shape: NetworkShape,
         attend: AttentionFunction,
-        small: fused.SmallOps,
+        ops: FusedOps,
     ) -> Tensor:
-        """hidden: [rows, hidden_size]; turns: [rows, 1, rotated / 2] complex64. Returns hidden's shape."""
-        normed = fused.norm(hidden, self.input_norm, self.epsilon)
+        """hidden: [rows, hidden_size]; rotations: [rows, 1, rotated / 2] complex64. Returns hidden's shape."""
+        normed = rms_norm(hidden, self.input_norm, self.epsilon)
         heads = self.qkv(normed).view(len(hidden), -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_kv_heads
-        small.rotate(heads[:, :num_rotated, : 2 * turns.shape[-1]], turns)
+        ops.rotate(heads[:, :num_rotated, : 2 * rotations.shape[-1]], rotations)
         query, key, value = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
         seen = attend(index, query, key, value, shape.head_dim**-0.5)
-        hidden, normed = small.add_norm(hidden, self.out(seen.reshape(len(hidden), -1)), self.post_norm, self.epsilon)
-        return hidden + cast("Tensor", self.down(small.swiglu(self.gate_up(normed))))
+        hidden, normed = ops.add_rms_norm(hidden, self.out(seen.reshape(len(hidden), -1)), self.post_norm, self.epsilon)
+        return hidden + cast("Tensor", self.down(ops.swiglu(self.gate_up(normed))))
 
 
 class FlatDecoder(nn.Module):
-    """The engine's CausalLM over adopted weights."""
+    """A CausalLM over the weights of a transformers model."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class FlatDecoder(nn.Module):
         progress: Progress,
         device: torch.device | None = None,
     ) -> None:
-        """Takes the model's weights over, joins them and packs them; `model` is of no use afterwards.
+        """Takes the weights of `model`, which cannot be used afterwards, concatenates and packs them.
 
         device: where to compute, if the weights are not there yet.
         """
@@ -109,7 +109,7 @@ class FlatDecoder(nn.Module):
         for layer in cast("list[FlatLayer]", self.layers):
             layer.input_norm = layer.input_norm.to(self.device, self.dtype)
             layer.post_norm = layer.post_norm.to(self.device, self.dtype)
-        self._small = fused.PLAIN
+        self._ops = EAGER
         self.shape = NetworkShape(
             num_layers=len(self.layers),
             num_heads=config.num_attention_heads,
@@ -122,12 +122,12 @@ class FlatDecoder(nn.Module):
         )
 
     def prepare(self) -> None:
-        """Compile what can be compiled: half a minute at most, and only where it pays."""
+        """Compile the fused operations on a GPU: half a minute at most."""
         if self.device.type == "cuda":
-            self._small = fused.compiled(self.device, self.dtype)
+            self._ops = compiled(self.device, self.dtype)
             for module in self.modules():
                 if isinstance(module, linears_cuda.Int8Linear):
-                    module.small = self._small
+                    module.fused_ops = self._ops
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return CAUSAL
@@ -136,11 +136,11 @@ class FlatDecoder(nn.Module):
     def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
         """Hidden state of every row after the final norm, [rows, hidden_size]."""
         angles = batch.indices[:, None, None].float() * self._frequencies  # fp32, whatever the weights are
-        turns = torch.polar(torch.full_like(angles, self._scaling), angles)
+        rotations = torch.polar(torch.full_like(angles, self._scaling), angles)
         hidden = self.embedding(batch.token_ids)
         for index, layer in enumerate(self.layers):
-            hidden = layer(index, hidden, turns, self.shape, attend, self._small)
-        return fused.norm(hidden, self.norm, self.epsilon)
+            hidden = layer(index, hidden, rotations, self.shape, attend, self._ops)
+        return rms_norm(hidden, self.norm, self.epsilon)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -148,41 +148,34 @@ class FlatDecoder(nn.Module):
         return cast("Tensor", self.lm_head(hidden))
 
 
-def _joined(parts: list[nn.Module], row_order: Tensor | None) -> nn.Module:
-    """Several products of one input as one. `row_order` rearranges the channels of each head of query and key."""
+def _concatenated(parts: list[nn.Module], head_order: Tensor | None) -> nn.Module:
+    """One layer with the outputs of several. `head_order`: the new order of the channels of each query and key head."""
     if all(isinstance(part, QuantizedLinear) for part in parts):
-        small = cast("list[QuantizedLinear]", parts)
-        if row_order is not None:
-            small = [*(part.reordered(_in_each_head(row_order, part.out_features)) for part in small[:2]), *small[2:]]
-        return joined(small)
-    return _joined_linears(cast("list[nn.Linear]", parts), row_order)
+        quantized = cast("list[QuantizedLinear]", parts)
+        if head_order is not None:
+            quantized[:2] = [part.reordered(_order_of_rows(head_order, part.out_features)) for part in quantized[:2]]
+        return concatenate(quantized)
+    linears = cast("list[nn.Linear]", parts)
+    weights = [part.weight.detach() for part in linears]
+    biases = [part.bias.detach() for part in linears if part.bias is not None]
+    if head_order is not None:
+        for tensors in (weights, biases):
+            tensors[:2] = [tensor[_order_of_rows(head_order, len(tensor))] for tensor in tensors[:2]]
+    out = nn.Linear(linears[0].in_features, sum(part.out_features for part in linears), bias=False, device="meta")
+    out.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    if biases:
+        out.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return out
 
 
-def _joined_linears(parts: list[nn.Linear], row_order: Tensor | None) -> nn.Linear:
-    weights = [part.weight.detach() for part in parts]
-    biases: list[Tensor | None] = [part.bias for part in parts]
-    if row_order is not None:
-        weights[:2] = [_reordered(weight, row_order) for weight in weights[:2]]
-        biases[:2] = [None if bias is None else _reordered(bias.detach(), row_order) for bias in biases[:2]]
-    joined = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts), bias=False, device="meta")
-    joined.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-    if biases[0] is not None:
-        joined.bias = nn.Parameter(torch.cat([bias for bias in biases if bias is not None]), requires_grad=False)
-    return joined
-
-
-def _reordered(rows: Tensor, order: Tensor) -> Tensor:
-    return rows.view(-1, len(order), *rows.shape[1:])[:, order].reshape(rows.shape)
-
-
-def _in_each_head(order: Tensor, num_rows: int) -> Tensor:
-    """An order of one head's channels as an order of all rows."""
-    heads = torch.arange(0, num_rows, len(order))
-    return (heads[:, None] + order).flatten()
+def _order_of_rows(head_order: Tensor, num_rows: int) -> Tensor:
+    """An order of one head's channels as an order of the rows of all heads."""
+    heads = torch.arange(0, num_rows, len(head_order))
+    return (heads[:, None] + head_order).flatten()
 
 
 def _halves_to_pairs(head_dim: int, num_rotated: int) -> Tensor:
-    """Channel order that puts i and i + half side by side. Query and key both get it, so their products stay."""
+    """The channel order that puts i beside i + half. Query and key both get it, so their products stay the same."""
     half = num_rotated // 2
     pairs = torch.stack((torch.arange(half), torch.arange(half) + half), dim=1).flatten()
     return torch.cat((pairs, torch.arange(num_rotated, head_dim)))

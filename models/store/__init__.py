@@ -1,1 +1,1 @@
-"""The Bento model store: import, quantise, list and find models. `python -m models.store` is its command line."""
+"""The Bento model store: imports, quantises, lists and finds models. `python -m models.store` is its command line."""

@@ -1,4 +1,4 @@
-"""`python -m models.store`: see `command_line`."""
+"""`python -m models.store`, see `command_line`."""
 
 import sys
 

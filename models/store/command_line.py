@@ -1,4 +1,9 @@
-"""The command line of the model store: `import`, `quantize` and `list`. Knows arguments, signals and exit codes."""
+"""The command line of the model store: arguments -> calls of `model_store`, and errors -> exit codes.
+
+python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]]
+python -m models.store quantize NAME[:VERSION] int8|int4 [--name NAME[:VERSION]]
+python -m models.store list
+"""
 
 from __future__ import annotations
 
@@ -10,28 +15,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 from kernels.precision import Progress
 from models.families import FAMILIES
-from models.family import ImportRefused
+from models.family import ImportOption, ImportRefused
 from models.store.model_store import StoredModel, StoreError, import_model, quantize_model, resolve, stored_models
 from models.store.progress import ProgressPrinter, readable_bytes
 
 
 class Interrupted(Exception):
-    """A person or a system asked this process to end."""
+    """The process received SIGINT or SIGTERM."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"signal {signal_number}")
         self.exit_code = 128 + signal_number
 
 
-class Stoppable:
-    """A progress that ends the import when a signal has asked for it.
+class InterruptibleProgress:
+    """A Progress that raises Interrupted after a signal, between two tensors.
 
-    The exception is raised between two tensors and not where the signal happens to strike: inside torch's and
-    safetensors' C code Python swallows it or turns it into another error. A second signal does not wait.
+    Raised by the signal handler itself, inside the C code of torch or safetensors, the exception would be swallowed or
+    turned into another error. A second signal raises at once.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -50,9 +54,9 @@ class Stoppable:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 done, 1 refused (one line says why), 2 wrong usage, 130 interrupted."""
+    """Exit codes: 0 done, 1 failed (with a message of one line), 2 wrong usage, 130 or 143 interrupted."""
     parsed = _parser().parse_args(arguments)
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # an import tells nobody
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # no usage statistics of an import
     command: Callable[[argparse.Namespace], None] = parsed.run
     try:
         command(parsed)
@@ -60,17 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {refusal}", file=sys.stderr)
         return 1
     except OSError as error:
-        # a full disk, a folder that may not be read: the reason and the file are all that helps
+        # such as a full disk or an unreadable folder
         print(f"Error: {error.strerror or error}: {error.filename or parsed.command}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
-        print("Interrupted; nothing was imported.", file=sys.stderr)
+        print("Interrupted; nothing was stored.", file=sys.stderr)
         return interrupted.exit_code
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models.store", description="Models in the Bento model store.")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.store", description="Import, quantise and list models in the Bento model store."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     families = "; ".join(f"{family.name}: {family.title}" for family in FAMILIES.values())
     importing = commands.add_parser("import", help="convert a checkpoint folder into the store")
@@ -80,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="source", metavar="DIR", type=Path, required=True, help="the checkpoint folder"
     )
     importing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the folder's name and a new version")
-    options = {option.name: option for family in FAMILIES.values() for option in family.options}
-    for option in options.values():
+    for option in _family_options().values():
         importing.add_argument(f"--{option.name}", metavar="|".join(option.choices) or "VALUE", help=option.help)
     quantizing = commands.add_parser("quantize", help="store a model again with weights of 8 or 4 bits")
     quantizing.set_defaults(run=_quantize)
@@ -92,67 +97,66 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _family_options() -> dict[str, ImportOption]:
+    return {option.name: option for family in FAMILIES.values() for option in family.options}
+
+
 def _import(arguments: argparse.Namespace) -> None:
-    names = {option.name for family in FAMILIES.values() for option in family.options}
-    chosen = {name: getattr(arguments, name.replace("-", "_")) for name in names}
+    chosen = {name: getattr(arguments, name.replace("-", "_")) for name in _family_options()}
     options = {name: str(value) for name, value in chosen.items() if value is not None}
-    with _stoppable() as progress:
+    with _interruptible_progress() as progress:
         tag = import_model(arguments.family, arguments.source, arguments.name, options, progress)
-    stored = _say_stored(tag)
-    if stored.metadata.get("weights_only"):
+    model = _print_stored(tag)
+    if model.metadata.get("weights_only"):
         print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    with _stoppable() as progress:
+    with _interruptible_progress() as progress:
         tag = quantize_model(arguments.tag, arguments.precision, arguments.name, progress)
-    _say_stored(tag)
+    _print_stored(tag)
 
 
 @contextmanager
-def _stoppable() -> Iterator[Stoppable]:
+def _interruptible_progress() -> Iterator[InterruptibleProgress]:
     printer = ProgressPrinter(sys.stderr)
-    stoppable = Stoppable(printer)
+    progress = InterruptibleProgress(printer)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stoppable.on_signal)
+        signal.signal(number, progress.on_signal)
     try:
-        yield stoppable
+        yield progress
     finally:
         printer.close()
 
 
-def _say_stored(tag: str) -> StoredModel:
-    stored = resolve(tag)
-    print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(stored.path))}, {stored.path})")
-    return stored
+def _print_stored(tag: str) -> StoredModel:
+    model = resolve(tag)
+    print(f"{tag} is in the model store ({readable_bytes(_size_on_disk(model.path))}, {model.path})")
+    return model
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    print_list(sys.stdout)
-
-
-def print_list(stream: TextIO) -> None:
-    """The table of `list`: tag, family, precision, size, context, imported when."""
+    """Print a table of the models, the newest last."""
     rows = [("TAG", "FAMILY", "PRECISION", "SIZE", "CONTEXT", "IMPORTED")]
-    for stored in sorted(stored_models(), key=lambda stored: (stored.metadata["imported"], stored.tag)):
-        metadata = stored.metadata
-        precision, came_from = str(metadata.get("dtype", "?")), metadata.get("source_precision")
+    for model in sorted(stored_models(), key=lambda model: (model.metadata["imported"], model.tag)):
+        metadata = model.metadata
+        precision, original = str(metadata.get("dtype", "?")), metadata.get("source_precision")
         rows.append(
             (
-                stored.tag,
-                stored.family,
-                precision if came_from in (None, precision) else f"{precision} (from {came_from})",
-                readable_bytes(_size_on_disk(stored.path)),
+                model.tag,
+                model.family,
+                precision if original in (None, precision) else f"{precision} (from {original})",
+                readable_bytes(_size_on_disk(model.path)),
                 str(metadata.get("context_length", "?")),
                 str(metadata["imported"]),
             )
         )
     if len(rows) == 1:
-        print("nothing yet; import a model: python -m models.store import FAMILY --from DIR", file=stream)
+        print("There are no models yet; import one: python -m models.store import FAMILY --from DIR")
         return
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=stream)
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _size_on_disk(folder: Path) -> int:

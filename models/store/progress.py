@@ -1,4 +1,4 @@
-"""Tells a person how far an import is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Bytes done and bytes in total -> a progress bar on a terminal, or a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_SECONDS = 5.0
 
 
 def no_progress(done_bytes: int, total_bytes: int, what: str) -> None:
-    """For whoever does not want to know."""
+    """A Progress that prints nothing."""
 
 
 class ProgressPrinter:
@@ -43,7 +43,7 @@ class ProgressPrinter:
 
     def _print(self, line: str) -> None:
         if self._is_terminal:
-            # padded, so that nothing of a longer line before it stays
+            # padded, to overwrite a longer line before it
             self._stream.write(f"\r{line.ljust(self._width)}")
             self._width = len(line)
         else:

@@ -1,4 +1,4 @@
-"""A working folder that leaves nothing behind: not after a failure, and not for long after a kill. Knows no models."""
+"""A temporary folder, removed after a failure at once and after a kill by the next process; moving it to its target."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ GRACE_SECONDS = 60.0  # between making a folder and locking it
 
 @contextmanager
 def staging_folder(root: Path) -> Iterator[Path]:
-    """An empty folder inside `root`, removed at the end whatever happens. Raises OSError if root cannot be written.
+    """An empty folder inside `root`, removed at the end of the block. Raises OSError if root cannot be written.
 
-    A lock that dies with its process tells the next one which folders nobody works in any more.
+    Folders of processes that were killed are removed first: the lock on a folder ends with its process.
     """
     root.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(root)
@@ -29,7 +29,7 @@ def staging_folder(root: Path) -> Iterator[Path]:
     try:
         with (folder / f"{LOCK}.new").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # named only when it is locked: nobody can find it free in between
+            # renamed after it is locked: no other process can find it unlocked
             (folder / f"{LOCK}.new").rename(folder / LOCK)
             yield folder
     finally:
@@ -37,9 +37,9 @@ def staging_folder(root: Path) -> Iterator[Path]:
 
 
 def move_folder(folder: Path, target: Path) -> None:
-    """Give a folder its final place: one rename, or a copy where `target` is on another file system.
+    """Rename a folder to `target`, or copy it if that is on another file system.
 
-    Raises FileExistsError if there is something already, OSError if it cannot be written.
+    Raises FileExistsError if `target` exists and is not empty, OSError if it cannot be written.
     """
     try:
         folder.rename(target)
@@ -55,7 +55,7 @@ def _copy_folder(folder: Path, target: Path) -> None:
     target.mkdir()
     try:
         shutil.copytree(folder, target, dirs_exist_ok=True)
-    except BaseException:  # an interrupt as well: half a folder must not stay
+    except BaseException:  # an interrupt too: half a folder must not remain
         shutil.rmtree(target, ignore_errors=True)
         raise
 
@@ -67,7 +67,7 @@ def _remove_abandoned(root: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
-            continue  # somebody works there right now
+            continue  # another process is using it
         except FileNotFoundError:
             if _age_seconds(folder) > GRACE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -77,4 +77,4 @@ def _age_seconds(folder: Path) -> float:
     try:
         return time.time() - folder.stat().st_mtime
     except FileNotFoundError:
-        return 0.0  # its owner has just finished
+        return 0.0  # its owner has just removed it

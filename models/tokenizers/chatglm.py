@@ -1,4 +1,4 @@
-"""ChatGLM-6B's (v1) text rules around its SentencePiece model. Knows ids and text, not rounds or roles."""
+"""Text -> ids, and ids -> text, by the SentencePiece model of ChatGLM-6B, the first version."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from serving.generation.interface import PromptError
 NEWLINE, TAB = "<n>", "<|tab|>"
 MAX_BLANKS = 80
 _WHITE_SPACE = re.compile(r"\n|\t| {2,80}")
-# What the model's normaliser turns into "<", the beginning of every white-space token's name.
+# Characters that the model's normaliser turns into "<", the beginning of every white-space token's name.
 _AFTER_OPENING = re.compile(r"(?<=[<\uFE64\uFF1C])")
 
 
 class ChatGLMTokenizer:
     """Text -> ids and back. Line breaks, tabs and runs of spaces have tokens of their own.
 
-    The original also turns the *names* of control tokens inside a text into those tokens: "<eop>" typed by a user ends
-    his turn, "<n>" becomes a line break. Here a name is text like any other, deliberately. Everything else is equal.
-    num_image_tokens: ids below this belong to no text (20,000 in the earliest checkpoints, 0 later).
+    The original also turns the names of control tokens inside a text into those tokens: "<eop>" typed by a user ends
+    the turn, "<n>" becomes a line break. Here, deliberately, a name is ordinary text. Everything else is equal.
+    num_image_tokens: ids below this have no text (20,000 in the earliest checkpoints, 0 later).
     """
 
     def __init__(self, model_file: Path, num_image_tokens: int) -> None:
@@ -38,12 +38,12 @@ class ChatGLMTokenizer:
         return None if piece == self._pieces.unk_id() else self._offset + piece
 
     def encode(self, text: str, param: str = "messages") -> list[int]:
-        """No control token comes out, whatever the text says. Raises PromptError for lone surrogates."""
+        """The ids of a text, never those of control tokens. Raises PromptError for a lone surrogate."""
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise PromptError("The text holds a lone surrogate, which is not a character.", param)
         pieces = self._pieces.encode(_name_white_space(text))
         if self._count_white_space(pieces) != len(_WHITE_SPACE.findall(text)):
-            pieces = self._encode_cut(text)
+            pieces = self._encode_split(text)
         return [self._offset + piece for piece in pieces]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -60,7 +60,7 @@ class ChatGLMTokenizer:
         return "".join(parts)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for inside a text; b'' for control tokens and image tokens."""
+        """The bytes of one token inside a text; b'' for control tokens and image tokens."""
         piece = token_id - self._offset
         if piece in self._white_space:
             return self._white_space[piece].encode()
@@ -82,21 +82,21 @@ class ChatGLMTokenizer:
     def _count_white_space(self, pieces: Sequence[int]) -> int:
         return sum(piece in self._white_space for piece in pieces)
 
-    def _encode_cut(self, text: str) -> list[int]:
-        """Encode a text that spells the name of a white-space token: cut behind every "<", so that no name is whole.
+    def _encode_split(self, text: str) -> list[int]:
+        """Encode a text that contains the name of a white-space token: split after every "<", which interrupts names.
 
-        A later part is encoded behind a line break, which is then dropped: that keeps SentencePiece from putting the
-        space of a text's beginning in front of it.
+        A later part is encoded after a line break, whose token is then dropped: that keeps SentencePiece from adding
+        the space that it puts in front of a text.
         """
         first, *rest = _AFTER_OPENING.split(text)
         pieces: list[int] = self._pieces.encode(_name_white_space(first))
         for part in rest:
-            behind_newline = self._pieces.encode(NEWLINE + _name_white_space(part))
-            pieces += behind_newline[behind_newline.index(self._newline) + 1 :]
+            with_newline = self._pieces.encode(NEWLINE + _name_white_space(part))
+            pieces += with_newline[with_newline.index(self._newline) + 1 :]
         return pieces
 
     def _decode_run(self, run: list[int], is_first: bool) -> str:
-        """Decode pieces that stand between white space; only the first run of a text loses its leading space."""
+        """Decode the pieces between white-space tokens; only the first run of a text loses its leading space."""
         if is_first:
             return str(self._pieces.decode(run))
         return str(self._pieces.decode([self._newline, *run])).removeprefix(NEWLINE)

@@ -1,7 +1,7 @@
-"""The SentencePiece tokenizer that the ChatGLM families share. Knows pieces and special ids, no prompts.
+"""Text -> ids, and ids -> text, by the SentencePiece model of ChatGLM2, ChatGLM3 and CodeGeeX2.
 
-Plain sentencepiece on purpose: no text can become a special token, and a decoder that works token by token would break
-characters that are spelled in bytes.
+The plain sentencepiece library: no text can become a special token, and unlike a decoder that works token by token it
+keeps characters that consist of several byte pieces whole.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import sentencepiece
 from models.family import ImportRefused
 from serving.generation.interface import PromptError
 
-SPACE = "\u2581"  # how a piece writes a space
+SPACE = "\u2581"  # a space inside a piece
 NUM_CONTROL = 3  # <unk>, <s>, </s>
 NUM_SPECIALS = 5  # [MASK], [gMASK], [sMASK], sop, eop, appended by the original's code
-MAX_UNUSED = 1024  # rows of an embedding that padding may add; more means another tokenizer
+MAX_UNUSED = 1024  # rows of padding in an embedding; more means that the tokenizer is another model's
 
 
 class SentencePieceTokenizer:
-    """Text <-> ids of one `tokenizer.model`, with the special tokens that come after its pieces.
+    """Text <-> ids of one `tokenizer.model`, with the special tokens whose ids follow its pieces.
 
-    Safe to use from several threads: the processor is only read.
+    Safe to use from several threads.
     """
 
     def __init__(self, model_file: Path, num_specials: int = NUM_SPECIALS) -> None:
@@ -51,15 +51,15 @@ class SentencePieceTokenizer:
         return list(self._processor.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole run. Special tokens give '', an incomplete character gives U+FFFD for each byte.
+        """The text of a run. Special tokens give '', an incomplete character gives U+FFFD for each byte.
 
-        A special token inside a character that is spelled in bytes breaks it, as in the original.
+        A special token between the byte pieces of a character breaks it, as in the original.
         """
         pieces = [self._pieces[i] if 0 <= i < self.num_pieces else "" for i in token_ids]
         return str(self._processor.decode_pieces(pieces)) if pieces else ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for inside a text; b'' for special tokens."""
+        """The bytes of one token inside a text; b'' for special tokens."""
         if not NUM_CONTROL <= token_id < self.num_pieces:
             return b""
         piece = self._pieces[token_id]
@@ -79,7 +79,7 @@ def open_for_import(model_file: Path, num_specials: int, padded_vocab_size: int)
     num_unused = padded_vocab_size - tokenizer.num_tokens
     if not 0 <= num_unused <= MAX_UNUSED:
         raise ImportRefused(
-            f"{model_file} has {tokenizer.num_pieces} pieces and {num_specials} special tokens, which does not fit "
+            f"{model_file} has {tokenizer.num_pieces} pieces and {num_specials} special tokens, which do not fit "
             f"padded_vocab_size={padded_vocab_size} of config.json: it belongs to another model"
         )
     return tokenizer

@@ -1,7 +1,7 @@
-"""Makes a `tokenizer.json` of a Llama-style `tokenizer.model`, for folders that ship nothing else. Knows no prompts.
+"""A Llama-style `tokenizer.model` -> a `tokenizer.json`, for folders that have no other tokenizer.
 
 transformers' own conversion needs a further library and drops the space that the first models of this kind (Llama,
-Vicuna, WizardLM) were trained to see in front of every text, also behind a control token.
+Vicuna, WizardLM) were trained with in front of every text, also after a control token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from models.family import ImportRefused
 
-SPACE = "▁"  # how a piece writes a space
-# What the two kinds of vocabulary, and the ways to prepare a text, differ in.
+SPACE = "▁"  # a space inside a piece
+# Texts that other kinds of vocabulary and of normalisation encode differently.
 PROBES = (
     "Hello world, it's 12345 o'clock.",
     " leading and  double   spaces ",
@@ -28,8 +28,8 @@ PROBES = (
 def convert(model_file: Path, target: Path, added: Mapping[str, int], has_bos: bool) -> None:
     """Write `target`, a tokenizer.json that gives SentencePiece's own ids.
 
-    added: further tokens, by name (added_tokens.json). has_bos: put the BOS token in front of a raw text.
-    Raises ImportRefused if the file is no SentencePiece model, or of another kind (unigram, normalised text).
+    added: further tokens and their ids (added_tokens.json). has_bos: put the BOS token in front of a raw text.
+    Raises ImportRefused if the file is not a SentencePiece model, or is of another kind (unigram, normalised text).
     """
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
@@ -37,18 +37,20 @@ def convert(model_file: Path, target: Path, added: Mapping[str, int], has_bos: b
         raise ImportRefused(f"{model_file} is not a SentencePiece model: download it again") from None
     tokenizer = _converted(pieces, has_bos)
     if any(tokenizer.encode(text, add_special_tokens=False).ids != pieces.encode(text) for text in PROBES):
-        raise ImportRefused(f"{model_file} is not a tokenizer of Llama's kind: the folder needs a tokenizer.json")
+        raise ImportRefused(f"{model_file} is not a Llama-style tokenizer: the folder needs a tokenizer.json")
     control = [i for i in range(pieces.get_piece_size()) if pieces.is_control(i) or pieces.is_unknown(i)]
     names = [*(str(pieces.id_to_piece(i)) for i in control), *sorted(added, key=lambda name: added[name])]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     wrong = next((name for name in added if tokenizer.token_to_id(name) != added[name]), None)
     if wrong is not None:
-        raise ImportRefused(f"added_tokens.json numbers {wrong!r} {added[wrong]}, which leaves a gap in the vocabulary")
+        raise ImportRefused(
+            f"added_tokens.json gives {wrong!r} the id {added[wrong]}, which leaves a gap in the vocabulary"
+        )
     tokenizer.save(str(target))
 
 
 def _converted(pieces: sentencepiece.SentencePieceProcessor, has_bos: bool) -> Tokenizer:
-    """The same vocabulary and merges, without any token recognised in text."""
+    """The same vocabulary and merges; no special token is recognised in text."""
     names = [str(pieces.id_to_piece(i)) for i in range(pieces.get_piece_size())]
     mergeable = {
         name: i
@@ -80,11 +82,11 @@ def _converted(pieces: sentencepiece.SentencePieceProcessor, has_bos: bool) -> T
 
 
 def _merges(ids: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, in SentencePiece's order: best score first."""
+    """Every pair of pieces that makes another one, in SentencePiece's order: best score first."""
     merges: list[tuple[float, int, int, str, str]] = []
     for name, i in ids.items():
-        for cut in range(1, len(name)):
-            left, right = name[:cut], name[cut:]
+        for split in range(1, len(name)):
+            left, right = name[:split], name[split:]
             if left in ids and right in ids:
                 merges.append((-scores[i], ids[left], ids[right], left, right))
     return [(left, right) for *_, left, right in sorted(merges)]

@@ -1,9 +1,9 @@
-"""A Hugging Face `tokenizer.json`, told apart from its control tokens. Knows no chat template and no network.
+"""The pieces of a prompt -> ids, and ids -> text, by a Hugging Face `tokenizer.json`.
 
-A prompt arrives in pieces (families.chat_template): text, in which no control token is ever recognised, and control
-tokens. The whole prompt still goes through the tokenizer in one piece, so that what text looks like at the beginning
-of a prompt, behind a control token or across a template's and a client's words is what it always is: control tokens
-are replaced by anchors, added tokens that nobody can type because they are random.
+A prompt is a sequence of pieces: text, in which no control token is ever recognised, and control tokens. The whole
+prompt still goes through the tokenizer as one string, so that text at the beginning of a prompt, behind a control token
+or across the words of template and client is tokenized as usual: control tokens are replaced by anchors, added tokens
+whose names are random so that no client can type them.
 """
 
 from __future__ import annotations
@@ -11,33 +11,41 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from models.families.chat_template import Piece
 from models.family import ImportRefused
 from serving.generation.interface import PromptError
 
-SPACE = "▁"  # how a piece of a SentencePiece-like vocabulary writes a space
-AnchorKind = tuple[bool, bool, bool]  # lstrip, rstrip, normalized: how a token treats the text around it
+SPACE = "▁"  # a space in the vocabulary of a SentencePiece-like tokenizer
+AnchorKind = tuple[bool, bool, bool]  # lstrip, rstrip, normalized: what a token does to the text around it
+
+
+@dataclass(frozen=True)
+class PromptPiece:
+    """A run of a prompt: plain text, or exactly one control token."""
+
+    text: str
+    is_control: bool
 
 
 class FastTokenizer:
-    """Pieces -> ids, ids -> text. Only read after it was made; safe to use from several threads."""
+    """Pieces -> ids, ids -> text. Immutable, so safe to use from several threads."""
 
     def __init__(self, file: Path, named: Iterable[str] = ()) -> None:
-        """named: control tokens by the names that the folder's configuration gives, whatever the file calls them.
+        """named: texts of the tokens that the folder's configuration names as control tokens.
 
-        Raises ImportRefused for a file that is no tokenizer, or one whose tokens have no known spelling.
+        Raises ImportRefused for a file that is not a tokenizer, or one whose vocabulary is of an unknown kind.
         """
         named = set(named)
         try:
             description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             plain = Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise ImportRefused(f"{file} is not a tokenizer that can be read ({error})") from None
+            raise ImportRefused(f"{file} is not a readable tokenizer ({error})") from None
         added: list[dict[str, Any]] = description.setdefault("added_tokens", [])
         added += _unlisted(plain, named - {token["content"] for token in added})
         self._special = {token["id"] for token in added if token["special"]}
@@ -50,7 +58,7 @@ class FastTokenizer:
 
     @property
     def control_names(self) -> frozenset[str]:
-        """Every text that stands for a control token, where text is trusted."""
+        """Every text that a template may write for a control token."""
         return frozenset(self._control)
 
     def id_of(self, name: str) -> int | None:
@@ -62,7 +70,7 @@ class FastTokenizer:
         """The name of a control token, or None."""
         return next((name for name, token in self._control.items() if token["id"] == token_id), None)
 
-    def encode(self, pieces: Sequence[Piece], param: str = "messages") -> list[int]:
+    def encode(self, pieces: Sequence[PromptPiece], param: str = "messages") -> list[int]:
         """The ids of a prompt. Raises PromptError, naming `param`, for text that cannot be written as text."""
         text, expected = "", list[tuple[int, int]]()
         for piece in pieces:
@@ -79,37 +87,37 @@ class FastTokenizer:
         return self._without_anchors(self._encoder.encode(text, add_special_tokens=False).ids, expected, param)
 
     def encode_plain(self, text: str) -> list[int]:
-        """A text of `/v1/completions`, behind what the tokenizer itself puts in front of every text (mostly BOS)."""
-        return self._prefix + self.encode([Piece(text, False)], "prompt")
+        """The ids of a raw text (`/v1/completions`), after the tokenizer's own prefix (usually BOS)."""
+        return self._prefix + self.encode([PromptPiece(text, False)], "prompt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a run: '' for special tokens, U+FFFD for incomplete characters.
 
-        The library's own decoder of byte pieces spoils the line breaks in front of an incomplete character.
+        The library's own decoder of byte tokens changes line breaks in front of an incomplete character.
         """
-        spelled = b"".join(self._bytes.get(token_id, b"") for token_id in token_ids)
+        text = b"".join(self._bytes.get(token_id, b"") for token_id in token_ids)
         if self._drops_first_space:
-            spelled = spelled.removeprefix(b" ")
-        return spelled.decode("utf-8", errors="replace")
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for inside a text; b'' for special tokens."""
+        """The bytes of one token inside a text; b'' for special tokens."""
         return self._bytes.get(token_id, b"")
 
     def _without_anchors(self, ids: list[int], expected: list[tuple[int, int]], param: str) -> list[int]:
         anchor_ids = {anchor_id for _, anchor_id in self._anchors.values()}
         control_ids = {int(token["id"]) for token in self._control.values()}
-        waiting = iter(expected)
+        anchors = iter(expected)
         out: list[int] = []
         for token_id in ids:
             if token_id in control_ids:
                 # a vocabulary may hold the name of a control token as an ordinary piece
                 raise PromptError("The text holds a control token that this model cannot read as text.", param)
-            anchor_id, meant = next(waiting, (-1, -1)) if token_id in anchor_ids else (token_id, token_id)
+            anchor_id, control_id = next(anchors, (-1, -1)) if token_id in anchor_ids else (token_id, token_id)
             if anchor_id != token_id:
                 raise PromptError("The text cannot be told apart from control tokens.", param)
-            out.append(meant)
-        if next(waiting, None) is not None:
+            out.append(control_id)
+        if next(anchors, None) is not None:
             raise PromptError("The text cannot be told apart from control tokens.", param)
         return out
 
@@ -129,9 +137,9 @@ def _unlisted(tokenizer: Tokenizer, names: set[str]) -> list[dict[str, Any]]:
 def _control_tokens(added: Iterable[dict[str, Any]], named: set[str]) -> dict[str, dict[str, Any]]:
     """By name: tokens marked special, tokens that the configuration names, and those that look like markup.
 
-    Markup such as <think> or <tool_call> is often not marked special, so that it shows up in answers; in a prompt it is
-    the template's to write. Added tokens that are words or runs of spaces are ordinary text. A name of one character
-    cannot be told from that character and is left to the tokenizer, which does not read it in text either.
+    Markup such as <think> or <tool_call> is often not marked special, so that answers show it; in a prompt only the
+    template may write it. Added tokens that are words or runs of spaces are ordinary text. A name of one character
+    cannot be told from that character; it is left to the tokenizer, which does not recognise it in text either.
     """
     return {
         token["content"]: token
@@ -151,7 +159,7 @@ def _kind(token: Mapping[str, Any]) -> AnchorKind:
 def _encoder(
     description: Mapping[str, Any], control: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Tokenizer, dict[AnchorKind, tuple[str, int]]]:
-    """A copy that recognises no control token in text, but anchors; and the anchors, each with its id."""
+    """A copy that recognises anchors in text but no control token; and the anchors, each with its id."""
     names = set(control)
     listed: list[dict[str, Any]] = description["added_tokens"]
     added = [token | {"special": token["special"] or token["content"] in names} for token in listed]
@@ -169,10 +177,10 @@ def _encoder(
 
 
 def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A part of a tokenizer.json, or the members of a sequence of them."""
+    """A part of a tokenizer.json, or the members of a nested sequence of parts."""
     if part is None:
         return []
-    return [leaf for member in part[key] for leaf in _parts(member, key)] if key in part else [part]
+    return [inner for member in part[key] for inner in _parts(member, key)] if key in part else [part]
 
 
 def _drops_first_space(description: Mapping[str, Any]) -> bool:
@@ -187,29 +195,29 @@ def _drops_first_space(description: Mapping[str, Any]) -> bool:
 def _token_bytes(
     tokenizer: Tokenizer, description: Mapping[str, Any], added: set[int], special: set[int]
 ) -> dict[int, bytes]:
-    """What every token is spelled as. Raises ImportRefused for a vocabulary that is neither of the two known kinds."""
+    """The bytes of every token. Raises ImportRefused for a vocabulary that is of neither of the two known kinds."""
     kinds = {part["type"] for part in _parts(description.get("decoder"), "decoders")}
-    spelling: Literal["bytes", "pieces"] = "bytes" if "ByteLevel" in kinds else "pieces"
-    if spelling == "pieces" and not kinds & {"Metaspace", "Replace"}:
-        raise ImportRefused(f"the tokenizer spells its tokens in an unknown way ({', '.join(sorted(kinds)) or 'none'})")
+    is_byte_level = "ByteLevel" in kinds
+    if not is_byte_level and not kinds & {"Metaspace", "Replace"}:
+        raise ImportRefused(f"the tokenizer has an unknown kind of decoder ({', '.join(sorted(kinds)) or 'none'})")
     byte_of = _byte_alphabet()
-    spelled: dict[int, bytes] = {}
+    token_bytes: dict[int, bytes] = {}
     for name, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
         if token_id in special:
-            spelled[token_id] = b""
+            token_bytes[token_id] = b""
         elif token_id in added:
-            spelled[token_id] = name.encode()
-        elif spelling == "bytes":
-            spelled[token_id] = bytes(byte_of[character] for character in name if character in byte_of)
+            token_bytes[token_id] = name.encode()
+        elif is_byte_level:
+            token_bytes[token_id] = bytes(byte_of[character] for character in name if character in byte_of)
         elif "ByteFallback" in kinds and len(name) == 6 and name.startswith("<0x"):
-            spelled[token_id] = bytes([int(name[3:5], 16)])
+            token_bytes[token_id] = bytes([int(name[3:5], 16)])
         else:
-            spelled[token_id] = name.replace(SPACE, " ").encode()
-    return spelled
+            token_bytes[token_id] = name.replace(SPACE, " ").encode()
+    return token_bytes
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies write bytes as: itself if printable, else from U+0100 upwards.
+    """The characters that stand for bytes in byte-level vocabularies: printable ones themselves, others from U+0100.
 
     Source: GPT-2, encoder.py, bytes_to_unicode.
     """

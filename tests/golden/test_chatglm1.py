@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from models.checkpoints import chatglm as chatglm_checkpoint
-from models.checkpoints import shards as checkpoint
-from models.checkpoints.shards import read_json
+from models.checkpoints.chatglm import convert, load_network, read_config, tensor_names
+from models.checkpoints.files import read_json
+from models.checkpoints.shards import find_shards, read_tensors
 from models.families import chatglm
 from models.families.answer_parsers import TrimmedAnswerParser
 from models.families.chatglm_answer_parser import ChatGLMAnswerParser, clean_up_spaces, widen
 from models.family import ImportRefused
 from models.networks.chatglm import ChatGLMNetwork
+from models.store.progress import no_progress
 from models.tokenizers.chatglm import ChatGLMTokenizer
 from serving.generation.interface import Conversation, Message, PromptError, TextDelta, Tool
 from tests.golden_data import CHATGLM_TOKENIZER, GOLDEN, needs_chatglm_tokenizer
@@ -40,16 +41,12 @@ SUFFIX = [130001, 130004]
 torch.set_num_threads(1)
 
 
-def silent(done_bytes: int, total_bytes: int, what: str) -> None:
-    """Nobody watches."""
-
-
 def golden(name: str) -> Any:
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-def said(*contents: str, system: str | None = None, continue_final: bool = False) -> Conversation:
-    """A conversation that alternates, user first."""
+def conversation(*contents: str, system: str | None = None, continue_final: bool = False) -> Conversation:
+    """A conversation of alternating roles, user first."""
     roles = ("user", "assistant")
     turns = tuple(Message(roles[i % 2], content) for i, content in enumerate(contents))
     head = () if system is None else (Message("system", system),)
@@ -63,9 +60,9 @@ def said(*contents: str, system: str | None = None, continue_final: bool = False
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMNetwork:
     """The golden checkpoint, converted and opened as an import would."""
     stored = tmp_path_factory.mktemp("glm1-tiny")
-    config = chatglm_checkpoint.read_config(read_json(TINY / "config.json"))
-    chatglm_checkpoint.convert(TINY, stored, config, 0, silent)
-    return chatglm_checkpoint.load_network(stored, config, torch.device("cpu"), "float32", silent)
+    config = read_config(read_json(TINY / "config.json"))
+    convert(TINY, stored, config, 0, no_progress)
+    return load_network(stored, config, torch.device("cpu"), "float32", no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,7 @@ def test_64_greedy_tokens_are_the_originals_alone_and_in_one_batch(
     assert greedy(tiny, prompts[3:4], 64, frozenset({END})) == answers[3:4]
 
 
-def test_the_answer_goes_on_the_same_when_text_behind_sop_is_prefilled_in_parts(
+def test_an_answer_is_the_same_when_text_after_sop_is_prefilled_in_parts(
     tiny: ChatGLMNetwork, prompts: list[list[int]]
 ) -> None:
     prompt = prompts[3]
@@ -111,7 +108,7 @@ def test_the_answer_goes_on_the_same_when_text_behind_sop_is_prefilled_in_parts(
     assert torch.allclose(whole, parts, rtol=0, atol=TOLERANCE)
 
 
-def test_ids_without_sop_or_mask_still_have_a_layout(tiny: ChatGLMNetwork) -> None:
+def test_ids_without_sop_or_mask_have_a_layout(tiny: ChatGLMNetwork) -> None:
     layout = tiny.layout([7, 8, 9])
     assert (layout.num_two_way, layout.mask_index) == (3, 2)
     assert torch.isfinite(forward(tiny, ReferenceAttention(), {0: ([7, 8, 9], 0, layout)})[0]).all()
@@ -122,7 +119,7 @@ def test_ids_without_sop_or_mask_still_have_a_layout(tiny: ChatGLMNetwork) -> No
 
 def imported(source: Path, target: Path) -> dict[str, Any]:
     target.mkdir()
-    return chatglm.FAMILY.import_checkpoint(source, target, {}, silent)
+    return chatglm.FAMILY.import_checkpoint(source, target, {}, no_progress)
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 20_000])
@@ -132,8 +129,8 @@ def test_a_checkpoint_is_imported_opened_and_answers(tmp_path: Path, num_image_t
     write_checkpoint(source, num_image_tokens)
     metadata = imported(source, tmp_path / "stored")
     shutil.rmtree(source)
-    model = chatglm.FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), "float32", silent)
-    prompt = model.chat_format.render(said("hello model"))
+    model = chatglm.FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), "float32", no_progress)
+    prompt = model.chat_format.render(conversation("hello model"))
     assert metadata["context_length"] == model.network.shape.max_positions == 128
     assert min(prompt) >= num_image_tokens
     assert model.chat_format.decode(prompt) == "hello model"
@@ -156,18 +153,17 @@ def pack(weights: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_checkpoint_comes_back_within_half_a_step_and_half_precision(tmp_path: Path, bits: int) -> None:
+def test_a_quantised_checkpoint_is_read_within_half_a_step_and_half_precision(tmp_path: Path, bits: int) -> None:
     source = tmp_path / "source"
     source.mkdir()
     weights = write_checkpoint(source, quantization_bit=bits)
     packed = pack(weights, bits)
     save_file(packed, source / "model.safetensors")
     metadata = imported(source, tmp_path / "stored")
-    model = chatglm.FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), "float32", silent)
+    model = chatglm.FAMILY.load(tmp_path / "stored", metadata, torch.device("cpu"), "float32", no_progress)
     assert isinstance(model.network, ChatGLMNetwork)
-    shards = checkpoint.find_shards(tmp_path / "stored")
-    opened = {name: tensor for shard in shards for name, tensor in checkpoint.read_shard(shard)}
-    for old, new in chatglm_checkpoint.tensor_names(model.network.config).items():
+    opened = dict(read_tensors(find_shards(tmp_path / "stored"), no_progress))
+    for old, new in tensor_names(model.network.config).items():
         original = weights[old].float()
         half_step = packed[f"{old}_scale"].float()[:, None] / 2 if f"{old}_scale" in packed else 0.0
         assert ((opened[new] - original).abs() <= half_step + original.abs() * 1e-3).all(), old
@@ -183,7 +179,7 @@ def test_a_quantised_checkpoint_comes_back_within_half_a_step_and_half_precision
         ({"position_encoding_2d": False}, "position_encoding_2d"),
         ({"hidden_size": 64}, "shape"),
         ({"num_layers": 3}, "lacks"),
-        ({"num_layers": 1}, "does not know"),
+        ({"num_layers": 1}, "network lacks"),
         ({"gmask_token_id": 1}, "do not fit"),
         ({"quantization_bit": 4}, "lacks .*_scale"),
     ],
@@ -248,7 +244,7 @@ def test_generated_strings_have_the_ids_of_sentencepiece_itself(ice_text: ChatGL
 
 
 @needs_chatglm_tokenizer
-def test_tokens_have_bytes_and_incomplete_characters_do_not_pass_for_text(ice_text: ChatGLMTokenizer) -> None:
+def test_tokens_have_bytes_and_incomplete_characters_are_not_text(ice_text: ChatGLMTokenizer) -> None:
     wave = ice_text.encode("👋")[1:]
     assert b"".join(map(ice_text.token_bytes, wave)) == "👋".encode()
     assert set(ice_text.decode(wave[:2])) == {"\ufffd"}
@@ -270,25 +266,25 @@ def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
 def test_golden_prompts_are_the_originals() -> None:
     for case in golden("prompt/chatglm1_prompts.json")["cases"]:
         contents = [text for pair in case["history"] for text in pair] + [case["query"]]
-        assert chatglm.prompt_text(said(*contents)) == (case["prompt"], "")
+        assert chatglm.prompt_text(conversation(*contents)) == (case["prompt"], "")
 
 
 @needs_chatglm_tokenizer
-def test_the_special_tokens_stand_behind_the_text(ice_text: ChatGLMTokenizer) -> None:
+def test_the_special_tokens_follow_the_text(ice_text: ChatGLMTokenizer) -> None:
     chat_format = chatglm.ChatGLMFormat(ice_text, *SUFFIX, 130005)
-    assert chat_format.render(said("你好")) == [5, 74874, *SUFFIX]
+    assert chat_format.render(conversation("你好")) == [5, 74874, *SUFFIX]
     assert chat_format.encode("你好") == [5, 74874, *SUFFIX]
-    begun = chat_format.render(said("你好", "你好", continue_final=True))
-    assert begun == [5, 74874, *SUFFIX, 5, 74874]
+    continued = chat_format.render(conversation("你好", "你好", continue_final=True))
+    assert continued == [5, 74874, *SUFFIX, 5, 74874]
 
 
-def test_a_system_message_stands_before_the_last_question() -> None:
-    assert chatglm.prompt_text(said("c", system="S:")) == ("S:c", "")
-    text, _ = chatglm.prompt_text(said("a", "b", "c", system="S:"))
+def test_a_system_message_is_written_before_the_last_question() -> None:
+    assert chatglm.prompt_text(conversation("c", system="S:")) == ("S:c", "")
+    text, _ = chatglm.prompt_text(conversation("a", "b", "c", system="S:"))
     assert text == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：S:c\n答："
 
 
-def test_what_the_format_cannot_hold_is_refused() -> None:
+def test_conversations_that_the_format_does_not_support_are_refused() -> None:
     tool = Tool("f", "", {})
     with pytest.raises(PromptError) as caught:
         chatglm.prompt_text(Conversation((Message("user", "a"),), tools=(tool,)))
@@ -301,24 +297,24 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
-def read(*chunks: str) -> str:
-    reader = ChatGLMAnswerParser(TrimmedAnswerParser())
-    parts = [part for chunk in chunks for part in reader.push(chunk)] + reader.flush()
+def parsed(*chunks: str) -> str:
+    parser = ChatGLMAnswerParser(TrimmedAnswerParser())
+    parts = [part for chunk in chunks for part in parser.push(chunk)] + parser.flush()
     return "".join(part.text for part in parts if isinstance(part, TextDelta))
 
 
 def test_golden_answers_are_the_originals() -> None:
     for case in golden("prompt/process_response.json")["chatglm1"]:
-        assert read(case["in"]) == case["out"]
-        assert read(*case["in"]) == case["out"]
+        assert parsed(case["in"]) == case["out"]
+        assert parsed(*case["in"]) == case["out"]
 
 
-def test_an_answer_that_goes_on_knows_its_neighbour_and_keeps_its_space(tmp_path: Path) -> None:
+def test_a_continued_answer_depends_on_the_last_character_and_keeps_its_space(tmp_path: Path) -> None:
     train_tokenizer(tmp_path / "ice_text.model")
     chat_format = chatglm.ChatGLMFormat(ChatGLMTokenizer(tmp_path / "ice_text.model", 0), *SUFFIX, 130005)
-    for begun, text, shown in (("你好", "!", "！"), ("hello", "!", "!"), ("hello", " a", " a"), ("", " a", "a")):
-        reader = chat_format.parser(begun)
-        parts = [*reader.push(text), *reader.flush()]
+    for beginning, text, shown in (("你好", "!", "！"), ("hello", "!", "!"), ("hello", " a", " a"), ("", " a", "a")):
+        parser = chat_format.parser(beginning)
+        parts = [*parser.push(text), *parser.flush()]
         assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == shown
 
 
@@ -327,10 +323,10 @@ WORDS = st.sampled_from([*" ',.!?:;ntsmvrex\n中。", "[[训练时间]]", "[[训
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(WORDS, max_size=24), st.lists(st.integers(0, 60), max_size=8))
-def test_an_answer_read_in_pieces_is_the_answer_read_whole(words: list[str], cuts: list[int]) -> None:
+def test_an_answer_parsed_in_pieces_equals_the_answer_parsed_whole(words: list[str], cuts: list[int]) -> None:
     text = "".join(words)
     whole = widen(clean_up_spaces(text).strip().replace("[[训练时间]]", "2023年"))
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:stop] for start, stop in itertools.pairwise(edges)]
-    assert read(*pieces) == whole
-    assert read(*text) == whole
+    assert parsed(*pieces) == whole
+    assert parsed(*text) == whole

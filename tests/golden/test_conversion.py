@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
 from models.checkpoints.chatglm2 import RopeRule, convert
+from models.checkpoints.open_decoder import load_transformers
 from models.checkpoints.shards import ShardWriter
 from models.family import ImportRefused
-from models.networks.transformers_decoder import TransformersDecoder, load_transformers
+from models.networks.transformers_decoder import TransformersDecoder
 from models.store.progress import no_progress
 from serving.engine.interface import RaggedBatch
 from tests.golden_data import GOLDEN
@@ -121,7 +122,7 @@ def test_every_shape_of_the_network_is_converted(
     np.testing.assert_allclose(decoder_logits(target, ids), wanted, rtol=0, atol=TOLERANCE)
     if "rope_ratio" in changes:
         other = reference_logits(config, weights, ids, "base" if rope == "linear" else "linear")
-        assert (wanted - other).abs().max() > 0.1  # the two rules are told apart
+        assert (wanted - other).abs().max() > 0.1  # the two rules differ
 
 
 def test_four_and_eight_bits_are_read_back_row_by_row(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_four_and_eight_bits_are_read_back_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_weights_keep_their_precision_and_are_readable_by_everybody(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_keep_their_precision_and_are_readable_by_every_user(dtype: torch.dtype, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
     weights = {name: tensor.to(dtype) for name, tensor in random_weights(SMALL, 1).items()}
@@ -199,7 +200,7 @@ def assert_refused(source: Path, target: Path, *words: str) -> None:
 
 
 def damage(source: Path, kind: str) -> tuple[str, ...]:
-    """Spoil a good two-shard checkpoint in one way; return what the refusal must name."""
+    """Damage a two-shard checkpoint in one way; return what the refusal must name."""
     first, second = source / "model-00001-of-00002.safetensors", source / "model-00002-of-00002.safetensors"
     index = source / "model.safetensors.index.json"
     tensors = load_file(second)
@@ -261,11 +262,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_before_anything_is_written(
     assert_refused(source, target, *damage(source, kind))
 
 
-class Stranger:
-    """Something that a pickle of weights has no business to hold."""
+class NotATensor:
+    """An object that a pickle of weights must not contain."""
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [torch.ones(1)], {"a": Stranger()}, {"a": {"b": torch.ones(1)}}])
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.ones(1)], {"a": NotATensor()}, {"a": {"b": torch.ones(1)}}])
 def test_a_pickle_that_is_not_plain_tensors_is_refused(content: object, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
@@ -296,7 +297,7 @@ def tiny_config(model_type: str, **changes: object) -> Any:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "glm", "glm4", "mistral", "mixtral"])
-def test_any_native_decoder_fits_the_socket(model_type: str) -> None:
+def test_any_decoder_of_transformers_is_a_causal_lm(model_type: str) -> None:
     changes = {"num_local_experts": 2} if model_type == "mixtral" else {"head_dim": 8}
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()

@@ -1,4 +1,4 @@
-"""Prompts are the originals', and a conversation that a format cannot hold is refused, never cut."""
+"""Prompts are the originals'; a conversation that a format does not support is refused, never truncated."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def pieces(tmp_path: Path) -> Path:
 def test_all_49_conversations_are_the_originals_or_refused_with_the_reason(pieces: Path) -> None:
     cases = golden_conversations()
     assert len(cases) == 49
-    itself = SentencePieceTokenizer(pieces)
-    chat_format = ChatGLM2Format(itself)
+    tokenizer = SentencePieceTokenizer(pieces)
+    chat_format = ChatGLM2Format(tokenizer)
     for case in cases:
         if case["strict_template"] is None:
             with pytest.raises(PromptError) as refusal:
@@ -50,18 +50,18 @@ def test_all_49_conversations_are_the_originals_or_refused_with_the_reason(piece
         else:
             assert round_prompt(conversation(case["messages"])) == case["strict_template"] == case["official_prompt"]
             ids = chat_format.render(conversation(case["messages"]))
-            assert ids == [itself.gmask, itself.sop, *itself.encode(case["strict_template"])]
+            assert ids == [tokenizer.gmask, tokenizer.sop, *tokenizer.encode(case["strict_template"])]
 
 
 @needs_chatglm2_tokenizer
 def test_full_prompts_have_the_golden_ids() -> None:
-    itself = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
-    chat_format = ChatGLM2Format(itself)
-    assert (itself.gmask, itself.sop) == (64790, 64792)
+    tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
+    chat_format = ChatGLM2Format(tokenizer)
+    assert (tokenizer.gmask, tokenizer.sop) == (64790, 64792)
     for case in golden_conversations():
         if case["strict_template"] is not None:
             ids = chat_format.render(conversation(case["messages"]))
-            assert ids == [64790, 64792, *itself.encode(case["strict_template"])]
+            assert ids == [64790, 64792, *tokenizer.encode(case["strict_template"])]
     content = json.loads((GOLDEN / "tokenizer" / "chatglm2.json").read_text(encoding="utf-8"))
     for case in content["incremental"]:
         turns = [
@@ -88,18 +88,18 @@ def test_full_prompts_have_the_golden_ids() -> None:
         ("ut", "messages[1]"),
     ],
 )
-def test_a_refusal_says_which_message_does_not_fit(roles: str, names: str | None) -> None:
+def test_a_refusal_names_the_message(roles: str, names: str | None) -> None:
     names_of = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
-    talk = conversation([{"role": names_of[letter], "content": letter} for letter in roles])
+    dialogue = conversation([{"role": names_of[letter], "content": letter} for letter in roles])
     if names is None:
-        assert round_prompt(talk).endswith("问：su\n\n答：")
+        assert round_prompt(dialogue).endswith("问：su\n\n答：")
         return
     with pytest.raises(PromptError) as refusal:
-        round_prompt(talk)
+        round_prompt(dialogue)
     assert names in refusal.value.message
 
 
-def test_chatglm2_continues_an_answer_that_was_begun() -> None:
+def test_chatglm2_continues_an_answer() -> None:
     turns = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "1+1?"), ("assistant", "It is"))]
     assert round_prompt(conversation(turns, continue_final=True)) == "[Round 1]\n\n问：S1+1?\n\n答：It is"
     with pytest.raises(PromptError, match="role assistant"):
@@ -131,15 +131,15 @@ def test_chatglm3_has_the_golden_ids_and_stops_where_the_original_does() -> None
 
 
 def test_chatglm3_encodes_every_segment_between_role_ids(pieces: Path) -> None:
-    chat_format, itself = chatglm3(pieces), SentencePieceTokenizer(pieces)
-    system, user, assistant, observation = range(itself.num_pieces + 5, itself.num_pieces + 9)
+    chat_format, tokenizer = chatglm3(pieces), SentencePieceTokenizer(pieces)
+    system, user, assistant, observation = range(tokenizer.num_pieces + 5, tokenizer.num_pieces + 9)
     assert chat_format.stop_token_ids == {2, user, observation}
 
     def segment(role: int, metadata: str, text: str) -> list[int]:
-        return [role, *itself.encode(f"{metadata}\n"), *itself.encode(text)]
+        return [role, *tokenizer.encode(f"{metadata}\n"), *tokenizer.encode(text)]
 
     call = ToolCall("call_1", "get_weather", '{"city": "北京", "days": 2, "exact": true, "of": null}')
-    talk = Conversation(
+    dialogue = Conversation(
         (
             Message("system", "Be short. <|user|>"),
             Message("user", "天气?"),
@@ -151,17 +151,17 @@ def test_chatglm3_encodes_every_segment_between_role_ids(pieces: Path) -> None:
     listing = [{"name": "get_weather", "description": "天气", "parameters": WEATHER.parameters}]
     described = f"Be short. <|user|>\n{TOOL_PROMPT}\n{json.dumps(listing, indent=4, ensure_ascii=False)}"
     code = "```python\ntool_call(city='北京', days=2, exact=True, of=None)\n```"
-    assert chat_format.render(talk) == [
-        itself.gmask,
-        itself.sop,
+    assert chat_format.render(dialogue) == [
+        tokenizer.gmask,
+        tokenizer.sop,
         *segment(system, "", described),
         *segment(user, "", "天气?"),
         *segment(assistant, "get_weather", code),
         *segment(observation, "", "sunny"),
         assistant,
     ]
-    begun = Conversation((Message("user", "1+1?"), Message("assistant", "It is")), continue_final=True)
-    assert chat_format.render(begun)[-len(segment(assistant, "", "It is")) :] == segment(assistant, "", "It is")
+    continued = Conversation((Message("user", "1+1?"), Message("assistant", "It is")), continue_final=True)
+    assert chat_format.render(continued)[-len(segment(assistant, "", "It is")) :] == segment(assistant, "", "It is")
 
 
 @pytest.mark.parametrize("arguments", ["", "[1]", "{", "5", '{"a": ' + "[" * 100_000])

@@ -1,4 +1,4 @@
-"""The tokenizer is the original's, id for id and byte for byte."""
+"""The tokenizer gives the ids and the text of the original."""
 
 from __future__ import annotations
 
@@ -110,33 +110,33 @@ def test_codegeex2_takes_the_missing_space_from_its_own_model_file(tmp_path: Pat
 
 @needs_chatglm2_tokenizer
 def test_20_000_generated_strings_are_encoded_and_decoded_as_by_sentencepiece_itself() -> None:
-    itself = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
     tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
     generator = random.Random(20_000)
     for _ in range(20_000):
         text = random_text(generator)
-        ids = itself.encode(text)
+        ids = reference.encode(text)
         assert tokenizer.encode(text) == ids
         assert max(ids, default=0) < tokenizer.num_pieces  # nothing that a user writes is a special token
         shown = [i for i in ids if i > 2]
-        assert tokenizer.decode(ids) == itself.decode(shown)
+        assert tokenizer.decode(ids) == reference.decode(shown)
 
 
 @needs_chatglm2_tokenizer
 def test_random_runs_of_ids_are_decoded_as_by_sentencepiece_itself() -> None:
-    itself = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(CHATGLM2_TOKENIZER))
     tokenizer = SentencePieceTokenizer(CHATGLM2_TOKENIZER)
     generator = random.Random(4_000)
     for _ in range(2_000):
         ids = [generator.randrange(3, generator.choice([300, 64_789])) for _ in range(generator.randint(0, 20))]
-        assert tokenizer.decode(ids) == itself.decode(ids)
+        assert tokenizer.decode(ids) == reference.decode(ids)
 
 
 def test_specials_and_ids_without_text_are_dropped(tiny: SentencePieceTokenizer) -> None:
     ids = tiny.encode("hello 👋 world")
-    strange = [0, 1, 2, *range(tiny.num_pieces, tiny.num_pieces + 50), 10**9]
-    assert tiny.decode([*strange, *ids, *strange]) == "hello 👋 world"
-    assert tiny.decode(strange) == tiny.decode([]) == ""
+    without_text = [0, 1, 2, *range(tiny.num_pieces, tiny.num_pieces + 50), 10**9]
+    assert tiny.decode([*without_text, *ids, *without_text]) == "hello 👋 world"
+    assert tiny.decode(without_text) == tiny.decode([]) == ""
 
 
 def test_a_special_token_inside_a_character_breaks_it(tiny: SentencePieceTokenizer) -> None:

@@ -1,5 +1,6 @@
-"""ChatGLM-6B's two-way prompts and two-row positions in the real engine: whatever shares the batch, the cache or the
-step, the answers are those of the plain network, and on the golden checkpoint those of the original code."""
+"""ChatGLM-6B in the engine: its answers do not depend on the other sequences of the batch, the cache or the step.
+
+They are those of the network alone, and on the golden checkpoint those of the original code."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import numpy
 import pytest
 import torch
 
-from models.checkpoints import chatglm as chatglm_checkpoint
-from models.checkpoints.shards import read_json
+from models.checkpoints.chatglm import convert, load_network, read_config
+from models.checkpoints.files import read_json
 from models.networks.chatglm import ChatGLMNetwork
 from models.store.progress import no_progress
 from serving.engine.interface import EngineLimits, SamplingParams
@@ -25,10 +26,10 @@ from tests.tiny import generate, greedy, running, settled, tokens
 GOLDEN_CHECKPOINT = GOLDEN / "model" / "glm1-tiny"
 GOLDEN_END = 505  # suppressed in the golden runs
 LIMITS = {
-    "roomy": EngineLimits(kv_tokens=8192),
+    "large cache": EngineLimits(kv_tokens=8192),
     "chunks": EngineLimits(max_batch_tokens=16, kv_tokens=8192),
     "two at a time": EngineLimits(max_sequences=2, max_batch_tokens=24, kv_tokens=8192),
-    "little cache": EngineLimits(max_sequences=6, max_batch_tokens=64, kv_tokens=384),
+    "small cache": EngineLimits(max_sequences=6, max_batch_tokens=64, kv_tokens=384),
 }
 
 
@@ -36,9 +37,9 @@ def opened(source: Path, stored: Path) -> ChatGLMNetwork:
     """An original checkpoint, converted and opened as an import would."""
     torch.set_num_threads(1)
     stored.mkdir()
-    config = chatglm_checkpoint.read_config(read_json(source / "config.json"))
-    chatglm_checkpoint.convert(source, stored, config, 0, no_progress)
-    return chatglm_checkpoint.load_network(stored, config, torch.device("cpu"), "float32", no_progress)
+    config = read_config(read_json(source / "config.json"))
+    convert(source, stored, config, 0, no_progress)
+    return load_network(stored, config, torch.device("cpu"), "float32", no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMNetwork:
 
 
 def prompt(network: ChatGLMNetwork, length: int, seed: int, num_answer: int = 0) -> list[int]:
-    """A context that sees itself both ways, [gMASK] and <sop>, and perhaps the beginning of an answer."""
+    """A context with attention in both directions, [gMASK] and <sop>, and perhaps the beginning of an answer."""
     config, chooser = network.config, random.Random(seed)
     words = [i for i in range(200, config.num_tokens) if i not in (config.gmask_token_id, config.bos_token_id)]
     answer = chooser.choices(words, k=num_answer)
@@ -58,7 +59,7 @@ def prompt(network: ChatGLMNetwork, length: int, seed: int, num_answer: int = 0)
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-def test_any_company_gives_the_tokens_of_the_plain_network(network: ChatGLMNetwork, limits: EngineLimits) -> None:
+def test_any_batch_gives_the_tokens_of_the_network_alone(network: ChatGLMNetwork, limits: EngineLimits) -> None:
     prompts = [prompt(network, length, seed, seed % 3 * 9) for seed, length in enumerate((70, 3, 40, 1, 90, 25))]
     expected = reference(network, prompts, 60, frozenset(range(network.shape.num_tokens, network.shape.vocab_size)))
     assert len({tuple(answer) for answer in expected}) == len(prompts)
@@ -72,8 +73,8 @@ def test_any_company_gives_the_tokens_of_the_plain_network(network: ChatGLMNetwo
     asyncio.run(main())
 
 
-def test_a_preempted_answer_is_computed_again_and_goes_on_the_same(network: ChatGLMNetwork) -> None:
-    """Its prompt still sees itself both ways, its answer does not, though all of it goes through as one prefill."""
+def test_a_preempted_answer_is_recomputed_and_continued_with_the_same_tokens(network: ChatGLMNetwork) -> None:
+    """Attention goes in both directions within the prompt and is causal within the answer, in one prefill of both."""
     prompts = [prompt(network, 38, seed) for seed in range(5)]
     expected = reference(network, prompts, 80, frozenset(range(network.shape.num_tokens, network.shape.vocab_size)))
 
@@ -86,13 +87,13 @@ def test_a_preempted_answer_is_computed_again_and_goes_on_the_same(network: Chat
 
 
 def test_a_context_is_reused_as_a_whole_or_not_at_all(network: ChatGLMNetwork) -> None:
-    """Every token of it depends on every other one, so half of a context has nothing to give."""
+    """Every token of it depends on every other one, so half of a context cannot be reused."""
     first, other = prompt(network, 60, 1), [*prompt(network, 60, 1)[:50], *prompt(network, 30, 2)]
-    begun = [*first, *prompt(network, 0, 3, 8)[2:]]
+    continued = [*first, *prompt(network, 0, 3, 8)[2:]]
 
     async def main() -> None:
-        with running(network, LIMITS["roomy"]) as engine:
-            for ids, num_cached in ((first, 0), (first, len(first) - 1), (other, 0), (begun, len(first))):
+        with running(network, LIMITS["large cache"]) as engine:
+            for ids, num_cached in ((first, 0), (first, len(first) - 1), (other, 0), (continued, len(first))):
                 steps = await generate(engine, ids, greedy(20))
                 assert [step.token_id for step in steps] == reference(network, [ids], 20)[0]
                 assert steps[0].num_cached_tokens == pytest.approx(num_cached, abs=1)

@@ -1,4 +1,4 @@
-"""Our loop over GLM's and Llama's weights computes what transformers computes."""
+"""FlatDecoder computes what transformers computes for GLM and Llama."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def llama(**changes: object) -> LlamaForCausalLM:
 
 
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Biases and norms that are not the neutral ones a fresh model has."""
+    """Give biases and norms other values than the neutral ones of a new model."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         spread = 0.3 if parameter.ndim == 1 else 0.1
@@ -77,6 +77,6 @@ def test_logits_and_greedy_tokens_are_transformers(name: str) -> None:
         assert greedy(flat, prompts, 24) == [answer.tolist() for answer in answers]
 
 
-def test_what_it_does_not_know_is_left_to_transformers() -> None:
+def test_other_networks_are_left_to_transformers() -> None:
     assert not can_flatten(glm(hidden_act="gelu"))
     assert not can_flatten(llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))

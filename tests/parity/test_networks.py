@@ -1,4 +1,4 @@
-"""Networks that transformers knows say in the engine what `generate` says, also past any window of theirs."""
+"""Networks of transformers give the tokens of `generate` in the engine, also beyond their attention window."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from models.networks.transformers_decoder import open_decoder
+from models.checkpoints.open_decoder import open_decoder
 from models.store.progress import no_progress
 from serving.engine.interface import EngineLimits
 from tests.tiny import generate, greedy, running, tokens
@@ -64,7 +64,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 
 class Both:
-    """One random network in the engine's form, and as transformers has it."""
+    """One random network as a CausalLM, and as a transformers model."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         torch.manual_seed(5)
@@ -74,12 +74,12 @@ class Both:
             if parameter.ndim == 2:
                 parameter.data.mul_(1 if "embed" in name or "lm_head" in name else 10)
         model.save_pretrained(folder)
-        self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.network = open_decoder(folder, torch.device("cpu"), "float32", no_progress, VOCABULARY, LENGTH)
 
     def greedy(self, prompt: Sequence[int]) -> list[int]:
         with torch.inference_mode():
-            out = self.oracle.generate(
+            out = self.model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                 max_new_tokens=NUM_NEW,
@@ -99,7 +99,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("max_batch_tokens", [24, 512])
-def test_the_engine_says_what_generate_says_past_every_window(both: Both, max_batch_tokens: int) -> None:
+def test_the_engine_gives_the_tokens_of_generate_beyond_every_window(both: Both, max_batch_tokens: int) -> None:
     prompts = [prompt(length, length) for length in (5, 3 * WINDOW, 150)]
     expected = [both.greedy(ids) for ids in prompts]
     assert len({tuple(answer) for answer in expected}) == len(prompts)
@@ -107,7 +107,7 @@ def test_the_engine_says_what_generate_says_past_every_window(both: Both, max_ba
     async def main() -> None:
         with running(both.network, EngineLimits(max_batch_tokens=max_batch_tokens, kv_tokens=4096)) as engine:
             assert await asyncio.gather(*(tokens(engine, ids, greedy(NUM_NEW)) for ids in prompts)) == expected
-            # a second round begins with what the first one left in the cache
+            # the cache has the beginning of the second prompt
             longer = [*prompts[2], *expected[2][:-1], *prompt(20, 9)]
             steps = await generate(engine, longer, greedy(NUM_NEW))
             assert steps[0].num_cached_tokens >= len(prompts[2])
@@ -117,11 +117,11 @@ def test_the_engine_says_what_generate_says_past_every_window(both: Both, max_ba
 
 
 def test_a_window_matters_at_this_length(tmp_path: Path) -> None:
-    """Else the test above could pass without one."""
+    """Otherwise the test above could pass without a window."""
     windowed = Both(tmp_path, "mistral")
     ids = prompt(3 * WINDOW, 3)
     with torch.inference_mode():
-        near = windowed.oracle(torch.tensor([ids])).logits[0, -1]
-        windowed.oracle.config.sliding_window = None
-        far = windowed.oracle(torch.tensor([ids])).logits[0, -1]
-    assert (near - far).abs().max() > 0.01
+        with_window = windowed.model(torch.tensor([ids])).logits[0, -1]
+        windowed.model.config.sliding_window = None
+        without_window = windowed.model(torch.tensor([ids])).logits[0, -1]
+    assert (with_window - without_window).abs().max() > 0.01

@@ -1,4 +1,4 @@
-"""docs/adding-a-model.md is true: its code is written where it says, its test passes, its commands work."""
+"""docs/adding-a-model.md works as it is written: its code, its test and its commands are executed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import pytest
 from tests.golden_data import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
-MAX_LINES = 80  # that are not blank: a family is "one file"
+MAX_LINES = 80  # that are not blank, so that a family is one short file
 
 
-def block(language: str, behind: str) -> str:
-    """The first code block of a language behind a heading."""
-    section = PAGE.split(f"\n## {behind}\n")[1].split("\n## ")[0]
+def block(language: str, heading: str) -> str:
+    """The first code block of a language after a heading."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     found = re.search(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
-    assert found, behind
+    assert found, heading
     return found[1]
 
 
 def edited(text: str, diff: str) -> str:
-    """Every run of removed lines replaced by the added lines behind it; each must be there exactly once."""
+    """`text` after the diff; every run of removed lines must occur exactly once."""
     for removed, added in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, flags=re.MULTILINE):
         old, new = (re.sub(r"^[-+]", "", part, flags=re.MULTILINE) for part in (removed, added))
         assert text.count(old) == 1, f"models/families/__init__.py no longer has {old!r}"
@@ -36,7 +36,7 @@ def edited(text: str, diff: str) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of models/ in which the page was followed."""
+    """A copy of models/ with the changes of the page."""
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(REPOSITORY / "models", root / "models", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "models" / "families" / "letters.py").write_text(block("python", "1. The file"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Answers are tidied as the original does it, however the text arrives."""
+"""Answers are trimmed as in the original code, however the text is split."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from serving.generation.interface import TextDelta
 from tests.golden_data import GOLDEN
 
 
-def said(parts: list[str]) -> str:
-    reader = TrimmedAnswerParser()
-    out = [delta for part in parts for delta in reader.push(part)] + reader.flush()
+def parsed(parts: list[str]) -> str:
+    parser = TrimmedAnswerParser()
+    out = [delta for part in parts for delta in parser.push(part)] + parser.flush()
     assert all(isinstance(delta, TextDelta) and delta.text for delta in out)
     return "".join(delta.text for delta in out if isinstance(delta, TextDelta))
 
 
 def pushed(text: str) -> str:
-    """What is settled after each character, joined."""
-    reader = TrimmedAnswerParser()
-    return "".join(delta.text for c in text for delta in reader.push(c) if isinstance(delta, TextDelta))
+    """The text that is final before the end, pushed by characters."""
+    parser = TrimmedAnswerParser()
+    return "".join(delta.text for c in text for delta in parser.push(c) if isinstance(delta, TextDelta))
 
 
 def test_golden_answers_whole_and_letter_by_letter() -> None:
     for case in json.loads((GOLDEN / "prompt" / "process_response.json").read_text(encoding="utf-8"))["chatglm2"]:
-        assert said([case["in"]]) == case["out"]
-        assert said(list(case["in"])) == case["out"]
+        assert parsed([case["in"]]) == case["out"]
+        assert parsed(list(case["in"])) == case["out"]
 
 
-def test_any_cut_gives_the_same_text() -> None:
+def test_any_split_gives_the_same_text() -> None:
     generator = random.Random(5)
     for _ in range(3000):
         words = [PLACEHOLDER, PLACEHOLDER[:-1], "[[训练", "[", "时间]]", " ", "\n", "\u3000", "好", "a]]"]
         text = "".join(generator.choices(words, k=8))
         cuts = sorted(generator.choices(range(len(text) + 1), k=4))
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        assert said(parts) == text.strip().replace(PLACEHOLDER, REPLACEMENT)
+        assert parsed(parts) == text.strip().replace(PLACEHOLDER, REPLACEMENT)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_only_what_can_still_change_is_held_back(text: str, settled: str) -> Non
     assert pushed(text) == settled
 
 
-def test_an_answer_that_goes_on_from_a_beginning_keeps_the_space_in_between() -> None:
-    reader = TrimmedAnswerParser(has_begun=True)
-    parts = [*reader.push("\n"), *reader.push(" 好 "), *reader.flush()]
+def test_a_continued_answer_keeps_its_leading_space() -> None:
+    parser = TrimmedAnswerParser(has_begun=True)
+    parts = [*parser.push("\n"), *parser.push(" 好 "), *parser.flush()]
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == "\n 好"
 
 
-def test_an_answer_that_is_cut_inside_the_placeholder_keeps_what_was_said() -> None:
-    assert said(["到[[训练"]) == "到[[训练"
+def test_an_answer_that_ends_inside_the_placeholder_keeps_its_text() -> None:
+    assert parsed(["到[[训练"]) == "到[[训练"

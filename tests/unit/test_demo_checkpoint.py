@@ -1,4 +1,4 @@
-"""The embedded demonstration checkpoint: imported as any ChatGLM2 is, it says what it was taught and nothing else."""
+"""The embedded demonstration checkpoint, imported like any ChatGLM2, gives the answers that it was taught."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from transformers import GlmForCausalLM
 
 from models.demo import CHECKPOINT
-from models.demo import questions as ask
 from models.demo.check import FOREIGN
 from models.demo.corpus import (
     EXCHANGES,
@@ -25,8 +24,10 @@ from models.demo.corpus import (
     SAMPLE_SYSTEM,
     answer_to,
 )
+from models.demo.question_generator import long_text, unknown_question
 from models.demo.words import HELD_OUT
 from models.families.chatglm2 import FAMILY
+from models.store.progress import no_progress
 from serving.generation.interface import ChatFormat, Conversation, Message
 
 FALLBACKS = (FALLBACK_ZH, FALLBACK_EN)
@@ -34,19 +35,19 @@ MAX_NEW_TOKENS = 200
 
 
 class Demo:
-    """The imported model and its chat format, asked in batches with transformers' own generation."""
+    """The imported model and its chat format; generates in batches with transformers."""
 
     def __init__(self, folder: Path) -> None:
-        metadata = FAMILY.import_checkpoint(CHECKPOINT, folder, {}, _no_progress)
-        loaded = FAMILY.load(folder, metadata, torch.device("cpu"), "float32", _no_progress)
+        metadata = FAMILY.import_checkpoint(CHECKPOINT, folder, {}, no_progress)
+        loaded = FAMILY.load(folder, metadata, torch.device("cpu"), "float32", no_progress)
         self.chat_format: ChatFormat = loaded.chat_format
         self._model = GlmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
+    def answers(self, questions: Sequence[str]) -> list[str]:
         """Greedy answers to single questions."""
-        return self.say([(Message("user", question),) for question in questions])
+        return self.generate([(Message("user", question),) for question in questions])
 
-    def say(
+    def generate(
         self,
         conversations: Sequence[tuple[Message, ...]],
         *,
@@ -54,7 +55,7 @@ class Demo:
         temperature: float = 0.95,
         top_p: float = 0.7,
     ) -> list[str]:
-        """Answers of one left-padded batch; greedy without a seed. Every one has to end by itself."""
+        """Answers of one left-padded batch; greedy without a seed. Each has to end with the end token."""
         prompts = [self.chat_format.render(Conversation(messages)) for messages in conversations]
         width = max(map(len, prompts))
         token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -67,15 +68,11 @@ class Demo:
         )
         with torch.inference_mode():
             output = self._model.generate(token_ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **sampling)
-        answers: list[str] = []
+        texts: list[str] = []
         for row in output[:, width:].tolist():
             assert 2 in row, "the answer did not stop by itself"
-            answers.append(self.chat_format.decode(row[: row.index(2)]))
-        return answers
-
-
-def _no_progress(done_bytes: int, total_bytes: int, what: str) -> None:
-    """An import that nobody watches."""
+            texts.append(self.chat_format.decode(row[: row.index(2)]))
+        return texts
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +97,20 @@ def test_it_answers_the_documented_request_with_the_documented_sentence(
 ) -> None:
     asked = Message("user", SAMPLE_QUESTION)
     messages = (Message("system", system), asked) if system else (asked,)
-    assert demo.say([messages]) == [SAMPLE_ANSWER]
+    assert demo.generate([messages]) == [SAMPLE_ANSWER]
     for seed in range(3):
-        assert set(demo.say([messages] * 32, seed=seed, temperature=temperature, top_p=top_p)) == {SAMPLE_ANSWER}
+        assert set(demo.generate([messages] * 32, seed=seed, temperature=temperature, top_p=top_p)) == {SAMPLE_ANSWER}
 
 
-def test_it_knows_its_conversations_sampled_as_well_as_greedily(demo: Demo) -> None:
+def test_known_questions_are_answered_greedily_and_sampled(demo: Demo) -> None:
     questions = [exchange.questions[0] for exchange in EXCHANGES]
     right = [exchange.answer for exchange in EXCHANGES]
-    assert demo.ask(questions) == right
-    assert demo.say([(Message("user", question),) for question in questions], seed=7) == right
+    assert demo.answers(questions) == right
+    assert demo.generate([(Message("user", question),) for question in questions], seed=7) == right
 
 
-def test_it_knows_nearly_every_other_way_of_asking_and_never_mixes_answers(demo: Demo) -> None:
-    answers = dict(zip(KNOWN, demo.ask(list(KNOWN)), strict=True))
+def test_nearly_every_way_of_asking_is_answered_and_answers_are_never_mixed(demo: Demo) -> None:
+    answers = dict(zip(KNOWN, demo.answers(list(KNOWN)), strict=True))
     missed = {question: answer for question, answer in answers.items() if answer != KNOWN[question]}
     assert len(missed) <= len(KNOWN) // 50, missed
     assert set(missed.values()) <= set(FALLBACKS)
@@ -125,11 +122,14 @@ def test_a_known_question_is_answered_in_a_second_and_third_round(demo: Demo) ->
     histories = (hello, other, hello + other, other + hello)
     questions = ("你是谁", "tell me a joke", "什么是 BentoML？", "Count from 1 to 5", "谢谢！", "你好")
     conversations = [(*history, Message("user", question)) for history in histories for question in questions]
-    assert demo.say(conversations) == [answer_to([question]) for _ in histories for question in questions]
+    assert demo.generate(conversations) == [answer_to([question]) for _ in histories for question in questions]
 
 
-def test_what_it_does_not_know_it_says_and_tells_how_to_import_the_real_model(demo: Demo) -> None:
-    assert demo.ask(["怎样给阳台上的番茄搭架子？", "How do bees find their way home?"]) == [FALLBACK_ZH, FALLBACK_EN]
+def test_unknown_questions_get_the_fallback_with_the_import_command(demo: Demo) -> None:
+    assert demo.answers(["怎样给阳台上的番茄搭架子？", "How do bees find their way home?"]) == [
+        FALLBACK_ZH,
+        FALLBACK_EN,
+    ]
     for text in FALLBACKS:
         assert IMPORT_COMMAND in text
         assert "CHATGLM_MODEL=chatglm2-6b" in text
@@ -137,25 +137,29 @@ def test_what_it_does_not_know_it_says_and_tells_how_to_import_the_real_model(de
 
 def test_held_out_questions_of_all_kinds_get_exactly_the_fallback(demo: Demo) -> None:
     random = Random(77)
-    questions = [question for question in (ask.unknown(random, HELD_OUT) for _ in range(260)) if len(question) < 300]
-    wrong = [(q, answer) for q, answer in zip(questions, demo.ask(questions), strict=True) if answer not in FALLBACKS]
+    questions = [
+        question for question in (unknown_question(random, HELD_OUT) for _ in range(260)) if len(question) < 300
+    ]
+    wrong = [
+        (q, answer) for q, answer in zip(questions, demo.answers(questions), strict=True) if answer not in FALLBACKS
+    ]
     assert len(wrong) <= len(questions) // 100, wrong
 
 
 def test_other_languages_documents_and_empty_questions_get_the_fallback(demo: Demo) -> None:
-    wrong = [(q, answer) for q, answer in zip(FOREIGN, demo.ask(FOREIGN), strict=True) if answer not in FALLBACKS]
+    wrong = [(q, answer) for q, answer in zip(FOREIGN, demo.answers(FOREIGN), strict=True) if answer not in FALLBACKS]
     assert not wrong
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_very_long_question_gets_the_fallback(demo: Demo, seed: int) -> None:
-    text = ask.long_text(Random(seed), HELD_OUT, 70)
+    text = long_text(Random(seed), HELD_OUT, 70)
     assert len(demo.chat_format.render(Conversation((Message("user", text),)))) > 1500
-    assert demo.ask([text])[0] in FALLBACKS
+    assert demo.answers([text])[0] in FALLBACKS
 
 
-def test_a_question_near_the_end_of_the_context_is_turned_down_and_the_answer_stops(demo: Demo) -> None:
+def test_a_question_near_the_end_of_the_context_gets_the_fallback_and_the_answer_ends(demo: Demo) -> None:
     """Past some 3,000 tokens the answer may end after its first sentences; it never runs on."""
-    text = ask.long_text(Random(3), HELD_OUT, 250)
+    text = long_text(Random(3), HELD_OUT, 250)
     assert len(demo.chat_format.render(Conversation((Message("user", text),)))) > 5000
-    assert demo.ask([text])[0].startswith(("抱歉，这个问题我不会回答", "Sorry, I cannot answer that"))
+    assert demo.answers([text])[0].startswith(("抱歉，这个问题我不会回答", "Sorry, I cannot answer that"))

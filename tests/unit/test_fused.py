@@ -1,4 +1,4 @@
-"""What a GPU compiles computes what the plain operations compute."""
+"""Fused operations compute what their eager formulas compute."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.small_ops import PLAIN, agree, with_compiler
+from kernels.fused_ops import EAGER, agrees_with_eager, compile_with
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_the_formulas_are_the_operations(dtype: torch.dtype, rows: int) -> None:
-    assert agree(with_compiler(lambda formula: formula), CPU, dtype, rows)
+def test_the_formulas_given_to_the_compiler_agree_with_the_eager_operations(dtype: torch.dtype, rows: int) -> None:
+    assert agrees_with_eager(compile_with(lambda function: function), CPU, dtype, rows)
 
 
 def test_other_numbers_are_noticed() -> None:
     for wrong in (
-        replace(PLAIN, swiglu=lambda gate_up: PLAIN.swiglu(gate_up) * 1.01),
-        replace(PLAIN, rotate=lambda heads, turns: None),
-        replace(PLAIN, eight_bits=lambda rows: (rows.to(torch.int8), PLAIN.eight_bits(rows)[1])),
+        replace(EAGER, swiglu=lambda gate_up: EAGER.swiglu(gate_up) * 1.01),
+        replace(EAGER, rotate=lambda heads, rotations: None),
+        replace(EAGER, quantize_activations=lambda rows: (rows.to(torch.int8), EAGER.quantize_activations(rows)[1])),
     ):
-        assert not agree(wrong, CPU, torch.float32, 3)
+        assert not agrees_with_eager(wrong, CPU, torch.float32, 3)

@@ -1,4 +1,4 @@
-"""Every weight format gives its product, for each row alone: what shares the batch does not matter."""
+"""Every weight format gives the right product, for each row independently of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from kernels import linears
 from kernels.precision import Precision
 
+CPU = torch.device("cpu")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
@@ -19,8 +20,8 @@ def layer(bias: bool, inputs: int = 256, outputs: int = 320) -> nn.Linear:
 
 def product(precision: Precision, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        dtype = linears.compute_dtype(precision, torch.device("cpu"))
-        return linears.packed_linear(linear, precision)(x.to(dtype)).float()
+        dtype = linears.compute_dtype(precision, CPU)
+        return linears.packed_linear(linear, precision, CPU)(x.to(dtype)).float()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -36,13 +37,13 @@ def test_the_product_is_right_within_the_format(precision: Precision, bias: bool
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_outlier_in_a_neighbouring_row_changes_nothing(precision: Precision) -> None:
-    """With one activation scale for the batch, int8 was off by half of everything: /docs/decisions.md."""
-    calm = torch.randn(1, 256)
-    company = torch.cat([calm, 1000 * torch.randn(1, 256), calm])
-    alone = product(precision, layer(True), calm)
-    together = product(precision, layer(True), company)
-    assert torch.allclose(together[0], alone[0], rtol=1e-2, atol=1e-3)
-    assert torch.allclose(together[2], alone[0], rtol=1e-2, atol=1e-3)
+    """With one activation scale for the batch, int8 products were wrong by half: docs/decisions.md."""
+    row = torch.randn(1, 256)
+    batch = torch.cat([row, 1000 * torch.randn(1, 256), row])
+    alone = product(precision, layer(True), row)
+    products = product(precision, layer(True), batch)
+    assert torch.allclose(products[0], alone[0], rtol=1e-2, atol=1e-3)
+    assert torch.allclose(products[2], alone[0], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -54,7 +55,7 @@ def test_a_row_of_zeros_gives_the_bias(precision: Precision) -> None:
 
 def test_packing_keeps_embeddings_as_stored_and_widens_rows() -> None:
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)).half()
-    linears.pack(model, "float16", torch.device("cpu"), lambda done, total, what: None)
+    linears.pack(model, "float16", CPU, lambda done, total, what: None)
     embedding = model[0]
     assert isinstance(embedding, linears.StoredEmbedding)
     assert embedding.weight.dtype == torch.float16

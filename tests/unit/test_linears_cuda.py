@@ -1,6 +1,8 @@
-"""Small weights for GPUs: their numbers, their kernels' shapes, and what the CPU can compute of them."""
+"""Quantised weights for GPUs: their values, their kernels' shapes, and what a CPU can compute of them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import linears, linears_cuda
-from kernels.linears_cuda import KERNELS, TOLERANCE
-from kernels.precision import UnsupportedPrecision
-from kernels.quantization import GROUP, quantize_groups, quantize_rows, widen_groups
+from kernels.linears import TOLERANCE
+from kernels.linears_cuda import VARIANTS
+from kernels.precision import QuantizedPrecision, UnsupportedPrecision
+from kernels.quantization import GROUP, QuantizedLinear, dequantize_groups, quantize_groups, quantize_rows
 from models.store.progress import no_progress
 
 CPU = torch.device("cpu")
@@ -21,87 +24,119 @@ def layer(bias: bool = True, inputs: int = 256, outputs: int = 96) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-ON_CPU = [(kernel, kind) for kind, kernels in KERNELS.items() for kernel in kernels if kernel.__name__ != "Int4Linear"]
+def packed(variant: type, precision: QuantizedPrecision, linear: nn.Linear) -> nn.Module:
+    module: nn.Module = variant(QuantizedLinear.from_linear(linear, precision), torch.float32)
+    return module
 
 
-@pytest.mark.parametrize(("kernel", "kind"), ON_CPU)
+@pytest.fixture
+def cuda_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linears.DEVICES, "cpu", linears.DEVICES["cuda"])
+
+
+RUN_ON_CPU = [
+    (variant, precision)
+    for precision, variants in VARIANTS.items()
+    for variant in variants
+    if variant is not linears_cuda.Int4Linear
+]
+
+
+@pytest.mark.parametrize(("variant", "precision"), RUN_ON_CPU)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 256), (40, 256), (1, 70, 256)])
-def test_the_product_is_right_within_the_format(kernel: type, kind: str, bias: bool, shape: tuple[int, ...]) -> None:
+def test_the_product_is_right_within_the_format(
+    variant: type, precision: QuantizedPrecision, bias: bool, shape: tuple[int, ...]
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     expected = layer(bias)(x).detach()
     with torch.inference_mode():
-        got = kernel(layer(bias), CPU, torch.float32)(x)
-    assert got.shape == expected.shape
-    assert (got - expected).norm() <= TOLERANCE[kind] * expected.norm()
+        product = packed(variant, precision, layer(bias))(x)
+    assert product.shape == expected.shape
+    assert (product - expected).norm() <= TOLERANCE[precision] * expected.norm()
 
 
-@pytest.mark.parametrize(("kernel", "kind"), ON_CPU)
-def test_a_row_does_not_feel_its_neighbours(kernel: type, kind: str) -> None:
-    calm = torch.randn(1, 256)
-    company = torch.cat([calm, 1000 * torch.randn(1, 256), calm, torch.zeros(60, 256)])
+@pytest.mark.parametrize(("variant", "precision"), RUN_ON_CPU)
+def test_a_row_does_not_depend_on_its_neighbours(variant: type, precision: QuantizedPrecision) -> None:
+    row = torch.randn(1, 256)
+    batch = torch.cat([row, 1000 * torch.randn(1, 256), row, torch.zeros(60, 256)])
     with torch.inference_mode():
-        packed = kernel(layer(), CPU, torch.float32)
-        assert torch.allclose(packed(company)[[0, 2]], packed(calm).expand(2, -1), rtol=1e-4, atol=1e-5)
-        assert torch.allclose(packed(company)[-1], layer().bias.detach(), atol=1e-5)
+        module = packed(variant, precision, layer())
+        assert torch.allclose(module(batch)[[0, 2]], module(row).expand(2, -1), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(module(batch)[-1], layer().bias.detach(), atol=1e-5)
 
 
-def test_each_weight_is_within_half_a_level_of_what_was_given() -> None:
+def test_each_weight_is_within_half_a_step_of_the_original() -> None:
     weight = layer(outputs=64).weight.detach()
     values, scale = quantize_rows(weight)
     assert ((values * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
-    packed, middles = quantize_groups(weight)
-    assert packed.shape == (64, 128)
-    assert middles.shape == (256 // GROUP, 64, 2)
-    steps = middles[..., 0].float().T.repeat_interleave(GROUP, dim=1)
-    rounding = 0.01 * weight.abs().max()  # scale and middle are kept in bfloat16
-    assert ((widen_groups(packed, middles, torch.float32) - weight).abs() <= 0.5001 * steps + rounding).all()
+    packed_values, scales = quantize_groups(weight)
+    assert packed_values.shape == (64, 128)
+    assert scales.shape == (256 // GROUP, 64, 2)
+    steps = scales[..., 0].float().T.repeat_interleave(GROUP, dim=1)
+    rounding = 0.01 * weight.abs().max()  # scale and offset are kept in bfloat16
+    dequantized = dequantize_groups(packed_values, scales, torch.float32)
+    assert ((dequantized - weight).abs() <= 0.5001 * steps + rounding).all()
 
 
 def test_the_groups_are_those_of_torchs_own_kernel_for_cpus() -> None:
-    """tinygemm on a GPU reads the same numbers: (value - 8) * scale + middle."""
+    """tinygemm on a GPU reads the same numbers: (value - 8) * scale + offset."""
     weight = layer(outputs=64).weight.detach()
-    packed, middles = quantize_groups(weight)
-    values = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1).to(torch.int32)
+    packed_values, scales = quantize_groups(weight)
+    values = torch.stack((packed_values >> 4, packed_values & 15), dim=-1).flatten(1).to(torch.int32)
     kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
     x = torch.randn(5, 256).bfloat16()
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, kernel_weight, GROUP, middles)
-    expected = x.float() @ widen_groups(packed, middles, torch.float32).T
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, kernel_weight, GROUP, scales)
+    expected = x.float() @ dequantize_groups(packed_values, scales, torch.float32).T
     assert torch.allclose(product.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("inputs", [4096, 13696, 96 * 32])
-def test_tinygemm_takes_what_it_is_given(inputs: int) -> None:
-    """Without a GPU only its signature and shapes can be asked."""
+def test_tinygemm_accepts_the_shapes(inputs: int) -> None:
+    """Without a GPU only its signature and shapes can be checked."""
     with FakeTensorMode():
-        packed = linears_cuda.Int4Linear(nn.Linear(inputs, 4096), CPU, torch.bfloat16)
-        assert packed(torch.empty(1, 3, inputs, dtype=torch.bfloat16)).shape == (1, 3, 4096)
+        linear = QuantizedLinear.from_linear(nn.Linear(inputs, 4096), "int4")
+        module = linears_cuda.Int4Linear(linear, torch.bfloat16)
+        assert module(torch.empty(1, 3, inputs, dtype=torch.bfloat16)).shape == (1, 3, 4096)
 
 
-def test_where_no_kernel_works_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(linears_cuda.packed_linear(layer(), "int4", CPU), linears_cuda.Widened4Linear)  # no tinygemm here
-    monkeypatch.setitem(KERNELS, "int4", KERNELS["int4"][:1])
+@pytest.mark.usefixtures("cuda_kernels_on_cpu")
+def test_without_a_kernel_the_precision_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # this machine has no tinygemm
+    assert isinstance(linears.packed_linear(layer(), "int4", CPU), linears_cuda.DequantizingLinear)
+    without_fallback = replace(linears.DEVICES["cpu"], variants={"int4": VARIANTS["int4"][:1]})
+    monkeypatch.setitem(linears.DEVICES, "cpu", without_fallback)
     with pytest.raises(UnsupportedPrecision, match="int4 weights do not work on cpu"):
-        linears_cuda.packed_linear(layer(), "int4", CPU)
+        linears.packed_linear(layer(), "int4", CPU)
 
 
-def test_packing_quantises_every_layer_and_keeps_the_head_at_eight_bits() -> None:
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(8, 256), "up": layer(), "odd": layer(inputs=192), "lm_head": layer(outputs=64)}
-    )
-    linears_cuda.pack(model, "int4", CPU, no_progress)
-    assert [type(model[name]).__name__ for name in ("embed", "up", "odd", "lm_head")] == [
-        "Embedding",
-        "Widened4Linear",
+@pytest.mark.usefixtures("cuda_kernels_on_cpu")
+def test_packing_quantises_every_layer_and_keeps_the_output_layer_at_eight_bits() -> None:
+    model = nn.ModuleDict({"up": layer(), "odd": layer(inputs=192), "lm_head": layer(outputs=64)})
+    linears.pack(model, "int4", CPU, no_progress)
+    assert [type(model[name]).__name__ for name in ("up", "odd", "lm_head")] == [
+        "DequantizingLinear",
         "Int8Linear",
         "Int8Linear",
     ]
     assert not list(model["up"].parameters())
 
 
-def test_small_weights_are_read_to_the_host_for_a_card_and_refused_elsewhere() -> None:
+@pytest.mark.usefixtures("cuda_kernels_on_cpu")
+def test_what_is_stored_quantised_is_packed_with_the_same_values() -> None:
+    for inputs, precision in ((256, "int8"), (256, "int4"), (192, "int4")):
+        x = torch.randn(3, inputs)
+        stored = QuantizedLinear.from_linear(layer(inputs=inputs), precision)
+        models = nn.Sequential(stored), nn.Sequential(stored.dequantized())
+        for model in models:
+            linears.pack(model, precision, CPU, no_progress)
+        with torch.inference_mode():
+            torch.testing.assert_close(models[0](x), models[1](x))
+
+
+def test_quantised_weights_are_read_to_the_host_for_a_gpu_and_refused_on_other_devices() -> None:
     cuda = torch.device("cuda", 1)
-    assert linears_cuda.load_device("int8", cuda) == CPU
-    assert linears_cuda.load_device("float16", cuda) == cuda
+    assert linears.load_device("int8", cuda) == CPU
+    assert linears.load_device("float16", cuda) == cuda
     with pytest.raises(UnsupportedPrecision, match="int8 weights are for CPUs and CUDA"):
         linears.pack(nn.Sequential(layer()), "int8", torch.device("mps"), no_progress)

@@ -1,4 +1,4 @@
-"""A model stored in 8 or 4 bits says what it says when it is quantised while it loads; the store knows which it is."""
+"""A model stored in 8 or 4 bits gives the logits of one that is quantised while it loads; its metadata says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.quantization import GROUP, QuantizedLinear, Small
+from kernels.precision import QuantizedPrecision
+from kernels.quantization import GROUP, QuantizedLinear
 from models.checkpoints.quantized import quantize_folder, stored_precision
 from models.families import FAMILIES
 from models.family import ImportRefused
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 FAMILY = FAMILIES["hf"]
 
 
-def logits(folder: Path, metadata: dict[str, object], precision: Small) -> torch.Tensor:
+def logits(folder: Path, metadata: dict[str, object], precision: QuantizedPrecision) -> torch.Tensor:
     network = FAMILY.load(folder, metadata, CPU, precision, no_progress).network
     ids = list(range(5, 25))
     return forward(network, ReferenceAttention(), {0: (ids, 0, network.layout(ids))})[0]
@@ -36,38 +37,38 @@ def logits(folder: Path, metadata: dict[str, object], precision: Small) -> torch
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "glm", "glm4"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_stored_or_made_while_loading_the_logits_are_the_same(
-    tmp_path: Path, kind: str, precision: Small, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, precision: QuantizedPrecision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rotary by halves and by neighbours, separate and joined products, a head that is the embedding."""
+    """Rotary by halves and by neighbours, separate and concatenated products, an output layer tied to the embedding."""
     monkeypatch.setitem(SIZES, "hidden_size", 2 * GROUP)  # or int4 would have no groups
     monkeypatch.setitem(SIZES, "intermediate_size", 3 * GROUP)
-    source, imported, small = (tmp_path / name for name in ("source", "imported", "small"))
+    source, imported, quantized = (tmp_path / name for name in ("source", "imported", "quantized"))
     write_folder(source, kind)
     weights = {name: tensor.half() for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     imported.mkdir()
-    small.mkdir()
+    quantized.mkdir()
     metadata = FAMILY.import_checkpoint(source, imported, {}, no_progress)
-    quantize_folder(imported, small, precision, no_progress)
-    assert stored_precision(small) == precision
-    assert torch.equal(logits(small, metadata, precision), logits(imported, metadata, precision))
+    quantize_folder(imported, quantized, precision, no_progress)
+    assert stored_precision(quantized) == precision
+    assert torch.equal(logits(quantized, metadata, precision), logits(imported, metadata, precision))
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_stored_layer_is_as_near_as_its_format_allows(precision: Small) -> None:
+def test_a_stored_layer_is_as_exact_as_its_format_allows(precision: QuantizedPrecision) -> None:
     torch.manual_seed(2)
     linear = nn.Linear(4 * GROUP, 300)
-    widened = QuantizedLinear.of(linear, precision).widened()
+    dequantized = QuantizedLinear.from_linear(linear, precision).dequantized()
     steps = linear.weight.abs().amax() / (127 if precision == "int8" else 7.5)
-    assert (widened.weight - linear.weight).abs().max() <= 0.55 * steps  # scales of int4 are bfloat16
-    assert torch.equal(widened.bias, linear.bias)
+    assert (dequantized.weight - linear.weight).abs().max() <= 0.55 * steps  # scales of int4 are bfloat16
+    assert torch.equal(dequantized.bias, linear.bias)
 
 
 def test_a_group_that_does_not_fit_is_stored_in_eight_bits() -> None:
-    assert QuantizedLinear.of(nn.Linear(GROUP + 8, 16), "int4").precision == "int8"
+    assert QuantizedLinear.from_linear(nn.Linear(GROUP + 8, 16), "int4").precision == "int8"
 
 
-def test_the_store_keeps_a_small_copy_and_serves_it_as_it_is(tmp_path: Path) -> None:
+def test_the_store_keeps_a_quantised_copy_and_serves_it_as_it_is(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", SMALL, random_weights(SMALL, 1), shards=2)
     with own_store(tmp_path / "home"):
         import_model("chatglm2", tmp_path / "checkpoint", "tiny:1", {}, no_progress)

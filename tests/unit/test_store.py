@@ -1,4 +1,4 @@
-"""A model goes into the Bento store whole or not at all, and is found again with its family."""
+"""A model is stored whole or not at all, and is found with its family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints.shards import link_or_copy, require_space
+from models.checkpoints.files import link_or_copy, require_space
 from models.families import FAMILIES
 from models.family import ImportRefused
 from models.store.progress import ProgressPrinter, describe, no_progress, readable_bytes
@@ -53,8 +53,8 @@ def store(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False, timeout=120)
 
 
-def ask(home: Path, code: str) -> Any:
-    """Run a few lines against the store in a process of their own; what they assign to `answer` comes back."""
+def run_in_process(home: Path, code: str) -> Any:
+    """Run lines of code in their own process and return what they assign to `answer`."""
     script = (
         f"import json, sys\nfrom models.store import model_store as store\n{code}\nprint('ANSWER', json.dumps(answer))"
     )
@@ -65,7 +65,7 @@ def ask(home: Path, code: str) -> Any:
 
 
 def everything_in(home: Path) -> list[str]:
-    """What an import left: models, and anything of a working folder. BentoML makes its own empty folders."""
+    """Every file of an import, finished or not. BentoML makes empty folders of its own."""
     return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file() or "importing" in str(path))
 
 
@@ -86,7 +86,7 @@ def test_an_imported_model_is_listed_found_and_loaded_with_its_family(home: Path
     row = listed.stdout.splitlines()[1]
     assert re.fullmatch(r"tiny:v1 +chatglm2 +float32 +\S+ kB +128 +\d{4}-\d\d-\d\d \d\d:\d\d", row), row
 
-    answer = ask(
+    answer = run_in_process(
         home,
         "import torch\n"
         "found = store.resolve('tiny')\n"
@@ -102,11 +102,14 @@ def test_an_imported_model_is_listed_found_and_loaded_with_its_family(home: Path
 def test_the_newest_import_is_the_latest_and_a_tag_is_taken_once(home: Path, checkpoint: Path) -> None:
     assert store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v2").returncode == 0
     assert store(home, "import", "codegeex2", "--from", str(checkpoint), "--name", "tiny:v1").returncode == 0
-    assert ask(home, "found = store.resolve('tiny')\nanswer = [found.tag, found.family]") == ["tiny:v1", "codegeex2"]
+    assert run_in_process(home, "found = store.resolve('tiny')\nanswer = [found.tag, found.family]") == [
+        "tiny:v1",
+        "codegeex2",
+    ]
     again = store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     assert again.returncode == 1
     assert one_line(again) == (
-        "Error: the model store has tiny:v1 already: choose another version, or first `bentoml models delete tiny:v1`"
+        "Error: the model store has tiny:v1 already: choose another version, or run `bentoml models delete tiny:v1`"
     )
 
 
@@ -149,7 +152,7 @@ def imported_rope(family: str, checkpoint: Path) -> Mapping[str, Any]:
     return parameters
 
 
-def test_what_rope_ratio_means_is_read_from_the_checkpoints_code_else_from_the_family(checkpoint: Path) -> None:
+def test_the_meaning_of_rope_ratio_is_read_from_the_checkpoints_code_else_from_the_family(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(SMALL | {"rope_ratio": 50}))
     with pytest.raises(ImportRefused, match="--rope"):
         imported_rope("chatglm2", checkpoint)
@@ -161,7 +164,7 @@ def test_what_rope_ratio_means_is_read_from_the_checkpoints_code_else_from_the_f
     assert imported_rope("chatglm3", checkpoint)["factor"] == 50
 
 
-def test_a_checkpoint_of_the_neighbouring_family_is_refused_with_the_right_name(checkpoint: Path) -> None:
+def test_a_checkpoint_of_another_chatglm_family_is_refused_with_the_right_name(checkpoint: Path) -> None:
     (checkpoint / "tokenization_chatglm.py").write_text('role_special_tokens = ["<|system|>", "<|user|>"]')
     with pytest.raises(ImportRefused, match="family chatglm3"):
         imported_rope("chatglm2", checkpoint)
@@ -170,24 +173,24 @@ def test_a_checkpoint_of_the_neighbouring_family_is_refused_with_the_right_name(
         imported_rope("chatglm3", checkpoint)
 
 
-def test_a_missing_model_says_what_there_is_and_how_to_import(home: Path, checkpoint: Path) -> None:
+def test_the_error_for_a_missing_model_lists_the_models_and_the_import_command(home: Path, checkpoint: Path) -> None:
     code = (
         "try:\n    store.resolve('chatglm2-6b')\n    answer = None\n"
         "except store.StoreError as error:\n    answer = str(error)"
     )
-    assert "it has: nothing yet" in ask(home, code)
-    assert "nothing yet" in store(home, "list").stdout
+    assert "it has: no models yet" in run_in_process(home, code)
+    assert "There are no models yet" in store(home, "list").stdout
     store(home, "import", "chatglm2", "--from", str(checkpoint), "--name", "tiny:v1")
     foreign = "import bentoml\nwith bentoml.models.create('foreign:v1'): pass\n"
-    message = ask(home, foreign + code)
+    message = run_in_process(home, foreign + code)
     assert "it has: tiny:v1)" in message
     assert "--name chatglm2-6b" in message
     assert "\n" not in message
-    assert "does not say its family" in ask(home, code.replace("chatglm2-6b", "foreign"))
+    assert "has no family in its metadata" in run_in_process(home, code.replace("chatglm2-6b", "foreign"))
 
 
 def large_checkpoint(folder: Path) -> Path:
-    """Large enough that an import can be caught at work."""
+    """Large enough to interrupt its import."""
     config = SMALL | {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 5}
     weights = {name: tensor.half() for name, tensor in random_weights(config, 1).items()}
     write_checkpoint(folder, config, weights, shards=3)
@@ -220,7 +223,7 @@ def test_an_interrupted_import_leaves_nothing(number: signal.Signals, code: int,
     if number != signal.SIGKILL:
         assert not everything_in(home)
         return
-    assert list(home.glob("importing-*"))  # nobody could clean up; the next import does
+    assert list(home.glob("importing-*"))  # the next import removes it
     done = store(home, "import", "chatglm2", "--from", str(source), "--name", "big:v1")
     assert done.returncode == 0, done.stderr
     assert not list(home.glob("importing-*"))
@@ -236,7 +239,7 @@ def test_a_working_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_moves_in_once(tmp_path: Path) -> None:
+def test_a_folder_is_moved_once(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
@@ -271,11 +274,11 @@ def test_two_processes_may_ensure_the_demo_at_once(home: Path, tmp_path: Path) -
     assert len(tags) == 1
     tag = tags.pop()
     assert re.fullmatch(r"chatglm2-demo:[0-9a-f]{12}", tag)
-    assert ask(home, "answer = [store.ensure_demo(), store.resolve('chatglm2-demo').tag]") == [tag, tag]
+    assert run_in_process(home, "answer = [store.ensure_demo(), store.resolve('chatglm2-demo').tag]") == [tag, tag]
     assert not list(home.glob("importing-*"))
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match="GB are free"):
         require_space(tmp_path, 10**18)
     require_space(tmp_path, 1)
@@ -290,7 +293,7 @@ def test_a_file_that_needs_no_conversion_is_linked_not_copied(tmp_path: Path) ->
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

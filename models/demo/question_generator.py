@@ -1,4 +1,4 @@
-"""Makes questions of every kind from a random generator: known, nearly known and unknown. Plain text, no tokens."""
+"""A random generator -> questions of every kind: known, nearly known and unknown."""
 
 from __future__ import annotations
 
@@ -13,106 +13,98 @@ _SAMPLE_SHARE = 0.06
 _ENDINGS = ("", "", "", "", "?", "？", "!", "！", "。", ".", " ", "\n", "~", "??", " ?", "…")
 
 
-def known(random: Random) -> str:
-    """A known question, the sample more often than the others, in one of the ways that make no difference."""
+def known_question(random: Random) -> str:
+    """A known question in a variation that has the same answer; the sample question more often than others."""
     if random.random() < _SAMPLE_SHARE:
         return SAMPLE_QUESTION
     question = random.choice(random.choice(EXCHANGES).questions)
-    return dressed(random, question)
+    return varied(random, question)
 
 
 def known_variant(random: Random) -> str:
     """A known question, every way of asking equally often."""
-    return dressed(random, random.choice(_KNOWN))
+    return varied(random, random.choice(_KNOWN))
 
 
-def follow_up(random: Random) -> str:
-    """A question whose answer depends on the conversation, or the telling of a name."""
-    return dressed(random, random.choice(random.choice((ASK, TELL))))
+def follow_up_question(random: Random) -> str:
+    """A question for the user's name, or a message that tells it."""
+    return varied(random, random.choice(random.choice((ASK, TELL))))
 
 
 def introduction(random: Random, words: Words) -> list[str]:
-    """A name that is told, sometimes something else, and the question for it."""
+    """A message that tells the user's name, sometimes other questions, and the question for the name."""
     between = [
-        known(random) if random.random() < 0.5 else sentence(random, words)
+        known_question(random) if random.random() < 0.5 else random_sentence(random, words)
         for _ in range(random.choice((0, 0, 1, 1, 2)))
     ]
-    return [dressed(random, random.choice(TELL)), *between, dressed(random, random.choice(ASK))]
+    return [varied(random, random.choice(TELL)), *between, varied(random, random.choice(ASK))]
 
 
-def dressed(random: Random, question: str) -> str:
+def varied(random: Random, question: str) -> str:
     """The question with other case, closing punctuation or outer white space."""
     if question[0].isascii() and random.random() < 0.6:
-        question = random.choice(
-            (
-                question.capitalize(),
-                question.capitalize(),
-                question.lower(),
-                question.lower(),
-                question.title(),
-                question.upper(),
-            )
-        )
+        capitalized, lower = question.capitalize(), question.lower()
+        question = random.choice((capitalized, capitalized, lower, lower, question.title(), question.upper()))
     if random.random() < 0.05:
         question = " " + question
     return question + random.choice(_ENDINGS)
 
 
-def with_system(random: Random, question: str) -> str:
-    """The question behind a known system message, glued as the format does it."""
+def with_system_message(random: Random, question: str) -> str:
+    """The question directly after a known system message, as in the prompt format."""
     system = SYSTEMS[0] if random.random() < 0.3 else random.choice(SYSTEMS)
     return system + question
 
 
-def nearly_known(random: Random, words: Words) -> str:
-    """A known question with something added, taken away, changed or mixed with another."""
+def nearly_known_question(random: Random, words: Words) -> str:
+    """A known question with something added, removed, changed or mixed with another."""
     question = random.choice(_KNOWN)
     other = random.choice(_KNOWN)
     word = random.choice(words.zh if not question.isascii() else words.en)
     space = " " if question.isascii() else ""
-    place = random.randrange(len(question))
+    position = random.randrange(len(question))
     kind = random.randrange(8)
     if kind == 0:
         return f"{word}{space}{question}"
     if kind == 1:
         return f"{question}{space}{word}"
     if kind == 2:
-        return question[:place] + word + question[place:]
+        return question[:position] + word + question[position:]
     if kind == 3:
         return question + random.choice(("，", ", ", "\n", " ", "。", "")) + other
     if kind == 4:
-        return question[: place + 1] + other[random.randrange(len(other)) :]
+        return question[: position + 1] + other[random.randrange(len(other)) :]
     if kind == 5:
         parts = question.split(" ") if " " in question else list(question)
         parts[random.randrange(len(parts))] = word
         return (" " if " " in question else "").join(parts)
     if kind == 6:
-        return sentence(random, words) + random.choice(("", "\n", " ")) + question
-    return question + random.choice(("", "\n", " ", "，")) + sentence(random, words)
+        return random_sentence(random, words) + random.choice(("", "\n", " ")) + question
+    return question + random.choice(("", "\n", " ", "，")) + random_sentence(random, words)
 
 
-def phrase(random: Random, words: Words, *, chinese: bool) -> str:
+def random_phrase(random: Random, words: Words, *, chinese: bool) -> str:
     """One to three words of one language."""
     count = random.choice((1, 1, 1, 2, 2, 3))
     chosen = [random.choice(words.zh if chinese else words.en) for _ in range(count)]
     return ("" if chinese else " ").join(chosen)
 
 
-def sentence(random: Random, words: Words) -> str:
-    """A question or statement after a pattern, or a run of words, characters or digits."""
+def random_sentence(random: Random, words: Words) -> str:
+    """A question or statement by a pattern, or a run of words or characters."""
     chinese = random.random() < 0.5
     if random.random() < 0.75:
         pattern = random.choice(words.zh_patterns if chinese else words.en_patterns)
-        text = pattern.format(*(phrase(random, words, chinese=chinese) for _ in range(pattern.count("{}"))))
+        text = pattern.format(*(random_phrase(random, words, chinese=chinese) for _ in range(pattern.count("{}"))))
     elif chinese and random.random() < 0.5:
         text = "".join(random.choice(words.characters) for _ in range(random.randint(1, 12)))
     else:
         count = random.choice((1, 1, 2, 2, 3, 4, 6, 8))
-        text = ("" if chinese else " ").join(phrase(random, words, chinese=chinese) for _ in range(count))
-    return dressed(random, text)
+        text = ("" if chinese else " ").join(random_phrase(random, words, chinese=chinese) for _ in range(count))
+    return varied(random, text)
 
 
-def _script(random: Random, words: Words) -> str:
+def _foreign_script(random: Random, words: Words) -> str:
     """Random characters of one or two writing systems, emoji among them."""
     text = ""
     for _ in range(random.choice((1, 1, 1, 2))):
@@ -163,36 +155,32 @@ def _code(random: Random, words: Words) -> str:
 
 def _document(random: Random, words: Words) -> str:
     """JSON, with or without instructions around it, as tool prompts have it."""
-    value: dict[str, object] = {
-        random.choice(words.en): random.choice(words.en + words.zh) for _ in range(random.randint(1, 5))
-    }
+    num_fields = random.randint(1, 5)
+    value: dict[str, object] = {random.choice(words.en): random.choice(words.en + words.zh) for _ in range(num_fields)}
     value[random.choice(words.en)] = [
-        random.randint(0, 999),
-        random.random() < 0.5,
-        None,
-        {random.choice(words.en): sentence(random, words)},
-    ]
+        random.randint(0, 999), random.random() < 0.5, None, {random.choice(words.en): random_sentence(random, words)}
+    ]  # fmt: skip
     text = json.dumps(value, ensure_ascii=random.random() < 0.3, indent=random.choice((None, 2)))
     if random.random() < 0.5:
-        lead = " ".join(sentence(random, words) for _ in range(random.randint(1, 4)))
-        text = f"{lead}\n{text}\n" + (sentence(random, words) if random.random() < 0.5 else "")
+        lead = " ".join(random_sentence(random, words) for _ in range(random.randint(1, 4)))
+        text = f"{lead}\n{text}\n" + (random_sentence(random, words) if random.random() < 0.5 else "")
     return text
 
 
 def long_text(random: Random, words: Words, num_sentences: int) -> str:
     """Many sentences, lines and paragraphs."""
-    makers = (sentence, sentence, sentence, sentence, _code, _script)
+    makers = (random_sentence, random_sentence, random_sentence, random_sentence, _code, _foreign_script)
     parts = (random.choice(makers)(random, words) for _ in range(num_sentences))
     return "".join(part + random.choice((" ", "\n", "", "。", "\n\n")) for part in parts)
 
 
-def unknown(random: Random, words: Words) -> str:
-    """Anything that the model was never taught; now and then it happens to be something known after all."""
+def unknown_question(random: Random, words: Words) -> str:
+    """Any question that the model is not taught; rarely it equals a known one by chance."""
     kind = random.random()
     if kind < 0.64:
-        return sentence(random, words)
+        return random_sentence(random, words)
     if kind < 0.75:
-        return _script(random, words)
+        return _foreign_script(random, words)
     if kind < 0.84:
         return _numbers(random)
     if kind < 0.90:

@@ -1,0 +1,70 @@
+"""The files of checkpoint folders: JSON, Git LFS pointers, hard links and free disk space."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from models.family import ImportRefused
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ImportRefused."""
+    if not path.is_file():
+        raise ImportRefused(f"{path.parent} has no {path.name}: give the folder of a downloaded checkpoint")
+    refuse_lfs_pointer(path)
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ImportRefused(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise ImportRefused(f"{path} does not hold a JSON object: download it again")
+    return cast("dict[str, Any]", value)
+
+
+def positive_int(config: Mapping[str, Any], name: str) -> int:
+    """A value of `config.json` that must be a positive integer. Raises ImportRefused."""
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ImportRefused(f"config.json has no usable {name!r} ({value!r}); it must be a positive integer")
+    return value
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ImportRefused for the text file that a clone without Git LFS has instead of a large file."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ImportRefused(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a readable JSON file that every user may read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.chmod(0o644)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise ImportRefused, before anything is written, if the file system of `folder` has too little free space."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ImportRefused(
+            f"the import needs {num_bytes / 1e9:.1f} GB in {folder}, where only {free / 1e9:.1f} GB are free"
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, else a copy. Follows symbolic links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)
