@@ -1,4 +1,4 @@
-"""Text of events -> bytes of a server-sent event stream, and JSON text that survives every client's line splitter."""
+"""Events' JSON text -> bytes of a server-sent event stream; JSON that no client's line splitter breaks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def event(data: str) -> bytes:
 
 
 def events(data: list[str]) -> bytes:
-    """Several events as one piece, so that they cost one send."""
+    """Several events as one message, so that they cost one send."""
     return "".join([f"data: {item}\n\n" for item in data]).encode()
 
 

@@ -6,7 +6,6 @@ from serving.engine.interface import EngineStopped, NotFinite, OutOfMemory, Requ
 from serving.generation.interface import PromptError
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down
-from serving.safe_traceback import where_from
 
 
 def model_not_found(name: str) -> APIError:
@@ -92,13 +91,3 @@ def from_exception(error: Exception) -> APIError:
             return not_finite()
         case _:
             return internal_error()
-
-
-def trace(error: Exception, failure: APIError) -> str:
-    """Where an exception came from, for the log: type and places, without its message, which may quote a prompt.
-
-    Empty for all but a 500: a 503 is a state of the server and has no place in the code.
-    """
-    if failure.status != 500:
-        return ""
-    return "\n" + where_from(error)

@@ -85,7 +85,7 @@ def create_app(
         routes.append(Route("/{path:path}", _Unrouted(tuple(routes))))
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(ErrorMiddleware)],
+        middleware=[Middleware(ErrorMiddleware, to_api_error=errors.from_exception)],
         exception_handlers={HTTPException: _http_exception},
     )
     app.router.redirect_slashes = False

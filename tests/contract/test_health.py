@@ -1,4 +1,4 @@
-"""Keys, health, the way out, clients that leave, and what is written down of it all."""
+"""API keys, health, shutdown, clients that disconnect, and what logs, metrics and traces say of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serving.engine.interface import EngineLimits
 from serving.http.access_log import AccessLog, to_fields
 from serving.http.access_middleware import RouteNames
 from serving.worker.tracing import Tracing
-from serving.worker.uvicorn_adapter import IdleConnections
+from serving.worker.uvicorn_adapter import UvicornServer
 from tests.contract.guarded import CHAT, Guarded, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
 
@@ -56,10 +56,10 @@ def test_too_many_or_too_large_headers_are_a_431(headers: dict[str, str], folder
 
 
 def test_a_hanging_step_is_noticed_told_and_forgiven(folder: Path) -> None:
-    gate = threading.Event()
+    step = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, gate.wait, max_step_seconds=3) as worker:
+        with guarded(folder, step.wait, max_step_seconds=3) as worker:
             monitor = worker.monitor
             try:
                 async with client(worker) as http:
@@ -73,13 +73,13 @@ def test_a_hanging_step_is_noticed_told_and_forgiven(folder: Path) -> None:
                     assert not monitor.is_alive
                     assert not monitor.is_ready
                     assert_openai_error(await asyncio.wait_for(waiting, 5), 503)
-                    gate.set()
+                    step.set()
                     await at_rest(worker)
                     monitor.tick()
                     assert monitor.is_ready
                     assert (await http.post(CHAT, json=body(max_tokens=2))).status_code == 200
             finally:
-                gate.set()
+                step.set()
 
     asyncio.run(run())
 
@@ -144,7 +144,7 @@ def test_while_draining_the_stream_goes_on_and_the_late_are_sent_away(folder: Pa
                 stream = asyncio.create_task(http.post(CHAT, json=body(max_tokens=60, ignore_eos=True, stream=True)))
                 while not worker.engine.is_busy:
                     await asyncio.sleep(0.01)
-                worker.drain.is_draining = True
+                worker.state.is_draining = True
                 assert not worker.monitor.is_ready
                 assert worker.monitor.is_alive
                 late = await http.get("/v1/models")
@@ -270,7 +270,7 @@ def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypa
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.01)) as worker:
             async with listening(worker) as port:
-                connections = IdleConnections()
+                server = UvicornServer()
                 slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
                 slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
                 busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
@@ -282,7 +282,7 @@ def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypa
                 closed = 0
                 for _ in range(5):
                     await asyncio.sleep(0.1)
-                    closed += connections.sweep()
+                    closed += server.close_idle_connections()
                 assert closed == 1
                 with suppress(ConnectionResetError):
                     assert await slow_reader.read() == b""
@@ -302,7 +302,7 @@ def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
     async def run() -> None:
         with guarded(folder) as worker:
             async with listening(worker) as port:
-                connections = IdleConnections()
+                server = UvicornServer()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 for _ in range(8):
                     writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")
@@ -311,10 +311,10 @@ def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
                     (size,) = re.findall(rb"content-length: (\d+)", head)
                     await reader.readexactly(int(size))
                     await asyncio.sleep(0.1)
-                    assert connections.sweep() == 0
+                    assert server.close_idle_connections() == 0
                 for _ in range(4):
                     await asyncio.sleep(0.1)
-                    connections.sweep()
+                    server.close_idle_connections()
                 assert await reader.read() == b""
                 writer.close()
 

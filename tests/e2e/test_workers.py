@@ -128,11 +128,11 @@ def test_a_named_gpu_is_every_workers() -> None:
     [
         (
             {"GPUS_PER_WORKER": "2"},
-            "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm, whose tensor_parallel_size it",
+            "CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm, whose tensor_parallel_size it",
         ),
-        ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm"),
+        ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS requires CHATGLM_ENGINE=vllm"),
         ({"ENGINE": "vllm", "VLLM_OPTIONS": "[1]"}, "CHATGLM_VLLM_OPTIONS is not a JSON object"),
-        ({"ENGINE": "vllm", "PRECISION": "int4"}, "CHATGLM_PRECISION=int4 is not for CHATGLM_ENGINE=vllm"),
+        ({"ENGINE": "vllm", "PRECISION": "int4"}, "CHATGLM_PRECISION=int4 is not supported by CHATGLM_ENGINE=vllm"),
     ],
 )
 def test_what_only_the_other_engine_has_is_refused_in_one_line(values: dict[str, str], sentence: str) -> None:

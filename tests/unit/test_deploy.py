@@ -13,11 +13,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import Counter, Gauge, Histogram
 
 from benchmarks import sizing
 from serving import metrics
 from serving.settings import PREFIX, Settings
-from serving.worker.runtime import CUT_SECONDS
+from serving.worker.graceful_shutdown import ABORT_SECONDS
 from tests.golden_data import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
@@ -141,7 +142,7 @@ def test_the_server_may_finish_what_it_began(overlay: str) -> None:
     settings = Settings.from_environment(one(documents, "ConfigMap")["data"])
     pause = int(server(documents)["lifecycle"]["preStop"]["exec"]["command"][1])
     allowed = one(documents, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert allowed >= pause + settings.grace_seconds + CUT_SECONDS
+    assert allowed >= pause + settings.grace_seconds + ABORT_SECONDS
 
 
 def test_probes_ask_what_the_server_has() -> None:
@@ -171,10 +172,16 @@ def test_the_model_that_is_served_is_the_one_that_is_imported_and_waited_for() -
     assert f"--name {tag}" in importing["command"][-1]
 
 
+def metric_names() -> set[str]:
+    """As Prometheus shows them, without the suffixes of histograms."""
+    found = [value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)]
+    return {f.name + ("_total" if isinstance(each, Counter) else "") for each in found for f in each.describe()}
+
+
 def test_the_autoscaler_follows_metrics_that_exist() -> None:
     asked = {m["pods"]["metric"]["name"] for m in one(rendered("gpu"), "HorizontalPodAutoscaler")["spec"]["metrics"]}
     assert asked == {"chatglm_num_requests_running", "chatglm_num_requests_waiting"}
-    assert asked <= set(metrics.names())
+    assert asked <= metric_names()
     (adapter,) = read(KUBERNETES / "prometheus-adapter.yaml")
     pattern = re.search(r'__name__=~"([^"]+)"', adapter["rules"]["custom"][0]["seriesQuery"])
     assert pattern is not None
@@ -191,7 +198,7 @@ def test_compose_mounts_what_there_is_and_sets_what_exists() -> None:
         assert {
             n for n in service["environment"] if n.removeprefix(PREFIX).lower() not in Settings.model_fields
         } == set()
-        grace = float(service["environment"]["CHATGLM_GRACE_SECONDS"]) + CUT_SECONDS
+        grace = float(service["environment"]["CHATGLM_GRACE_SECONDS"]) + ABORT_SECONDS
         assert float(service["stop_grace_period"].removesuffix("s")) > grace
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     mounted = [v.split(":")[0] for s in compose["services"].values() for v in s["volumes"] if v.startswith("./")]
