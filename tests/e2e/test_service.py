@@ -58,10 +58,16 @@ def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     (described,) = tmp_path.glob("bentos/chatglm2/*/apis/openapi.yaml")
     assert "/v1/chat/completions:" in described.read_text(encoding="utf-8")
+    (source,) = tmp_path.glob("bentos/chatglm2/*/src")
+    files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+    assert {"web/page/chat.html", "web/page/vendor/markdown.js", "kernels/linears.py", "service.py"} <= files
+    assert not [file for file in files if file.startswith(("tests/", "docs/")) or file.rpartition("/")[0] == "web"]
     with serving(tmp_path, target="chatglm2:latest") as server:
         client = OpenAI(base_url=server.base_url, api_key="none")
         answer = client.chat.completions.create(model="chatglm2-6b", messages=[{"role": "user", "content": "你好"}])
         assert answer.choices[0].message.content == SAMPLE_ANSWER
+        for path in ("/", "/chat", "/page/app.js", "/page/vendor/markdown.js", "/static_content/swagger-ui.css"):
+            assert requests.get(server.url + path, timeout=10).status_code == 200, path
 
 
 def test_a_setting_chooses_names_and_precision_and_the_log_states_the_facts(tmp_path: Path) -> None:
