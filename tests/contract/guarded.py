@@ -104,18 +104,18 @@ async def client(worker: Guarded, name: str = "alice") -> AsyncIterator[httpx2.A
 
 
 async def at_rest(worker: Guarded, seconds: float = 10.0) -> None:
-    """Wait until nothing is held; fail if that does not happen."""
+    """Wait until no slot, no admission and no request is in use; fail if that does not happen."""
     async with asyncio.timeout(seconds):
         while True:
             stats = worker.engine.stats()
-            held = (stats.num_running, stats.num_waiting, stats.kv_tokens_used, worker.admission.num_answers)
-            if not any(held) and not worker.state.num_in_flight:
+            in_use = (stats.num_running, stats.num_waiting, stats.kv_tokens_used, worker.admission.num_answers)
+            if not any(in_use) and not worker.state.num_in_flight:
                 return
             await asyncio.sleep(0.01)
 
 
 class SlowReader:
-    """An ASGI client that takes the head and a few pieces of a stream and then lets every send wait."""
+    """An ASGI client that reads the head and a few pieces of a stream and then blocks every send."""
 
     def __init__(self, worker: Guarded, payload: bytes, num_taken: int = 3) -> None:
         self._worker = worker

@@ -1,4 +1,4 @@
-"""Keys: plain and hashed, from a variable and from a file that changes, and never to be seen."""
+"""API keys: plain and hashed, from a variable and from a file that changes, and never in messages or logs."""
 
 from __future__ import annotations
 
