@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.families import FAMILIES
 from models.store.model_store import StoreError, ensure_demo, servable
-from serving.http.access_middleware import AccessMiddleware
+from serving.http.access_middleware import AccessMiddleware, RouteNames
 from serving.http.pages import page_routes
 from serving.openai.common import ApiLimits
 from serving.openai.router import create_app
@@ -46,7 +46,7 @@ try:
     name, _, version = stored.tag.partition(":")
     registry = ModelRegistry(
         name=name,
-        aliases=settings.alias_names,
+        aliases=settings.aliases,
         accept_any=settings.accept_any_model,
         created=int(time.time()),
         fingerprint=f"fp_{version[:12]}",
@@ -152,12 +152,13 @@ class ChatGLM2:
             await asyncio.to_thread(registry.model.engine.stop, ABORT_SECONDS)
 
 
-if settings.cors_origin_list:
+if settings.cors_origins:
     ChatGLM2.add_asgi_middleware(
         CORSMiddleware,
-        allow_origins=settings.cors_origin_list,
+        allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=CORS_HEADERS,
     )
-ChatGLM2.add_asgi_middleware(AccessMiddleware, policy=runtime.access_policy([at_v1, at_root]))
+route_names = RouteNames([*at_v1.routes, *at_root.routes])
+ChatGLM2.add_asgi_middleware(AccessMiddleware, policy=runtime.policy, route_names=route_names)

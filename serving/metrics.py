@@ -7,6 +7,7 @@ workers do not count.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -18,23 +19,17 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1,
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 120, 240, 480, 960, 1920)
 
 TIME_TO_FIRST_TOKEN = Histogram(
-    "chatglm_time_to_first_token_seconds",
-    "Seconds from the arrival of a request to its first token.",
-    buckets=FIRST_TOKEN_BUCKETS,
+    "chatglm_time_to_first_token_seconds", "Seconds from a request to its first token.", buckets=FIRST_TOKEN_BUCKETS
 )
 TIME_PER_OUTPUT_TOKEN = Histogram(
-    "chatglm_time_per_output_token_seconds",
-    "Mean seconds per token of a request after its first token.",
-    buckets=TOKEN_BUCKETS,
+    "chatglm_time_per_output_token_seconds", "Mean seconds per token after the first.", buckets=TOKEN_BUCKETS
 )
 REQUEST_LATENCY = Histogram(
-    "chatglm_e2e_request_latency_seconds",
-    "Seconds from the arrival of a request to its last token.",
-    buckets=REQUEST_BUCKETS,
+    "chatglm_e2e_request_latency_seconds", "Seconds from a request to its last token.", buckets=REQUEST_BUCKETS
 )
 QUEUE_TIME = Histogram(
     "chatglm_request_queue_time_seconds",
-    "Seconds from the arrival of a sequence at the engine to its first step.",
+    "Seconds that a sequence waits for its first step.",
     buckets=FIRST_TOKEN_BUCKETS,
 )
 PROMPT_TOKENS = Counter("chatglm_prompt_tokens", "Prompt tokens of the sequences that the engine has started.")
@@ -46,35 +41,23 @@ REQUEST_SUCCESS = Counter("chatglm_request_success", "Completed answers by finis
 ABORTED = Counter("chatglm_aborted_requests", "Requests whose client disconnected before the end of the response.")
 ERRORS = Counter("chatglm_request_errors", "Failed requests by error code, including errors within a stream.", ["code"])
 
-RUNNING = Gauge("chatglm_num_requests_running", "Sequences that are running.", multiprocess_mode="livesum")
-WAITING = Gauge("chatglm_num_requests_waiting", "Sequences that wait to be scheduled.", multiprocess_mode="livesum")
-IN_FLIGHT = Gauge(
-    "chatglm_num_answers_in_flight",
-    "Answers admitted and not finished, queued ones included.",
-    multiprocess_mode="livesum",
-)
-KV_USAGE = Gauge(
-    "chatglm_kv_cache_usage_ratio", "Fraction of the KV cache in use by sequences.", multiprocess_mode="livemax"
-)
-KV_TOKENS_USED = Gauge(
-    "chatglm_kv_cache_used_tokens", "KV-cache tokens in use by sequences.", multiprocess_mode="livesum"
-)
-KV_TOKENS = Gauge("chatglm_kv_cache_tokens", "Size of the KV cache in tokens.", multiprocess_mode="livesum")
-READY = Gauge("chatglm_ready", "Workers that are ready for requests.", multiprocess_mode="livesum")
+SummedGauge = partial(Gauge, multiprocess_mode="livesum")  # over the living workers
+RUNNING = SummedGauge("chatglm_num_requests_running", "Sequences that are running.")
+WAITING = SummedGauge("chatglm_num_requests_waiting", "Sequences that wait to be scheduled.")
+IN_FLIGHT = SummedGauge("chatglm_num_answers_in_flight", "Answers admitted and not finished, queued ones included.")
+KV_TOKENS_USED = SummedGauge("chatglm_kv_cache_used_tokens", "KV-cache tokens in use by sequences.")
+KV_TOKENS = SummedGauge("chatglm_kv_cache_tokens", "Size of the KV cache in tokens.")
+KV_USAGE = Gauge("chatglm_kv_cache_usage_ratio", "Fraction of the KV cache in use.", multiprocess_mode="livemax")
+READY = SummedGauge("chatglm_ready", "Workers that are ready for requests.")
 
 # under the names of BentoML's own metrics, but labelled with the route: BentoML's label is the raw path, of which there
 # are as many as clients send
 HTTP_LABELS = ["endpoint", "http_response_code"]
 HTTP_REQUESTS = Counter("bentoml_service_request", "HTTP requests by route and status.", HTTP_LABELS)
 HTTP_SECONDS = Histogram(
-    "bentoml_service_request_duration_seconds",
-    "Duration of HTTP requests in seconds.",
-    HTTP_LABELS,
-    buckets=REQUEST_BUCKETS,
+    "bentoml_service_request_duration_seconds", "Seconds per HTTP request.", HTTP_LABELS, buckets=REQUEST_BUCKETS
 )
-HTTP_IN_PROGRESS = Gauge(
-    "bentoml_service_request_in_progress", "HTTP requests in progress.", multiprocess_mode="livesum"
-)
+HTTP_IN_PROGRESS = SummedGauge("bentoml_service_request_in_progress", "HTTP requests in progress.")
 
 
 def exposition() -> bytes:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 PREFIX = "CHATGLM_"
 
 
 class SettingsError(Exception):
     """A setting is invalid; the message is one line for the operator."""
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]  # separated by commas
 
 
 class Settings(BaseModel):
@@ -26,7 +33,7 @@ class Settings(BaseModel):
 
     model: str = "chatglm2-demo"
     """Tag of the model in the Bento model store, `name` or `name:version`."""
-    aliases: str = "chatglm2-6b,chatglm"
+    aliases: Listed = ("chatglm2-6b", "chatglm")
     """Other names that the model answers to, separated by commas."""
     accept_any_model: bool = False
     """Accept every model name in requests instead of answering 404 for unknown ones."""
@@ -78,7 +85,7 @@ class Settings(BaseModel):
     """A step that exceeds this is treated as hung: `/livez` fails and requests in flight get an error."""
     grace_seconds: float = Field(30.0, ge=0)
     """Seconds that requests in flight have to finish after SIGTERM before they are aborted."""
-    api_keys: str = ""
+    api_keys: Listed = ()
     """Accepted API keys, separated by commas: plain or `sha256:<hex>`, then optionally a space and a name."""
     api_keys_file: str = ""
     """File with such keys, one per line; read again when it changes."""
@@ -88,24 +95,12 @@ class Settings(BaseModel):
     """The documentation pages require no key, even if the API does."""
     chat_page: bool = True
     """Serve a chat page for browsers at `/chat`, linked from `/`."""
-    cors_origins: str = ""
+    cors_origins: Listed = ()
     """Origins from which browsers may call the API (CORS), separated by commas; `*` allows all."""
     access_log: Literal["text", "json", "off"] = "text"
     """Access log on stdout, one line per request: `text`, `json` or `off`."""
     otlp_endpoint: str = ""
     """OTLP/HTTP endpoint for OpenTelemetry traces, one span per request; empty disables them."""
-
-    @property
-    def alias_names(self) -> tuple[str, ...]:
-        return _split(self.aliases)
-
-    @property
-    def api_key_list(self) -> tuple[str, ...]:
-        return _split(self.api_keys)
-
-    @property
-    def cors_origin_list(self) -> tuple[str, ...]:
-        return _split(self.cors_origins)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -126,16 +121,12 @@ class Settings(BaseModel):
         """Raises SettingsError for options that the chosen engine does not support."""
         if self.engine == "native":
             if self.gpus_per_worker > 1:
-                raise SettingsError(
-                    "CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm, whose tensor_parallel_size it sets"
-                )
+                raise SettingsError("CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm (tensor parallelism)")
             if self.vllm_options:
                 raise SettingsError("CHATGLM_VLLM_OPTIONS requires CHATGLM_ENGINE=vllm")
             return
         if self.precision in ("int8", "int4"):
-            raise SettingsError(
-                f"CHATGLM_PRECISION={self.precision} is not supported by CHATGLM_ENGINE=vllm, which has 16 and 32 bits"
-            )
+            raise SettingsError(f"CHATGLM_PRECISION={self.precision} is not supported by CHATGLM_ENGINE=vllm")
         self.vllm_arguments  # noqa: B018
 
     def check_stored_model(self, tag: str, family: str, metadata: Mapping[str, Any], runs_on_vllm: bool) -> None:
@@ -145,10 +136,7 @@ class Settings(BaseModel):
         stored_precision = metadata.get("quantized")
         if stored_precision and (self.engine == "vllm" or self.precision not in ("auto", stored_precision)):
             wanted = "CHATGLM_ENGINE=vllm" if self.engine == "vllm" else f"CHATGLM_PRECISION={self.precision}"
-            raise SettingsError(
-                f"{tag} is stored in {stored_precision}, which {wanted} does not support: "
-                f"serve {metadata['source']} instead"
-            )
+            raise SettingsError(f"{tag} is stored in {stored_precision}; for {wanted} serve {metadata['source']}")
 
     @property
     def vllm_arguments(self) -> dict[str, object]:
@@ -160,10 +148,6 @@ class Settings(BaseModel):
         if not isinstance(options, dict):
             raise SettingsError("CHATGLM_VLLM_OPTIONS is not a JSON object")
         return cast("dict[str, object]", options)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 class BuildArguments(BaseModel):
@@ -183,8 +167,7 @@ class BuildArguments(BaseModel):
     @property
     def environment(self) -> dict[str, str]:
         """The settings that follow from it; variables of the real environment override them."""
-        model = {"CHATGLM_MODEL": self.model} if self.model else {}
-        return model | ({"CHATGLM_ENGINE": self.engine} if self.engine != "native" else {})
+        return {"CHATGLM_ENGINE": self.engine} | ({"CHATGLM_MODEL": self.model} if self.model else {})
 
     @field_validator("torch")
     @classmethod

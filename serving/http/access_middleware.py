@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import metrics
@@ -37,8 +37,9 @@ class ServerState:
 class RouteNames:
     """Path -> name of its route, for metrics' labels: a small, fixed set whatever paths clients send."""
 
-    def __init__(self, routes: Iterable[Route], prefixes: Iterable[str] = ("", "/v1")) -> None:
-        patterns = [prefix + route.path for route in routes for prefix in prefixes if not route.path.startswith("/{")]
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        paths = [route.path for route in routes if isinstance(route, Route) and not route.path.startswith("/{")]
+        patterns = [prefix + path for path in paths for prefix in ("", "/v1")]
         heads = [pattern.split("{")[0] for pattern in patterns if "{" in pattern]
         self._heads = (*heads, "/static_content/")
         self._exact = frozenset((*(pattern for pattern in patterns if "{" not in pattern), *BENTOML_PATHS))
@@ -55,7 +56,6 @@ class AccessPolicy:
 
     keys: APIKeys | None  # None: no API key is required
     state: ServerState
-    route_names: RouteNames
     metrics_are_public: bool = False
     documents_are_public: bool = False
     observers: tuple[Callable[[RequestContext, float], None], ...] = ()  # called with each request and its seconds
@@ -64,9 +64,10 @@ class AccessPolicy:
 class AccessMiddleware:
     """Outside of BentoML's routes and ours; inside of CORS, so that browsers' preflight requests need no key."""
 
-    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, route_names: RouteNames) -> None:
         self._app = app
         self._policy = policy
+        self._route_names = route_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
@@ -126,7 +127,7 @@ class AccessMiddleware:
         status = str(context.status or CLIENT_LEFT)
         if context.status >= 400 or context.error_code:
             metrics.ERRORS.labels(context.error_code or f"http_{status}").inc()
-        endpoint = self._policy.route_names.of(context.path)
+        endpoint = self._route_names.of(context.path)
         metrics.HTTP_REQUESTS.labels(endpoint, status).inc()
         metrics.HTTP_SECONDS.labels(endpoint, status).observe(seconds)
         if context.path != METRICS_PATH:

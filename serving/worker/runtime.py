@@ -9,18 +9,17 @@ import os
 import resource
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serving.admission.admission_control import Admission, AdmissionLimits
 from serving.admission.client_usage import UsageTable
 from serving.http.access_log import AccessLog
-from serving.http.access_middleware import METRICS_PATH, AccessPolicy, RouteNames, ServerState
+from serving.http.access_middleware import METRICS_PATH, AccessPolicy, ServerState
 from serving.http.api_keys import APIKeys, KeyFileError
 from serving.http.request_context import RequestContext
 from serving.openai.start_generation import DROPPED_ROUNDS_HEADER
@@ -41,30 +40,15 @@ CORS_HEADERS = [
 class WorkerRuntime:
     """One worker's. Made while service.py is imported; `running` needs the event loop."""
 
-    settings: Settings
+    policy: AccessPolicy
     admission: Admission
     monitor: HealthMonitor
-    state: ServerState
     shutdown: GracefulShutdown
-    keys: APIKeys | None
-    observers: tuple[Callable[[RequestContext, float], None], ...]
     flush_traces: Callable[[], None] | None
 
     @property
     def metrics_route(self) -> Route:
         return Route(METRICS_PATH, self.monitor.metrics_response, methods=["GET"])
-
-    def access_policy(self, apps: Iterable[Starlette]) -> AccessPolicy:
-        """For AccessMiddleware around these applications."""
-        routes = [route for app in apps for route in app.routes if isinstance(route, Route)]
-        return AccessPolicy(
-            self.keys,
-            self.state,
-            RouteNames(routes),
-            self.settings.public_metrics,
-            self.settings.public_docs,
-            self.observers,
-        )
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
@@ -121,13 +105,10 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         observers.append(tracing)
         flush_traces = tracing.flush
     return WorkerRuntime(
-        settings,
+        AccessPolicy(keys, state, settings.public_metrics, settings.public_docs, tuple(observers)),
         admission,
         HealthMonitor(registry, admission, state, settings.step_seconds),
-        state,
         GracefulShutdown(state, settings.grace_seconds, abort),
-        keys,
-        tuple(observers),
         flush_traces,
     )
 
@@ -135,7 +116,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
 def _read_keys(settings: Settings) -> APIKeys | None:
     """None if the settings contain no key. Raises SettingsError."""
     try:
-        keys = APIKeys(settings.api_key_list, Path(settings.api_keys_file) if settings.api_keys_file else None)
+        keys = APIKeys(settings.api_keys, Path(settings.api_keys_file) if settings.api_keys_file else None)
     except KeyFileError as error:
         raise SettingsError(f"CHATGLM_API_KEYS: {error}") from None
     return keys if keys.num_keys else None

@@ -65,11 +65,11 @@ def guarded(
     records: list[RequestContext] = []
     accepted = APIKeys(KEYS if keys is None else keys)
     observers = (lambda record, _: records.append(record),)
-    policy = AccessPolicy(accepted if accepted.num_keys else None, state, RouteNames([]), observers=observers)
+    policy = AccessPolicy(accepted if accepted.num_keys else None, state, observers=observers)
     mounted = Prefixed(app)
     try:
         yield Guarded(
-            AccessMiddleware(mounted, policy),
+            AccessMiddleware(mounted, policy, RouteNames([])),
             engine,
             model,
             admission,

@@ -128,7 +128,7 @@ def test_a_named_gpu_is_every_workers() -> None:
     [
         (
             {"GPUS_PER_WORKER": "2"},
-            "CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm, whose tensor_parallel_size it",
+            "CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm",
         ),
         ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS requires CHATGLM_ENGINE=vllm"),
         ({"ENGINE": "vllm", "VLLM_OPTIONS": "[1]"}, "CHATGLM_VLLM_OPTIONS is not a JSON object"),

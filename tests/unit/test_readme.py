@@ -27,10 +27,10 @@ def settings_table(readme: Path) -> str:
     head = "| 变量 | 默认值 | 含义 |" if readme == CHINESE else "| variable | default | meaning |"
     rows = [head, "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default == "" else f"`{field.default}`"
+        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
         english, chinese = translated.get(name, ["", ""])
         meaning = chinese if english == field.description else field.description
-        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {meaning} |")
+        rows.append(f"| `{PREFIX}{name.upper()}` | {default and f'`{default}`'} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
