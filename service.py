@@ -1,4 +1,4 @@
-"""The Bento's entry: store -> load -> engine -> API. Composition only; nobody imports this file but BentoML."""
+"""The Bento: settings -> stored model -> registry and worker runtime -> HTTP application. Composition only."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.families import FAMILIES
 from models.store.model_store import StoreError, ensure_demo, servable
-from serving.http.access_middleware import AccessMiddleware
+from serving.http.access_middleware import AccessMiddleware, RouteNames
 from serving.http.pages import page_routes
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry
-from serving.settings import Settings, SettingsError
-from serving.worker.bentoml_adapter import BentoMLService
-from serving.worker.bentoml_generate import GenerateRequest, ask
-from serving.worker.container_image import BuildArguments, container_image
-from serving.worker.runtime import CORS_HEADERS, CUT_SECONDS, pass_on_second_signal, prepare
+from serving.settings import BuildArguments, Settings, SettingsError
+from serving.worker.bentoml_adapter import (
+    LOGGER,
+    BentoMLService,
+    container_image,
+    forward_second_signal,
+    worker_number,
+)
+from serving.worker.bentoml_generate import GenerateRequest, generate_text
+from serving.worker.graceful_shutdown import ABORT_SECONDS
+from serving.worker.runtime import CORS_HEADERS, build_runtime
 
-logger = logging.getLogger("bentoml.chatglm")  # under BentoML's logger, so that its handler prints it
-
+logger = logging.getLogger(LOGGER)
 built = bentoml.use_arguments(BuildArguments)
 
 try:
     settings = Settings.from_environment({**built.environment, **os.environ})
     stored = servable(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
     family = FAMILIES[stored.family]
-    if settings.engine == "vllm" and family.open_format is None:
-        raise SettingsError(f"vLLM does not have the network of the family {stored.family}: use CHATGLM_ENGINE=native")
-    kept_in = stored.metadata.get("quantized")
-    if kept_in and (settings.engine == "vllm" or settings.precision not in ("auto", kept_in)):
-        wanted = "CHATGLM_ENGINE=vllm" if settings.engine == "vllm" else f"CHATGLM_PRECISION={settings.precision}"
-        raise SettingsError(f"{stored.tag} is stored in {kept_in}, not for {wanted}: serve {stored.metadata['source']}")
+    settings.check_stored_model(stored.tag, stored.family, stored.metadata, family.open_format is not None)
     name, _, version = stored.tag.partition(":")
-    served = ModelRegistry(
+    registry = ModelRegistry(
         name=name,
-        aliases=settings.alias_names,
+        aliases=settings.aliases,
         accept_any=settings.accept_any_model,
         created=int(time.time()),
         fingerprint=f"fp_{version[:12]}",
     )
-    operations = prepare(settings, served, logger)
+    runtime = build_runtime(settings, registry, logger)
 except (SettingsError, StoreError) as error:
     print(f"chatglm: {error}", file=sys.stderr)
     raise SystemExit(1) from None
@@ -63,14 +63,14 @@ limits = ApiLimits(
     stall_seconds=settings.stall_seconds,
     timeout_seconds=settings.request_timeout,
 )
-generations = GenerationStarter(operations.admission, limits)
-at_v1 = create_app(served, limits, admission=operations.admission)
+generations = GenerationStarter(runtime.admission, limits)
+at_v1 = create_app(registry, limits, admission=runtime.admission)
 at_root = create_app(
-    served,
+    registry,
     limits,
     catch_all=False,
-    admission=operations.admission,
-    more_routes=[operations.metrics_route, *page_routes(settings.chat_page)],
+    admission=runtime.admission,
+    more_routes=[runtime.metrics_route, *page_routes(settings.chat_page)],
 )
 
 
@@ -81,10 +81,10 @@ at_root = create_app(
     image=container_image(built),
     resources={"gpu": settings.workers * settings.gpus_per_worker},
     workers=settings.workers,
-    traffic={"timeout": 86400},  # read by others than this server; BentoMLService takes the limit out
-    tracing={"excluded_urls": "."},  # a span for every token costs more than the token; serving/tracing.py has ours
-    metrics={"enabled": False},  # a series for every path that anybody asks for; /metrics is our own route
-    logging={"access": {"enabled": False}},  # ours knows tokens and keys
+    traffic={"timeout": 86400},  # for proxies that read it; BentoMLService does not apply it
+    tracing={"excluded_urls": "."},  # BentoML's spans cost more than a token each; worker/tracing.py has one a request
+    metrics={"enabled": False},  # BentoML's have the raw path as a label; /metrics is our own route
+    logging={"access": {"enabled": False}},  # ours has tokens and the names of API keys
 )
 @bentoml.asgi_app(at_root, path="/")
 @bentoml.asgi_app(at_v1, path="/v1")
@@ -95,40 +95,39 @@ class ChatGLM2:
 
     def __init__(self) -> None:
         self._running = AsyncExitStack()
-        # in the background: the server answers /livez and says "not ready" while gigabytes are read
+        # in a thread: meanwhile the server answers /livez, and /readyz with 503
         threading.Thread(target=self._load, name="loading", daemon=True).start()
 
     def _load(self) -> None:
-        worker = (bentoml.server_context.worker_index or 1) - 1  # BentoML counts from 1
+        worker = worker_number()
         try:
             if settings.engine == "vllm" and family.open_format is not None:
                 from serving.engine.vllm.start import start_on_vllm
 
-                served.model = start_on_vllm(family.open_format, stored.path, stored.metadata, settings, logger, worker)
+                model = start_on_vllm(family.open_format, stored.path, stored.metadata, settings, logger, worker)
             else:
-                from serving.worker.start_native import (
-                    start_model,  # imports torch, which the parent process never needs
-                )
+                from serving.worker.start_native import start_model  # imports torch, which the parent does not need
 
-                served.model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
+                model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
+            registry.model = model
             logger.info("%s is ready at http://localhost:8000/v1", stored.tag)
         except Exception as error:
             logger.exception("%s could not be loaded", stored.tag)
-            served.error = str(error)
+            registry.error = str(error)
 
     @bentoml.on_deployment
-    def watch_signals() -> None:
-        pass_on_second_signal()
+    def in_parent_process() -> None:
+        forward_second_signal()
 
     @bentoml.on_startup
     async def begin(self) -> None:
-        await self._running.enter_async_context(operations.running())
+        await self._running.enter_async_context(runtime.running())
 
     async def __is_ready__(self) -> bool:
-        return operations.monitor.is_ready
+        return runtime.monitor.is_ready
 
     async def __is_alive__(self) -> bool:
-        return operations.monitor.is_alive
+        return runtime.monitor.is_alive
 
     @bentoml.api
     async def generate(
@@ -141,24 +140,25 @@ class ChatGLM2:
         max_tokens: int = 2048,
     ) -> AsyncGenerator[str, None]:
         """Answer one question as a stream of text, for BentoML's own clients."""
-        question = GenerateRequest(prompt, system, temperature, top_p, max_tokens)
-        async with aclosing(ask(generations, ctx.request, served.model, question)) as texts:
+        body = GenerateRequest(prompt, system, temperature, top_p, max_tokens)
+        async with aclosing(generate_text(generations, ctx.request, registry.model, body)) as texts:
             async for text in texts:
                 yield text
 
     @bentoml.on_shutdown
     async def end(self) -> None:
         await self._running.aclose()
-        if served.model is not None:
-            await asyncio.to_thread(served.model.engine.stop, CUT_SECONDS)
+        if registry.model is not None:
+            await asyncio.to_thread(registry.model.engine.stop, ABORT_SECONDS)
 
 
-if settings.cors_origin_list:
+if settings.cors_origins:
     ChatGLM2.add_asgi_middleware(
         CORSMiddleware,
-        allow_origins=settings.cors_origin_list,
+        allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=CORS_HEADERS,
     )
-ChatGLM2.add_asgi_middleware(AccessMiddleware, guard=operations.guard([at_v1, at_root]))
+route_names = RouteNames([*at_v1.routes, *at_root.routes])
+ChatGLM2.add_asgi_middleware(AccessMiddleware, policy=runtime.policy, route_names=route_names)

@@ -35,7 +35,7 @@ class FixedRateModel(RunningModel):
 def _load(self: Any) -> None:
     load, stored = FAMILIES[service.stored.family].load, service.stored
     real = start_model(load, stored.path, stored.metadata, service.settings, service.logger)
-    service.served.model = FixedRateModel(
+    service.registry.model = FixedRateModel(
         **{field.name: getattr(real, field.name) for field in fields(real) if field.init}
     )
 

@@ -1,110 +1,110 @@
-"""Every knob, typed. Read once, by service.py, from environment variables named CHATGLM_<NAME>."""
+"""Environment variables CHATGLM_<NAME> -> Settings, read once by service.py; arguments of a build -> BuildArguments."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 PREFIX = "CHATGLM_"
 
 
 class SettingsError(Exception):
-    """An environment variable is wrong; the message is one clear line for a person."""
+    """A setting is invalid; the message is one line for the operator."""
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]  # separated by commas
 
 
 class Settings(BaseModel):
-    """What an operator may choose. The defaults serve the demonstration model on any machine."""
+    """The service's configuration. The defaults serve the demonstration model on any machine.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The text below each setting is its description in README.md.
+    """
 
-    model: str = Field(
-        "chatglm2-demo", description="Tag of the model in the Bento model store, `name` or `name:version`."
-    )
-    aliases: str = Field(
-        "chatglm2-6b,chatglm", description="Other names that the model answers to, separated by commas."
-    )
-    accept_any_model: bool = Field(False, description="Answer to every model name instead of 404 for unknown ones.")
-    device: str = Field("auto", description="`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
-        "auto",
-        description="Format of the weights; `auto` takes 16 bits where they fit, full precision for small models.",
-    )
-    engine: Literal["native", "vllm"] = Field(
-        "native", description="`vllm` runs the network in vLLM, which needs the environment of `requirements-vllm.txt`."
-    )
-    vllm_options: str = Field(
-        "", description='vLLM\'s own engine arguments as a JSON object, like `{"pipeline_parallel_size": 2}`.'
-    )
-    workers: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Processes that each serve a copy of the model, on a GPU of their own; limits hold for all.",
-    )
-    gpus_per_worker: int = Field(
-        1, ge=1, le=64, description="GPUs that one copy is split over; above 1 only `ENGINE=vllm`."
-    )
-    quick_start: bool = Field(
-        False, description="On a GPU: ready without compiling and recording, up to a minute earlier, and slower."
-    )
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes the cores this process may use.")
-    kv_cache_gib: float = Field(0.0, ge=0, description="Memory for keys and values in GiB; 0 picks by free memory.")
-    max_sequences: int = Field(64, ge=1, le=1024, description="Answers generated at once; others wait.")
-    max_batch_tokens: int = Field(512, ge=16, le=65536, description="Rows of one engine step, prompts included.")
-    drop_oldest_rounds: bool = Field(
-        False, description="Leave the oldest rounds out of too long a conversation; `x-chatglm-dropped-rounds` counts."
-    )
-    max_n: int = Field(128, ge=1, le=128, description="Largest `n` of one request.")
-    max_body_mib: float = Field(4.0, gt=0, description="Largest request body in MiB; larger ones get 413.")
-    ping_seconds: float = Field(15.0, gt=0, description="Silence after which a stream sends a comment to stay open.")
-    max_queued_requests: int = Field(
-        256, ge=0, description="Answers that may wait beyond `MAX_SEQUENCES`; past it 429 with `Retry-After`."
-    )
-    max_queued_tokens: int = Field(
-        1_000_000, ge=0, description="Prompt and answer tokens that may wait beyond the cache; past it 429."
-    )
-    client_requests_per_minute: int = Field(0, ge=0, description="Of one key, else one address; 0 is no limit.")
-    client_tokens_per_minute: int = Field(0, ge=0, description="The same in tokens, prompt and answer.")
-    client_max_concurrent: int = Field(0, ge=0, description="Requests of one key or address at once; 0 is no limit.")
-    request_timeout: float = Field(
-        1800.0, gt=0, description="Seconds for one request, then 504; `x-request-timeout` asks for less (408)."
-    )
-    stall_seconds: float = Field(60.0, gt=0, description="A client that reads nothing of its stream so long has left.")
-    step_seconds: float = Field(
-        300.0, ge=1, description="An engine step that takes longer hangs: `/livez` fails and the requests are told."
-    )
-    grace_seconds: float = Field(30.0, ge=0, description="For requests in flight at SIGTERM; then they are cut off.")
-    api_keys: str = Field(
-        "", description="Keys that open the API, separated by commas: plain or `sha256:<hex>`, then a space and a name."
-    )
-    api_keys_file: str = Field("", description="The same in a file, one a line; read again when it changes.")
-    public_metrics: bool = Field(False, description="`/metrics` needs no key, though the API does.")
-    public_docs: bool = Field(False, description="The documentation pages need no key, though the API does.")
-    chat_page: bool = Field(True, description="A chat page for browsers at `/chat`, linked from `/`.")
-    cors_origins: str = Field("", description="Web origins that browsers may call from, by commas; `*` is all.")
-    access_log: Literal["text", "json", "off"] = Field("text", description="One line for each request on stdout.")
-    otlp_endpoint: str = Field(
-        "", description="Collector for OpenTelemetry traces (OTLP over HTTP), one span a request; empty is off."
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    @property
-    def alias_names(self) -> tuple[str, ...]:
-        return _listed(self.aliases)
-
-    @property
-    def api_key_list(self) -> tuple[str, ...]:
-        return _listed(self.api_keys)
-
-    @property
-    def cors_origin_list(self) -> tuple[str, ...]:
-        return _listed(self.cors_origins)
+    model: str = "chatglm2-demo"
+    """Tag of the model in the Bento model store, `name` or `name:version`."""
+    aliases: Listed = ("chatglm2-6b", "chatglm")
+    """Other names that the model answers to, separated by commas."""
+    accept_any_model: bool = False
+    """Accept every model name in requests instead of answering 404 for unknown ones."""
+    device: str = "auto"
+    """`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps`."""
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = "auto"
+    """Weight format; `auto` uses 16 bits where they fit, and full precision for small models."""
+    engine: Literal["native", "vllm"] = "native"
+    """`vllm` runs the model in vLLM and needs the packages of `requirements-vllm.txt`."""
+    vllm_options: str = ""
+    """Further engine arguments of vLLM as a JSON object, for example `{"pipeline_parallel_size": 2}`."""
+    workers: int = Field(1, ge=1, le=64)
+    """Worker processes, each with a copy of the model on its own GPU; request limits apply to all together."""
+    gpus_per_worker: int = Field(1, ge=1, le=64)
+    """Number of GPUs that one copy of the model is split over; more than 1 requires `ENGINE=vllm`."""
+    quick_start: bool = False
+    """On a GPU: skip compilation and CUDA graph capture; ready up to a minute earlier, but slower."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of the engine; 0 uses all cores available to the process."""
+    kv_cache_gib: float = Field(0.0, ge=0)
+    """Size of the KV cache in GiB; 0 chooses it by the free memory."""
+    max_sequences: int = Field(64, ge=1, le=1024)
+    """Maximum number of answers generated concurrently; further ones are queued."""
+    max_batch_tokens: int = Field(512, ge=16, le=65536)
+    """Maximum number of tokens processed per step, prompt tokens included."""
+    drop_oldest_rounds: bool = False
+    """Drop the oldest rounds of too long a conversation; `x-chatglm-dropped-rounds` gives their number."""
+    max_n: int = Field(128, ge=1, le=128)
+    """Maximum value of `n` in a request."""
+    max_body_mib: float = Field(4.0, gt=0)
+    """Maximum size of a request body in MiB; larger ones get 413."""
+    ping_seconds: float = Field(15.0, gt=0)
+    """A stream without data for this many seconds sends a comment to keep the connection open."""
+    max_queued_requests: int = Field(256, ge=0)
+    """Maximum number of answers queued beyond `MAX_SEQUENCES`; beyond it 429 with `Retry-After`."""
+    max_queued_tokens: int = Field(1_000_000, ge=0)
+    """Maximum number of prompt and completion tokens queued beyond the KV cache; beyond it 429."""
+    client_requests_per_minute: int = Field(0, ge=0)
+    """Requests per minute per API key (per IP address without keys); 0 means no limit."""
+    client_tokens_per_minute: int = Field(0, ge=0)
+    """Prompt and completion tokens per minute per API key (per IP address without keys); 0 means no limit."""
+    client_max_concurrent: int = Field(0, ge=0)
+    """Concurrent requests per API key (per IP address without keys); 0 means no limit."""
+    request_timeout: float = Field(1800.0, gt=0)
+    """Timeout of a request in seconds, then 504; the header `x-request-timeout` can shorten it (408)."""
+    stall_seconds: float = Field(60.0, gt=0)
+    """A streaming client that reads nothing for this many seconds is treated as disconnected."""
+    step_seconds: float = Field(300.0, ge=1)
+    """A step that exceeds this is treated as hung: `/livez` fails and requests in flight get an error."""
+    grace_seconds: float = Field(30.0, ge=0)
+    """Seconds that requests in flight have to finish after SIGTERM before they are aborted."""
+    api_keys: Listed = ()
+    """Accepted API keys, separated by commas: plain or `sha256:<hex>`, then optionally a space and a name."""
+    api_keys_file: str = ""
+    """File with such keys, one per line; read again when it changes."""
+    public_metrics: bool = False
+    """`/metrics` requires no key, even if the API does."""
+    public_docs: bool = False
+    """The documentation pages require no key, even if the API does."""
+    chat_page: bool = True
+    """Serve a chat page for browsers at `/chat`, linked from `/`."""
+    cors_origins: Listed = ()
+    """Origins from which browsers may call the API (CORS), separated by commas; `*` allows all."""
+    access_log: Literal["text", "json", "off"] = "text"
+    """Access log on stdout, one line per request: `text`, `json` or `off`."""
+    otlp_endpoint: str = ""
+    """OTLP/HTTP endpoint for OpenTelemetry traces, one span per request; empty disables them."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read CHATGLM_* variables. Raises SettingsError for a bad value or a name that does not exist."""
+        """Raises SettingsError for an invalid value and for a name that does not exist."""
         values = {name[len(PREFIX) :].lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
         try:
             settings = cls.model_validate(values)
@@ -118,24 +118,29 @@ class Settings(BaseModel):
         return settings
 
     def _check_engine(self) -> None:
-        """Raises SettingsError for what only the other engine has."""
+        """Raises SettingsError for options that the chosen engine does not support."""
         if self.engine == "native":
             if self.gpus_per_worker > 1:
-                raise SettingsError(
-                    "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm, whose tensor_parallel_size it sets"
-                )
+                raise SettingsError("CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm (tensor parallelism)")
             if self.vllm_options:
-                raise SettingsError("CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm")
+                raise SettingsError("CHATGLM_VLLM_OPTIONS requires CHATGLM_ENGINE=vllm")
             return
         if self.precision in ("int8", "int4"):
-            raise SettingsError(
-                f"CHATGLM_PRECISION={self.precision} is not for CHATGLM_ENGINE=vllm, which takes 16 or 32 bits"
-            )
+            raise SettingsError(f"CHATGLM_PRECISION={self.precision} is not supported by CHATGLM_ENGINE=vllm")
         self.vllm_arguments  # noqa: B018
+
+    def check_stored_model(self, tag: str, family: str, metadata: Mapping[str, Any], runs_on_vllm: bool) -> None:
+        """Raises SettingsError if this stored model cannot be served with this engine or precision."""
+        if self.engine == "vllm" and not runs_on_vllm:
+            raise SettingsError(f"vLLM does not support the family {family}: use CHATGLM_ENGINE=native")
+        stored_precision = metadata.get("quantized")
+        if stored_precision and (self.engine == "vllm" or self.precision not in ("auto", stored_precision)):
+            wanted = "CHATGLM_ENGINE=vllm" if self.engine == "vllm" else f"CHATGLM_PRECISION={self.precision}"
+            raise SettingsError(f"{tag} is stored in {stored_precision}; for {wanted} serve {metadata['source']}")
 
     @property
     def vllm_arguments(self) -> dict[str, object]:
-        """CHATGLM_VLLM_OPTIONS, read. Raises SettingsError."""
+        """CHATGLM_VLLM_OPTIONS as a dictionary. Raises SettingsError."""
         try:
             options: object = json.loads(self.vllm_options or "{}")
         except ValueError:
@@ -145,5 +150,28 @@ class Settings(BaseModel):
         return cast("dict[str, object]", options)
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
+class BuildArguments(BaseModel):
+    """What `bentoml build --arg NAME=VALUE` chooses. BentoML stores it in the Bento and restores it at start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str = ""
+    """Model that is served unless CHATGLM_MODEL is set."""
+    bundle: bool = True
+    """Whether the model is part of the Bento and so of its image."""
+    engine: Literal["native", "vllm"] = "native"
+    """Engine that is used unless CHATGLM_ENGINE is set."""
+    torch: str = ""
+    """uv's torch backend for the image (cpu, cu126, ...); empty uses the index's."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings that follow from it; variables of the real environment override them."""
+        return {"CHATGLM_ENGINE": self.engine} | ({"CHATGLM_MODEL": self.model} if self.model else {})
+
+    @field_validator("torch")
+    @classmethod
+    def _check_torch(cls, torch: str) -> str:
+        if not re.fullmatch(r"[a-z0-9.]*", torch):  # it becomes part of a shell command
+            raise ValueError("must be a name like cpu or cu126")
+        return torch

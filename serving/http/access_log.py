@@ -1,4 +1,4 @@
-"""One line for each request: counts, names and times. Never text of a client, never a key, never a query string."""
+"""Finished request -> one log line of counts, names and times; never a client's text, a key or a query string."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from serving.http.request_context import RequestContext
 
 MAX_PATH = 200
 
-Style = Literal["text", "json", "off"]
+Style = Literal["text", "json"]
 
 
 class AccessLog:
-    """Writes records as `key=value` pairs or as JSON lines."""
+    """Writes `key=value` pairs or JSON lines."""
 
     def __init__(self, style: Style, logger: logging.Logger) -> None:
         self._style = style
@@ -26,42 +26,40 @@ class AccessLog:
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.handlers = [handler]
             logger.propagate = False
-        if style != "off":
-            logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO)
 
-    def __call__(self, record: RequestContext, seconds: float) -> None:
-        if self._style == "off":
-            return
-        fields = to_fields(record, seconds)
+    def __call__(self, context: RequestContext, seconds: float) -> None:
+        fields = to_fields(context, seconds)
         if self._style == "json":
             self._logger.info("%s", json.dumps(fields))
         else:
-            self._logger.info("%s", " ".join(f"{name}={_word(value)}" for name, value in fields.items()))
+            self._logger.info("%s", " ".join(f"{name}={_quoted(value)}" for name, value in fields.items()))
 
 
-def to_fields(record: RequestContext, seconds: float) -> dict[str, Any]:
-    """What is said of a request; nothing is said of what it did not have."""
-    ttft = None if record.first_token_at is None else round((record.first_token_at - record.begun) * 1000, 1)
+def to_fields(context: RequestContext, seconds: float) -> dict[str, Any]:
+    """The fields of one line; those without a value are left out."""
+    ttft = None if context.first_token_at is None else round((context.first_token_at - context.begun) * 1000, 1)
     fields = {
-        "request_id": record.request_id,
-        "method": record.method,
-        "path": record.path[:MAX_PATH],
-        "status": record.status or None,
-        "client": record.key_name or record.client,
-        "stream": record.is_stream or None,
-        "prompt_tokens": record.prompt_tokens or None,
-        "cached_tokens": record.cached_tokens or None,
-        "completion_tokens": record.completion_tokens or None,
+        "request_id": context.request_id,
+        "method": context.method,
+        "path": context.path[:MAX_PATH],
+        "status": context.status or None,
+        "client": context.key_name or context.client,
+        "stream": context.is_stream or None,
+        "prompt_tokens": context.prompt_tokens or None,
+        "cached_tokens": context.cached_tokens or None,
+        "completion_tokens": context.completion_tokens or None,
         "ttft_ms": ttft,
         "duration_ms": round(seconds * 1000, 1),
-        "finish_reason": ",".join(dict.fromkeys(record.finish_reasons)) or None,
-        "error": record.error_code,
-        "aborted": record.is_aborted or None,
+        "finish_reason": ",".join(dict.fromkeys(context.finish_reasons)) or None,
+        "error": context.error_code,
+        "aborted": context.is_aborted or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _word(value: Any) -> str:
+def _quoted(value: Any) -> str:
+    """As it is if that is one plain word, else as JSON."""
     text = value if isinstance(value, str) else json.dumps(value)
     is_plain = text.isascii() and text.isprintable() and not any(c in text for c in ' "=')
     return text if is_plain and text else json.dumps(text)

@@ -1,6 +1,6 @@
-"""The outermost layer of the whole server, BentoML's own pages included: who may pass, what is counted and logged.
+"""ASGI middleware around the whole server: checks headers and API keys, refuses during shutdown, counts and reports.
 
-Knows paths and headers, no bodies. Health checks pass untouched, always.
+It reads paths and headers, never bodies. Health checks always pass.
 """
 
 from __future__ import annotations
@@ -9,30 +9,37 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from starlette.datastructures import MutableHeaders
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import metrics
-from serving.http.api_keys import Keys
+from serving.http.api_keys import APIKeys
+from serving.http.error_middleware import CLIENT_LEFT
 from serving.http.errors import APIError, error_response, shutting_down, unknown_url
-from serving.http.request_context import RequestContext, header, request_context
-from serving.worker.graceful_shutdown import GracefulShutdown
+from serving.http.request_context import RequestContext, header, label_response, request_context
 
 HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
 METRICS_PATH = "/metrics"
 BENTOML_PATHS = ("/", "/generate", "/docs.json", "/schema.json")
 DOCUMENTS = ("/docs", "/docs.json", "/schema.json", "/openapi.json", "/v1/docs", "/v1/openapi.json", "/static_content/")
-CHAT_PAGE, PAGE_FILES = "/chat", "/page/"  # they hold no secret, and ask for the key themselves
+CHAT_PAGE, PAGE_FILES = "/chat", "/page/"  # always public: they contain no secret, and the page asks for the key itself
 MAX_HEADER_BYTES, MAX_HEADERS = 32 * 1024, 100
-CLIENT_LEFT = 499  # the status that access logs know for it; nobody reads it
+
+
+@dataclass
+class ServerState:
+    """What this middleware and the graceful shutdown share. For one event loop."""
+
+    num_in_flight: int = 0  # requests, without health checks
+    is_draining: bool = False  # new requests get 503
 
 
 class RouteNames:
-    """Path -> the route it belongs to: a small, fixed set of names, whatever is asked for."""
+    """Path -> name of its route, for metrics' labels: a small, fixed set whatever paths clients send."""
 
-    def __init__(self, routes: Iterable[Route], prefixes: Iterable[str] = ("", "/v1")) -> None:
-        patterns = [prefix + route.path for route in routes for prefix in prefixes if not route.path.startswith("/{")]
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        paths = [route.path for route in routes if isinstance(route, Route) and not route.path.startswith("/{")]
+        patterns = [prefix + path for path in paths for prefix in ("", "/v1")]
         heads = [pattern.split("{")[0] for pattern in patterns if "{" in pattern]
         self._heads = (*heads, "/static_content/")
         self._exact = frozenset((*(pattern for pattern in patterns if "{" not in pattern), *BENTOML_PATHS))
@@ -45,69 +52,61 @@ class RouteNames:
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What the gate goes by."""
+    """Which requests pass, and who receives the finished ones."""
 
-    keys: Keys
-    drain: GracefulShutdown
-    route_names: RouteNames
+    keys: APIKeys | None  # None: no API key is required
+    state: ServerState
     metrics_are_public: bool = False
     documents_are_public: bool = False
-    finished: Callable[[RequestContext, float], None] | None = None  # told of every request, with its seconds
+    observers: tuple[Callable[[RequestContext, float], None], ...] = ()  # called with each request and its seconds
 
 
 class AccessMiddleware:
-    """ASGI middleware around everything."""
+    """Outside of BentoML's routes and ours; inside of CORS, so that browsers' preflight requests need no key."""
 
-    def __init__(self, app: ASGIApp, guard: AccessPolicy) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, route_names: RouteNames) -> None:
         self._app = app
-        self._guard = guard
+        self._policy = policy
+        self._route_names = route_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             await self._app(scope, receive, send)
             return
-        record = request_context(scope)
-
-        async def send_labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = record.request_id
-                for name, value in record.headers.items():
-                    headers[name] = value
-            await send(message)
-
-        self._guard.drain.num_in_flight += 1
+        context = request_context(scope)
+        send = label_response(context, send)
+        self._policy.state.num_in_flight += 1
         metrics.HTTP_IN_PROGRESS.inc()
         try:
-            refusal = self._refusal(scope, record)
+            refusal = self._refusal(scope, context)
             if refusal is None:
-                await self._app(scope, receive, send_labelled)
+                await self._app(scope, receive, send)
             else:
-                record.error_code = refusal.code
-                await error_response(refusal)(scope, receive, send_labelled)
+                context.error_code = refusal.code
+                await error_response(refusal)(scope, receive, send)
         finally:
-            self._guard.drain.num_in_flight -= 1
+            self._policy.state.num_in_flight -= 1
             metrics.HTTP_IN_PROGRESS.dec()
-            self._account(scope["path"], record)
+            self._report(context)
 
-    def _refusal(self, scope: Scope, record: RequestContext) -> APIError | None:
+    def _refusal(self, scope: Scope, context: RequestContext) -> APIError | None:
+        """The error that this request gets instead of an answer; None if it passes."""
         headers = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             return APIError(431, "The request's headers are too large.", code="headers_too_large")
-        if self._guard.drain.is_draining:
-            record.headers["connection"] = "close"
+        if self._policy.state.is_draining:
+            context.headers["connection"] = "close"
             return shutting_down()
         if "\n" in scope["path"]:
-            # Starlette's patterns stop at line breaks: no route of ours would take it, and BentoML would answer
+            # Starlette's patterns stop at line breaks: no route of ours would match, and BentoML would answer
             return unknown_url(scope["method"], scope["path"])
-        if not self._guard.keys.are_required:
+        if self._policy.keys is None:
             return None
         authorization = header(scope, b"authorization")
-        if self._is_public(scope["path"]) and authorization is None:
+        if authorization is None and self._is_public(scope["path"]):
             return None
         try:
-            record.key_name = record.client = self._guard.keys.name_of(authorization)
+            context.key_name = context.client = self._policy.keys.name_of(authorization)
         except APIError as refusal:
             return refusal
         return None
@@ -116,19 +115,21 @@ class AccessMiddleware:
         if path == CHAT_PAGE or path.startswith(PAGE_FILES):
             return True
         if path == METRICS_PATH:
-            return self._guard.metrics_are_public
-        return self._guard.documents_are_public and (path == "/" or path.startswith(DOCUMENTS))
+            return self._policy.metrics_are_public
+        return self._policy.documents_are_public and (path == "/" or path.startswith(DOCUMENTS))
 
-    def _account(self, path: str, record: RequestContext) -> None:
-        seconds = time.monotonic() - record.begun
-        if record.is_aborted or not record.status:
-            record.is_aborted = True
+    def _report(self, context: RequestContext) -> None:
+        """Count a finished request and hand it to the observers."""
+        seconds = time.monotonic() - context.begun
+        if context.is_aborted or not context.status:
+            context.is_aborted = True
             metrics.ABORTED.inc()
-        status = str(record.status or CLIENT_LEFT)
-        if record.status >= 400 or record.error_code:
-            metrics.ERRORS.labels(record.error_code or f"http_{status}").inc()
-        endpoint = self._guard.route_names.of(path)
+        status = str(context.status or CLIENT_LEFT)
+        if context.status >= 400 or context.error_code:
+            metrics.ERRORS.labels(context.error_code or f"http_{status}").inc()
+        endpoint = self._route_names.of(context.path)
         metrics.HTTP_REQUESTS.labels(endpoint, status).inc()
         metrics.HTTP_SECONDS.labels(endpoint, status).observe(seconds)
-        if self._guard.finished is not None and path != METRICS_PATH:
-            self._guard.finished(record, seconds)
+        if context.path != METRICS_PATH:
+            for observe in self._policy.observers:
+                observe(context, seconds)

@@ -1,4 +1,4 @@
-"""API keys: where they come from and whether one is right. Knows no endpoint; never shows a key."""
+"""Authorization header -> name of the API key. Keys come from settings or from a file; none is ever logged."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from serving.http.errors import INVALID_REQUEST, APIError
 
 HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 NAME = re.compile(r"[\w.@-]{1,64}")
-RELOAD_SECONDS = 1.0  # how often the file's time is looked at
+RELOAD_SECONDS = 1.0  # between two checks whether the file has changed
 
 logger = logging.getLogger(__name__)
 
 
 class KeyFileError(Exception):
-    """The key list cannot be read; the message names the line and never the key."""
+    """The list of keys is invalid; the message names the line, not the key."""
 
 
-class Keys:
-    """The keys that open the door. Only their SHA-256 digests are held, with a name each for logs and limits.
+class APIKeys:
+    """The accepted keys: only their SHA-256 digests are kept, each with a name for logs and limits.
 
     A file has one key a line, plain or `sha256:<64 hex digits>`, with an optional name after it; `#` begins a comment.
-    It is read again when it changes; if it is wrong then, the keys from before stay in force.
+    It is read again when it changes; while it is invalid, the previous keys stay in use.
     """
 
     def __init__(self, listed: Iterable[str] = (), file: Path | None = None) -> None:
         """Raises KeyFileError."""
         self._listed = _parse(listed)
         self._file = file
-        self._stamp: tuple[int, int] | None = None
-        self._looked_at = -RELOAD_SECONDS
+        self._stamp: tuple[int, int] | None = None  # modification time and size of the file that was read
+        self._checked_at = -RELOAD_SECONDS
         self._names = dict(self._listed)
         if file is not None:
             self._read(file)
 
     @property
-    def are_required(self) -> bool:
-        """Whether anybody needs a key at all."""
-        return bool(self._listed) or self._file is not None
+    def num_keys(self) -> int:
+        return len(self._names)
 
     def name_of(self, authorization: str | None) -> str:
         """The name of the key in an Authorization header. Raises APIError 401."""
@@ -58,7 +57,7 @@ class Keys:
             raise _refused("Your Authorization header is malformed: it must read 'Bearer YOUR_KEY'.")
         self._reload()
         given = hashlib.sha256(key.encode("latin-1", "replace")).digest()
-        # all of them, whichever is right: the time taken says nothing
+        # compared with all of them, so that the time taken does not tell which one matched
         found = [name for digest, name in self._names.items() if hmac.compare_digest(digest, given)]
         if not found:
             raise _refused("Incorrect API key provided.")
@@ -66,13 +65,13 @@ class Keys:
 
     def _reload(self) -> None:
         now = time.monotonic()
-        if self._file is None or now - self._looked_at < RELOAD_SECONDS:
+        if self._file is None or now - self._checked_at < RELOAD_SECONDS:
             return
-        self._looked_at = now
+        self._checked_at = now
         try:
             self._read(self._file)
         except KeyFileError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            logger.error("the previous API keys stay in use: %s", error)
 
     def _read(self, file: Path) -> None:
         try:
@@ -86,9 +85,9 @@ class Keys:
             raise KeyFileError(f"the key file cannot be read ({type(error).__name__})") from None
         read = _parse(lines)
         if not read:
-            raise KeyFileError("the key file holds no key")
+            raise KeyFileError("the key file contains no key")
         self._names = {**self._listed, **read}
-        logger.info("%d API keys are in force", len(self._names))
+        logger.info("%d API keys are in use", self.num_keys)
 
 
 def _parse(lines: Iterable[str]) -> dict[bytes, str]:

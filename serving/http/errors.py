@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from serving.safe_traceback import where_from
+
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RETRY_SECONDS = 5  # while a model loads or an engine restarts
@@ -31,7 +33,7 @@ class ErrorResponse(TypedDict):
 
 @dataclass(eq=False)
 class APIError(Exception):
-    """One failure, on its way to the client: a status and the four keys of OpenAI's envelope."""
+    """A failure that the client is to see: an HTTP status and the four fields of OpenAI's error object."""
 
     status: int
     message: str
@@ -45,7 +47,7 @@ class APIError(Exception):
 
 
 def envelope(error: APIError) -> str:
-    """The JSON text of an error, for a response body or for an event of a stream that has already begun."""
+    """The JSON text of an error, for a response body or for an event of a stream that has already started."""
     body: ErrorResponse = {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     }
@@ -57,8 +59,16 @@ def error_response(error: APIError) -> Response:
     return Response(envelope(error), error.status, dict(error.headers), "application/json")
 
 
+def traceback_for_log(error: Exception, failure: APIError) -> str:
+    """The exception's type and code locations, without its message, which may quote a prompt.
+
+    Empty unless `failure` is a 500: a 503 is a state of the server, not a fault in the code.
+    """
+    return "\n" + where_from(error) if failure.status == 500 else ""
+
+
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> APIError:
-    """400: the client's fault."""
+    """400: the request is invalid."""
     return APIError(400, message, param=param, code=code)
 
 
@@ -75,7 +85,7 @@ def method_not_allowed(method: str, path: str, allowed: str) -> APIError:
 
 
 def shutting_down() -> APIError:
-    """503: this process is about to end; another one may answer."""
+    """503: this process is shutting down; a retry may reach another one."""
     return APIError(
         503, "The server is shutting down or restarting. Please retry shortly.", SERVER_ERROR, None,
         "server_unavailable", {"retry-after": str(RETRY_SECONDS)},

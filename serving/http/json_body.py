@@ -1,4 +1,4 @@
-"""Bytes of a request body -> a JSON object that cannot hurt. Knows no field names."""
+"""Request body -> a JSON object, read and decoded strictly: bounded in size, time, depth and number length."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from starlette.requests import Request
 
 from serving.http.errors import APIError, invalid
 
-MAX_NUMBER_LENGTH = 32  # digits; every honest number of this API has fewer
-BODY_SECONDS = 60.0  # for the whole body: one that drips in holds a connection for nothing
-DRAIN_FACTOR = 8  # how many times the limit is read and thrown away, so that the client gets to read the refusal
+MAX_NUMBER_LENGTH = 32  # digits; every valid number of this API has fewer
+BODY_SECONDS = 60.0  # for the whole body, so that one sent a byte at a time does not hold a connection
+DRAIN_FACTOR = 8  # times the limit that is read and discarded, so that the client can read the error response
 
-# One pass, possessive: strings (even unclosed ones) are eaten whole, so brackets inside them do not count.
+# One pass, possessive: strings (even unclosed ones) match as a whole, so brackets inside them do not count.
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -26,7 +26,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body. Raises APIError: 413 past `max_bytes`, 415 if compressed, 400 if its type is not JSON."""
     _check_headers(request)
     too_large = APIError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
-    if request.headers.get("expect", "").lower() == "100-continue" and _announced(request) > max_bytes:
+    if request.headers.get("expect", "").lower() == "100-continue" and _content_length(request) > max_bytes:
         raise too_large
     chunks: list[bytes] = []
     size = 0
@@ -48,7 +48,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _announced(request: Request) -> int:
+def _content_length(request: Request) -> int:
     length = request.headers.get("content-length", "0")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
@@ -69,9 +69,9 @@ def _check_headers(request: Request) -> None:
 
 
 def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
-    """Decode one JSON object strictly. Linear in the body, bounded in depth, no exception but APIError 400.
+    """Decode one JSON object strictly, in time linear in its size. Raises APIError 400 and nothing else.
 
-    Refuses what Python's decoder lets pass: NaN and infinities, repeated keys, lone surrogates, endless numbers.
+    Also refuses what Python's decoder accepts: NaN and infinities, repeated keys, lone surrogates, very long numbers.
     """
     try:
         text = body.decode("utf-8-sig")
@@ -157,7 +157,7 @@ def _check_surrogates(tree: dict[str, Any]) -> None:
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every string below `value` with its path; keys count too. Depth is bounded by the scan before."""
+    """Every string below `value`, keys included, with its path. `_check_depth` has bounded the recursion."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What is known of one HTTP request while it is served: for the log, the metrics and the trace. Knows no prompt."""
+"""ASGI scope -> RequestContext: id, client, counts and times of one request, for headers, log, metrics and trace."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.types import Scope
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Scope, Send
 
-SANE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-KEY = "record"  # in the scope's state
+SAFE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+KEY = "request_context"  # in the scope's state
 
 
 @dataclass
 class RequestContext:
-    """Filled in by whoever learns something. Holds counts, names and times; never text of a client and never a key."""
+    """Each stage fills in what it learns. Counts, names and times only: no text of a client, no API key."""
 
     request_id: str
     method: str
     path: str
     begun: float  # time.monotonic()
-    client: str  # who is counted: the name of a key, else the peer's address
+    client: str  # what rate limits count by: the name of the API key, else the peer's address
     key_name: str | None = None
-    status: int = 0  # 0: no answer was begun
+    status: int = 0  # 0: no response has started
     error_code: str | None = None
     is_stream: bool = False
-    is_aborted: bool = False  # the client left before the end
+    is_aborted: bool = False  # the client disconnected before the end
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -35,15 +36,17 @@ class RequestContext:
     finish_reasons: list[str] = field(default_factory=list[str])
     traceparent: str | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])  # for the response
+    has_processing_time: bool = False  # the response gets `openai-processing-ms`
+    is_labelled: bool = False  # a middleware has wrapped `send` already
 
 
 def request_context(scope: Scope) -> RequestContext:
-    """The record of this request, made when it is asked for the first time."""
+    """The context of this request; the first call creates it."""
     state: dict[str, Any] = scope.setdefault("state", {})
-    record = state.get(KEY)
-    if record is None:
+    context = state.get(KEY)
+    if context is None:
         peer = scope.get("client")
-        record = state[KEY] = RequestContext(
+        context = state[KEY] = RequestContext(
             request_id=_request_id(scope),
             method=scope["method"],
             path=scope["path"],
@@ -51,7 +54,30 @@ def request_context(scope: Scope) -> RequestContext:
             client=peer[0] if peer else "",
             traceparent=header(scope, b"traceparent"),
         )
-    return record
+    return context
+
+
+def label_response(context: RequestContext, send: Send) -> Send:
+    """A `send` that notes the status and adds this request's headers to the response.
+
+    Only the outermost middleware that calls this wraps `send`; for those inside it is returned as it is.
+    """
+    if context.is_labelled:
+        return send
+    context.is_labelled = True
+
+    async def send_labelled(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            context.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = context.request_id
+            for name, value in context.headers.items():
+                headers[name] = value
+            if context.has_processing_time:
+                headers["openai-processing-ms"] = str(round((time.monotonic() - context.begun) * 1000))
+        await send(message)
+
+    return send_labelled
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -64,6 +90,6 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own id if it is harmless in logs and headers, else a fresh one."""
+    """The client's own id if it is safe in logs and headers, else a new one."""
     given = header(scope, b"x-request-id")
-    return given if given and SANE_REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    return given if given and SAFE_REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"

@@ -6,7 +6,6 @@ from serving.engine.interface import EngineStopped, NotFinite, OutOfMemory, Requ
 from serving.generation.interface import PromptError
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down
-from serving.safe_traceback import where_from
 
 RETRY_LATER = {"retry-after": str(RETRY_SECONDS)}
 DO_NOT_RETRY = {"x-should-retry": "false"}  # it would fail again
@@ -75,11 +74,3 @@ def from_exception(error: Exception) -> APIError:
         case _:
             message = "The server had an error while processing your request."
             return APIError(500, message, SERVER_ERROR, None, "server_error")
-
-
-def trace(error: Exception, failure: APIError) -> str:
-    """The exception's type and code lines, for the log; without its message, which may quote a prompt.
-
-    Empty for all but a 500: a 503 is a state of the server and comes from no line of code.
-    """
-    return "\n" + where_from(error) if failure.status == 500 else ""

@@ -21,6 +21,7 @@ from serving.openai import embeddings, models, tokenize
 from serving.openai.chat import handler as chat
 from serving.openai.common import Api
 from serving.openai.completions import handler as completions
+from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 from serving.openai.responses import handler as responses
 from serving.openai.start_generation import GenerationStarter
@@ -63,7 +64,7 @@ def create_app(
         routes.append(Route("/{path:path}", _Unrouted(tuple(routes))))
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(ErrorMiddleware)],
+        middleware=[Middleware(ErrorMiddleware, to_api_error=from_exception)],
         exception_handlers={HTTPException: _http_exception},
     )
     app.router.redirect_slashes = False

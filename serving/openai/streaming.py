@@ -13,10 +13,10 @@ from serving.generation.event_stream import EventStream
 from serving.generation.interface import ChatEvent
 from serving.http import server_sent_events as sse
 from serving.http.disconnect import ClientLeft, WriteTimeout, unless_disconnected
-from serving.http.errors import APIError
+from serving.http.errors import APIError, traceback_for_log
 from serving.http.request_context import RequestContext, request_context
 from serving.openai.common import IndexedEvent
-from serving.openai.errors import from_exception, trace
+from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,12 @@ class EventStreamResponse(Response):
             # the status line is gone: the failure has to travel in the stream, which then ends without [DONE]
             failure = from_exception(error)
             record.error_code = failure.code
-            logger.error("request %s failed in its stream with %s%s", record.request_id, failure, trace(error, failure))
+            logger.error(
+                "request %s failed in its stream with %s%s",
+                record.request_id,
+                failure,
+                traceback_for_log(error, failure),
+            )
             last = self._chunks.fail(failure)
         await send({"type": "http.response.body", "body": "".join(last).encode(), "more_body": False})
 

@@ -1,24 +1,46 @@
-"""Every use of a name that BentoML does not publish."""
+"""BentoML's service, container image, log and parent process, changed where its published interface does not reach.
+
+This file has every use of a name or a behaviour that BentoML does not publish; tests/unit/test_bentoml_adapter.py
+fails when one of them changes. models/store/bentoml_adapter.py has those of the model store.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
 from typing import Any, cast
 
 import attr
-from _bentoml_sdk import Service
+import bentoml
 from bentoml._internal.service.openapi.specification import OpenAPISpecification, PathItem
+from bentoml.images import Image
 from starlette.types import ASGIApp
 
 from serving.openai.openapi import DESCRIPTION, PREFIX, VERSION, document
+from serving.settings import BuildArguments
+
+PYTHON = "3.11"
+
+LOGGER = "bentoml.chatglm"  # BentoML's workers print INFO lines of loggers below "bentoml", and warnings of all others
 
 
-class BentoMLService(Service[Any]):
-    """BentoML's service, whose document also has the mounted routes (`bentoml build` writes it into the Bento, too).
-    Its requests leave no timers behind."""
+def worker_number() -> int:
+    """Which of the service's workers this process is, counted from 0. BentoML counts from 1."""
+    return (bentoml.server_context.worker_index or 1) - 1
+
+
+class BentoMLService(bentoml.Service[Any]):
+    """BentoML's service without its time limit, and with the mounted routes in its OpenAPI document.
+
+    The document is what `/docs.json` answers and what `bentoml build` writes into the Bento.
+    """
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        """Without BentoML's time limit, which keeps a timer and what it holds of every request until it runs out: the
-        limit is ours (`CHATGLM_REQUEST_TIMEOUT`)."""
+        """BentoML's time limit keeps a timer, and the request with it, until it runs out, however early the response
+        is complete. Ours is `CHATGLM_REQUEST_TIMEOUT`."""
         from _bentoml_impl.server.app import ServiceAppFactory  # only a worker needs it
 
         self.inject_config()
@@ -37,9 +59,51 @@ class BentoMLService(Service[Any]):
         changed = attr.evolve(
             spec,
             openapi=VERSION,
-            # BentoML's own text shows pictures from elsewhere
+            # BentoML's own text shows images from other hosts
             info=attr.evolve(spec.info, description=DESCRIPTION),
             paths={**items, **spec.paths},
             components=cast("Any", merged),
         )
         return cast("OpenAPISpecification", changed)
+
+
+def container_image(built: BuildArguments) -> Image:
+    """A slim Python without a package cache. A distribution that BentoML does not know gets no layer of compilers and
+    git; only vLLM needs that layer, to compile kernels while it serves. uv reads /etc/uv/uv.toml."""
+    distro = "debian" if built.engine == "vllm" else "none"
+    image = Image(base_image=f"python:{PYTHON}-slim", distro=distro, python_version=PYTHON, lock_python_packages=False)
+    backend = f'[pip]\\ntorch-backend = "{built.torch}"\\n' if built.torch else ""
+    configuration = "no-cache = true\\n" + backend
+    image.run(f"mkdir -p /etc/uv && printf '{configuration}' > /etc/uv/uv.toml")
+    return image
+
+
+def forward_second_signal() -> None:
+    """In the parent process of `bentoml serve`: the second SIGTERM or SIGINT is sent to the workers.
+
+    BentoML's process manager (circus) ignores every signal after the first. It uses `signal.signal`, which leaves the
+    wake-up descriptor free for a thread that counts the signals.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    writing.detach()  # the interpreter owns it from here on
+
+    def count() -> None:
+        num_signals = 0
+        while numbers := reading.recv(64):
+            for number in numbers:
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    num_signals += 1
+                    if num_signals > 1:
+                        _terminate_children()
+
+    threading.Thread(target=count, name="signals", daemon=True).start()
+
+
+def _terminate_children() -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            os.kill(child.pid, signal.SIGTERM)

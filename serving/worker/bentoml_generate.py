@@ -1,4 +1,4 @@
-"""One question, one stream of text: what BentoML's own clients call. The same pipeline as the OpenAI routes."""
+"""One prompt of BentoML's own clients -> its answer as a stream of text, through the pipeline of the OpenAI routes."""
 
 from __future__ import annotations
 
@@ -12,53 +12,49 @@ from starlette.requests import Request
 from serving.engine.interface import SamplingParams
 from serving.generation.event_stream import EventStream
 from serving.generation.interface import Conversation, Message, PromptError, TextDelta
-from serving.generation.pipeline import ChatJob, Prompt, RunningModel
+from serving.generation.pipeline import ChatJob, RunningModel
 from serving.http.errors import APIError
 from serving.openai.start_generation import GenerationStarter
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What BentoML's clients may say."""
+    """The parameters of `/generate`."""
 
     prompt: str
     system: str
     temperature: float
     top_p: float
-    max_tokens: int  # at most; fewer if the context has no room for so many
+    max_tokens: int  # at most; fewer if the context ends before
 
 
-async def ask(
-    generations: GenerationStarter, request: Request, model: RunningModel | None, question: GenerateRequest
+async def generate_text(
+    generations: GenerationStarter, request: Request, model: RunningModel | None, body: GenerateRequest
 ) -> AsyncGenerator[str, None]:
-    """The answer's text as it comes. Raises BentoML's exceptions: InvalidArgument for what cannot be asked."""
+    """The text of the answer, piece by piece. Raises BentoML's exceptions: InvalidArgument for invalid parameters."""
     if model is None:
         raise ServiceUnavailable("the model is still loading")
-    feed = _open(generations, request, model, _prepare(model, question))
+    stream = _start(generations, request, model, body)
     try:
-        while (events := await feed.take()) is not None:
+        while (events := await stream.take()) is not None:
             text = "".join(event.text for _, event in events if isinstance(event, TextDelta))
             if text:
                 yield text
     finally:
-        await feed.close()
+        await stream.close()
 
 
-def _prepare(model: RunningModel, question: GenerateRequest) -> Prompt:
-    if not (0 <= question.temperature <= 2 and 0 <= question.top_p <= 1 and question.max_tokens >= 1):
+def _start(generations: GenerationStarter, request: Request, model: RunningModel, body: GenerateRequest) -> EventStream:
+    if not (0 <= body.temperature <= 2 and 0 <= body.top_p <= 1 and body.max_tokens >= 1):
         raise InvalidArgument("temperature must be 0 to 2, top_p 0 to 1, max_tokens at least 1")
-    system = (Message("system", question.system),) if question.system else ()
-    conversation = Conversation((*system, Message("user", question.prompt)))
-    sampling = SamplingParams(max_tokens=question.max_tokens, temperature=question.temperature, top_p=question.top_p)
+    system = (Message("system", body.system),) if body.system else ()
+    conversation = Conversation((*system, Message("user", body.prompt)))
+    sampling = SamplingParams(max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p)
     try:
-        return model.prepare(ChatJob(conversation, sampling, max_tokens_is_default=True))
+        prompt = model.prepare(ChatJob(conversation, sampling, max_tokens_is_default=True))
+        return generations.open(request, model, [prompt])
     except PromptError as error:
         raise InvalidArgument(error.message) from None
-
-
-def _open(generations: GenerationStarter, request: Request, model: RunningModel, prompt: Prompt) -> EventStream:
-    try:
-        return generations.open(request, model, [prompt])
     except APIError as error:
         refusal = BentoMLException(error.message)
         refusal.error_code = HTTPStatus(error.status)

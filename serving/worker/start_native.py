@@ -1,4 +1,4 @@
-"""Brings a stored model up: device, precision, weights, cache, engine. Knows no family; it is handed the loader."""
+"""Stored model -> a running native engine: chooses device, precision and cache size, loads the weights, warms up."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from serving.generation.pipeline import RunningModel
 from serving.settings import Settings
 
 PROGRESS_SECONDS = 5.0
-# oneDNN keeps a compiled kernel for each number of rows that it meets: 1,024 of them, 0.2 MiB each, if not told less
-KERNELS, NUM_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"
+# oneDNN caches a compiled kernel of 0.2 MiB for each number of rows, 1,024 of them by default
+ONEDNN_KERNELS, NUM_ONEDNN_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"
 
 
 class LoadedNetwork(Protocol):
@@ -44,7 +44,7 @@ class LoadedNetwork(Protocol):
 
 
 class Progress(Protocol):
-    """Told how far loading is."""
+    """Called while a model loads; `what` names the present step."""
 
     def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None: ...
 
@@ -62,19 +62,19 @@ def start_model(
 ) -> RunningModel:
     """Load the weights and start the engine; logs the facts of the running model in one line.
 
-    worker: which of `settings.workers` this is, counted from 0; GPUs and cores are shared out by it.
+    worker: which of `settings.workers` this is, counted from 0; each takes its own GPU and its share of the cores.
     """
     started = time.monotonic()
     device = choose_device(settings.device, worker)
     if device.type == "cpu":
-        os.environ.setdefault(KERNELS, NUM_KERNELS)  # read at the first operation
+        os.environ.setdefault(ONEDNN_KERNELS, NUM_ONEDNN_KERNELS)  # read at oneDNN's first operation
         torch.set_num_threads(settings.threads or max(1, num_usable_cores() // settings.workers))
     num_parameters = int(metadata["parameters"])
     automatic = metadata.get("quantized") or choose_precision(device, num_parameters, free_memory(device))
     precision = automatic if settings.precision == "auto" else settings.precision
-    loaded = load(folder, metadata, device, precision, _Progress(logger))
+    loaded = load(folder, metadata, device, precision, _ProgressLog(logger))
     if device.type == "cpu":
-        keep_freed_memory()  # not before: what loading gives back had better go
+        keep_freed_memory()  # only now: memory that loading has freed should go back to the system
     shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype)
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
     context_length = min(shape.max_positions, kv_tokens)
@@ -105,12 +105,12 @@ def start_model(
         time.monotonic() - started,
     )
     model = RunningModel(engine, loaded.chat_format, context_length, settings.drop_oldest_rounds)
-    model.grammars.prepare()  # now, while nobody waits for an answer
+    model.grammars.prepare()  # before the first request needs it
     return model
 
 
-class _Progress:
-    """Says in the log how far loading is, every few seconds, and how long the step that it is at will still take."""
+class _ProgressLog:
+    """Logs every few seconds how much of the present step of loading is done, and its remaining time."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, sent to a collector. Off unless an endpoint is set; then one span a request."""
+"""Finished request -> one OpenTelemetry span, sent to a collector. Imported only if an endpoint is set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from serving.http.request_context import RequestContext
 
 
 class TracingError(Exception):
-    """Traces were asked for and cannot be sent; one line for a person."""
+    """Traces cannot be exported; the message is one line for the operator."""
 
 
 class Tracing:
-    """Makes one span of each finished request, in the field's names (OpenTelemetry's `gen_ai.*`)."""
+    """Makes one span of each finished request, with OpenTelemetry's attribute names (`gen_ai.*`)."""
 
     def __init__(self, exporter: SpanExporter, service_name: str, model: str) -> None:
         provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
@@ -27,32 +27,31 @@ class Tracing:
         self._tracer = provider.get_tracer("chatglm")
         self._model = model
 
-    def __call__(self, record: RequestContext, seconds: float) -> None:
-        parent = TraceContextTextMapPropagator().extract({"traceparent": record.traceparent or ""})
+    def __call__(self, context: RequestContext, seconds: float) -> None:
+        parent = TraceContextTextMapPropagator().extract({"traceparent": context.traceparent or ""})
         end = time.time_ns()
         begin = end - int(seconds * 1e9)
-        span = self._tracer.start_span(
-            f"{record.method} {record.path}"[:100], parent, SpanKind.SERVER, start_time=begin
-        )
+        name = f"{context.method} {context.path}"[:100]
+        span = self._tracer.start_span(name, parent, SpanKind.SERVER, start_time=begin)
         span.set_attributes(
             {
-                "http.request.method": record.method,
-                "http.response.status_code": record.status,
+                "http.request.method": context.method,
+                "http.response.status_code": context.status,
                 "gen_ai.request.model": self._model,
-                "gen_ai.usage.input_tokens": record.prompt_tokens,
-                "gen_ai.usage.output_tokens": record.completion_tokens,
-                "gen_ai.response.finish_reasons": record.finish_reasons,
-                "chatglm.request_id": record.request_id,
+                "gen_ai.usage.input_tokens": context.prompt_tokens,
+                "gen_ai.usage.output_tokens": context.completion_tokens,
+                "gen_ai.response.finish_reasons": context.finish_reasons,
+                "chatglm.request_id": context.request_id,
             }
         )
-        if record.first_token_at is not None:
-            span.add_event("first token", timestamp=begin + int((record.first_token_at - record.begun) * 1e9))
-        if record.error_code:
-            span.set_status(Status(StatusCode.ERROR, record.error_code))
+        if context.first_token_at is not None:
+            span.add_event("first token", timestamp=begin + int((context.first_token_at - context.begun) * 1e9))
+        if context.error_code:
+            span.set_status(Status(StatusCode.ERROR, context.error_code))
         span.end(end)
 
     def flush(self) -> None:
-        """Send what is waiting; when the process ends."""
+        """Send the spans that are buffered; call it when the process ends."""
         self._provider.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""The application behind its gate, on a real engine of a chosen size, and clients with keys of their own."""
+"""The application inside AccessMiddleware, on a real engine of a chosen size, and clients with keys of their own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from serving.admission.admission_control import Admission, AdmissionLimits
 from serving.engine.interface import EngineLimits
 from serving.engine.native.engine import NativeEngine
 from serving.generation.pipeline import RunningModel
-from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames
-from serving.http.api_keys import Keys
+from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames, ServerState
+from serving.http.api_keys import APIKeys
 from serving.http.request_context import RequestContext
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
-from serving.worker.graceful_shutdown import GracefulShutdown
 from serving.worker.health import HealthMonitor
 from tests.contract.tiny import CONTEXT, NAME, Meddled, chat_format, random_network
 
@@ -38,7 +37,7 @@ class Guarded:
     engine: NativeEngine
     model: RunningModel
     admission: Admission
-    drain: GracefulShutdown
+    state: ServerState
     monitor: HealthMonitor
     records: list[RequestContext]
 
@@ -48,34 +47,34 @@ def guarded(
     folder: Path,
     before: Callable[[], None] | None = None,
     engine_limits: EngineLimits | None = None,
-    door: AdmissionLimits | None = None,
+    admission_limits: AdmissionLimits | None = None,
     limits: ApiLimits | None = None,
     keys: list[str] | None = None,
     max_step_seconds: float = 60.0,
 ) -> Iterator[Guarded]:
     """A worker without BentoML around it, for as long as the block lasts."""
-    form = chat_format(folder, "chatglm2")
-    network = random_network(form.num_tokens)
+    format_ = chat_format(folder, "chatglm2")
+    network = random_network(format_.num_tokens)
     engine = NativeEngine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
     engine.start()
-    model = RunningModel(engine, form, CONTEXT)
-    served = ModelRegistry(NAME, model=model)
-    admission = Admission(door or AdmissionLimits())
-    drain = GracefulShutdown(1.0, lambda: engine.stop(1.0))
-    app = create_app(served, limits, admission=admission)
+    model = RunningModel(engine, format_, CONTEXT)
+    registry = ModelRegistry(NAME, model=model)
+    admission = Admission(admission_limits or AdmissionLimits())
+    state = ServerState()
+    app = create_app(registry, limits, admission=admission)
     records: list[RequestContext] = []
-    guard = AccessPolicy(
-        Keys(KEYS if keys is None else keys), drain, RouteNames([]), finished=lambda record, _: records.append(record)
-    )
+    accepted = APIKeys(KEYS if keys is None else keys)
+    observers = (lambda record, _: records.append(record),)
+    policy = AccessPolicy(accepted if accepted.num_keys else None, state, observers=observers)
     mounted = Prefixed(app)
     try:
         yield Guarded(
-            AccessMiddleware(mounted, guard),
+            AccessMiddleware(mounted, policy, RouteNames([])),
             engine,
             model,
             admission,
-            drain,
-            HealthMonitor(served, admission, drain, max_step_seconds),
+            state,
+            HealthMonitor(registry, admission, state, max_step_seconds),
             records,
         )
     finally:
@@ -105,18 +104,18 @@ async def client(worker: Guarded, name: str = "alice") -> AsyncIterator[httpx2.A
 
 
 async def at_rest(worker: Guarded, seconds: float = 10.0) -> None:
-    """Wait until nothing is held; fail if that does not happen."""
+    """Wait until no slot, no admission and no request is in use; fail if that does not happen."""
     async with asyncio.timeout(seconds):
         while True:
             stats = worker.engine.stats()
-            held = (stats.num_running, stats.num_waiting, stats.kv_tokens_used, worker.admission.num_answers)
-            if not any(held) and not worker.drain.num_in_flight:
+            in_use = (stats.num_running, stats.num_waiting, stats.kv_tokens_used, worker.admission.num_answers)
+            if not any(in_use) and not worker.state.num_in_flight:
                 return
             await asyncio.sleep(0.01)
 
 
 class SlowReader:
-    """An ASGI client that takes the head and a few pieces of a stream and then lets every send wait."""
+    """An ASGI client that reads the head and a few pieces of a stream and then blocks every send."""
 
     def __init__(self, worker: Guarded, payload: bytes, num_taken: int = 3) -> None:
         self._worker = worker

@@ -1,19 +1,16 @@
-"""Keys, health, the way out, clients that leave, and what is written down of it all."""
+"""API keys, health, shutdown, clients that disconnect, and what logs, metrics and traces say of them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-import uvicorn
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.routing import Route
 from starlette.types import Message
@@ -24,7 +21,6 @@ from serving.engine.interface import EngineLimits
 from serving.http.access_log import AccessLog, to_fields
 from serving.http.access_middleware import RouteNames
 from serving.worker.tracing import Tracing
-from serving.worker.uvicorn_adapter import IdleConnections
 from tests.contract.guarded import CHAT, Guarded, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
 
@@ -55,11 +51,11 @@ def test_too_many_or_too_large_headers_are_a_431(headers: dict[str, str], folder
     asyncio.run(run())
 
 
-def test_a_hanging_step_is_noticed_told_and_forgiven(folder: Path) -> None:
-    gate = threading.Event()
+def test_a_hung_step_fails_its_requests_and_the_engine_may_recover(folder: Path) -> None:
+    step = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, gate.wait, max_step_seconds=3) as worker:
+        with guarded(folder, step.wait, max_step_seconds=3) as worker:
             monitor = worker.monitor
             try:
                 async with client(worker) as http:
@@ -73,18 +69,18 @@ def test_a_hanging_step_is_noticed_told_and_forgiven(folder: Path) -> None:
                     assert not monitor.is_alive
                     assert not monitor.is_ready
                     assert_openai_error(await asyncio.wait_for(waiting, 5), 503)
-                    gate.set()
+                    step.set()
                     await at_rest(worker)
                     monitor.tick()
                     assert monitor.is_ready
                     assert (await http.post(CHAT, json=body(max_tokens=2))).status_code == 200
             finally:
-                gate.set()
+                step.set()
 
     asyncio.run(run())
 
 
-def test_an_idle_engine_is_never_taken_for_a_hanging_one(folder: Path) -> None:
+def test_an_idle_engine_is_not_treated_as_hung(folder: Path) -> None:
     with guarded(folder, max_step_seconds=1) as worker:
         for _ in range(10):
             worker.monitor.tick()
@@ -137,14 +133,14 @@ def test_a_fault_in_one_answers_text_ends_that_answer_alone(
     asyncio.run(run())
 
 
-def test_while_draining_the_stream_goes_on_and_the_late_are_sent_away(folder: Path) -> None:
+def test_while_draining_a_stream_continues_and_new_requests_get_503(folder: Path) -> None:
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.005)) as worker:
             async with client(worker) as http:
                 stream = asyncio.create_task(http.post(CHAT, json=body(max_tokens=60, ignore_eos=True, stream=True)))
                 while not worker.engine.is_busy:
                     await asyncio.sleep(0.01)
-                worker.drain.is_draining = True
+                worker.state.is_draining = True
                 assert not worker.monitor.is_ready
                 assert worker.monitor.is_alive
                 late = await http.get("/v1/models")
@@ -185,7 +181,7 @@ async def _abort(worker: Guarded, payload: bytes, after_pieces: int, seconds: fl
     await worker.app(scope, receive, send)
 
 
-def test_hundreds_of_clients_that_leave_at_every_stage_leave_nothing_behind(folder: Path) -> None:
+def test_hundreds_of_clients_that_disconnect_at_every_stage_release_everything(folder: Path) -> None:
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.001), SMALL, AdmissionLimits(1000)) as worker:
             aborts = []
@@ -236,7 +232,7 @@ def test_neither_prompts_nor_keys_are_in_any_log(folder: Path, caplog: pytest.Lo
     assert "sk-alice" not in caplog.text
 
 
-def test_a_body_that_drips_in_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_is_sent_a_byte_at_a_time_is_a_408(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.http.json_body.BODY_SECONDS", 0.2)
 
     async def drip() -> AsyncIterator[bytes]:
@@ -248,75 +244,6 @@ def test_a_body_that_drips_in_is_not_waited_for(folder: Path, monkeypatch: pytes
         with guarded(folder) as worker:
             async with client(worker) as http:
                 assert_openai_error(await http.post(CHAT, content=drip()), 408)
-
-    asyncio.run(run())
-
-
-@asynccontextmanager
-async def listening(worker: Guarded) -> AsyncIterator[int]:
-    """Serve it as BentoML does; the port on loopback."""
-    server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    await serving
-
-
-def test_connections_on_which_nothing_is_asked_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.2)
-
-    async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.01)) as worker:
-            async with listening(worker) as port:
-                connections = IdleConnections()
-                slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
-                slow_writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
-                busy_reader, busy_writer = await asyncio.open_connection("127.0.0.1", port)
-                payload = json.dumps(body(max_tokens=60, ignore_eos=True, stream=True)).encode()
-                busy_writer.write(
-                    b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n"
-                    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(payload), payload)
-                )
-                closed = 0
-                for _ in range(5):
-                    await asyncio.sleep(0.1)
-                    closed += connections.sweep()
-                assert closed == 1
-                with suppress(ConnectionResetError):
-                    assert await slow_reader.read() == b""
-                assert b"[DONE]" in await busy_reader.read()
-                for writer in (slow_writer, busy_writer):
-                    writer.close()
-
-    asyncio.run(run())
-
-
-def test_a_connection_on_which_short_requests_follow_each_other_is_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each look finds it between two requests; it must not add these pauses up."""
-    monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.3)
-
-    async def run() -> None:
-        with guarded(folder) as worker:
-            async with listening(worker) as port:
-                connections = IdleConnections()
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                for _ in range(8):
-                    writer.write(b"GET /v1/models HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-alice\r\n\r\n")
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    assert head.startswith(b"HTTP/1.1 200")
-                    (size,) = re.findall(rb"content-length: (\d+)", head)
-                    await reader.readexactly(int(size))
-                    await asyncio.sleep(0.1)
-                    assert connections.sweep() == 0
-                for _ in range(4):
-                    await asyncio.sleep(0.1)
-                    connections.sweep()
-                assert await reader.read() == b""
-                writer.close()
 
     asyncio.run(run())
 
@@ -377,7 +304,7 @@ def test_a_request_is_one_span_that_continues_the_clients_trace(folder: Path) ->
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
 
 
-def test_whatever_paths_are_asked_for_the_names_of_routes_are_few() -> None:
+def test_metrics_labels_have_few_route_names_whatever_the_paths_are() -> None:
     names = RouteNames([Route("/models", print), Route("/models/{name:path}", print), Route("/{path:path}", print)])
     assert names.of("/v1/models") == "/v1/models"
     assert names.of("/models/x/y") == "/models/..."

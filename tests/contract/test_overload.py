@@ -20,7 +20,7 @@ from serving.engine.interface import EngineLimits
 from serving.engine.native.engine import MAX_UNREAD
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
-from serving.worker.bentoml_generate import GenerateRequest, ask
+from serving.worker.bentoml_generate import GenerateRequest, generate_text
 from tests.contract.guarded import CHAT, SlowReader, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
 
@@ -139,7 +139,7 @@ def test_a_deadline_that_is_no_number_of_seconds_is_a_400(value: str, folder: Pa
 
 def test_limits_of_a_key_are_its_own(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, door=AdmissionLimits(requests_per_minute=2)) as worker:
+        with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=2)) as worker:
             async with client(worker) as http, client(worker, "bob") as other:
                 statuses = [(await http.post(CHAT, json=body(max_tokens=2))).status_code for _ in range(3)]
                 assert statuses == [200, 200, 429]
@@ -153,14 +153,14 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
 
 def test_the_native_route_comes_through_the_same_door(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, door=AdmissionLimits(requests_per_minute=1)) as worker:
+        with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
             question = GenerateRequest("你好", "", 0.0, 1.0, 8)
-            texts = [text async for text in ask(generations, request, worker.model, question)]
+            texts = [text async for text in generate_text(generations, request, worker.model, question)]
             assert "".join(texts)
             with pytest.raises(BentoMLException) as caught:
-                await anext(ask(generations, request, worker.model, question))
+                await anext(generate_text(generations, request, worker.model, question))
             assert caught.value.error_code == 429
             await at_rest(worker)
 

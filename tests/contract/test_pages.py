@@ -1,9 +1,8 @@
-"""The pages' own promises: strict policies, nothing from elsewhere, a cheap second visit, a switch."""
+"""The pages: strict policies, nothing from other hosts, revalidation, compression, and the chat page turned off."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -14,10 +13,10 @@ from tests.contract.tiny import send
 from tests.golden_data import REPOSITORY
 
 APP = Starlette(routes=page_routes(has_chat=True))
-FILES = [f"{ASSETS}/{path.relative_to(FOLDER).as_posix()}" for path in FOLDER.rglob("*.js")]
+FILES = [f"{ASSETS}/{file.relative_to(FOLDER).as_posix()}" for s in (".js", ".css") for file in FOLDER.rglob(f"*{s}")]
 
 
-@pytest.mark.parametrize("path", ["/", "/chat", *FILES, f"{ASSETS}/style.css", f"{ASSETS}/icon.svg"])
+@pytest.mark.parametrize("path", ["/", "/chat", *FILES, f"{ASSETS}/icon.svg"])
 def test_every_file_has_a_strict_policy_and_a_type(path: str) -> None:
     reply = send(APP, "GET", path)
     assert reply.status_code == 200
@@ -54,6 +53,13 @@ def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
         assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|\beval\b|new Function", text), path.name
 
 
+def test_every_style_sheet_and_script_of_the_page_is_used() -> None:
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8") + (FOLDER / "home.html").read_text(encoding="utf-8")
+    styles = {path.name for path in FOLDER.glob("*.css")}
+    assert {name for name in styles if f'"./page/{name}"' not in text} == set()
+    assert all(path.read_text(encoding="utf-8").count("\n") <= 400 for path in FOLDER.glob("*.*s"))
+
+
 def test_switched_off_there_is_no_chat_page_and_no_link_to_it() -> None:
     off = Starlette(routes=page_routes(has_chat=False))
     assert send(off, "GET", "/chat").status_code == 404
@@ -84,7 +90,7 @@ def test_the_bundle_is_what_its_lock_file_says() -> None:
 
 
 def test_a_file_outside_the_folder_is_not_served() -> None:
-    assert Path(FOLDER / ".." / "build.mjs").resolve().exists()
-    for path in (f"{ASSETS}/../auth.py", f"{ASSETS}/%2e%2e/auth.py", f"{ASSETS}/vendor/NOTICE"):
+    assert (FOLDER.parent / "build.mjs").exists()
+    for path in (f"{ASSETS}/../build.mjs", f"{ASSETS}/%2e%2e/build.mjs", f"{ASSETS}/vendor/NOTICE"):
         reply: httpx2.Response = send(APP, "GET", path)
         assert reply.status_code == 404

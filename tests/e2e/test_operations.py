@@ -1,4 +1,4 @@
-"""A real `bentoml serve` under an operator's hands: keys, metrics, signals, killed and stopped workers."""
+"""A real `bentoml serve` in operation: API keys, metrics, signals, killed and stopped workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "BENTOML_CONFIG_OPTIONS": "services.chatglm2.workers=2",
     }
     with serving(home, settings) as server:
-        until(lambda: metrics(server).get("chatglm_ready") == 2, 120)  # `readyz` is one worker's word
+        until(lambda: metrics(server).get("chatglm_ready") == 2, 120)  # `/readyz` is of one worker only
         yield server
 
 
@@ -78,7 +78,7 @@ def test_health_needs_no_key_and_everything_else_does(guarded: Server) -> None:
         assert requests.get(guarded.url + path, headers=HEADERS, timeout=10).status_code != 401, path
 
 
-def test_browsers_of_the_named_origin_may_ask_and_others_may_not(guarded: Server) -> None:
+def test_browsers_of_the_configured_origin_may_call_and_others_may_not(guarded: Server) -> None:
     for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
         reply = requests.options(
             f"{guarded.base_url}/chat/completions",
@@ -94,7 +94,7 @@ def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: S
         assert chat(guarded, max_tokens=4, ignore_eos=True).status_code == 200
     for i in range(50):
         requests.get(f"{guarded.base_url}/random-{i}", headers=HEADERS, timeout=10)
-    time.sleep(1.5)  # each worker looks at its engine once a second
+    time.sleep(1.5)  # each worker updates its metrics once a second
     after = metrics(guarded)
     assert after["chatglm_ready"] == 2
     assert after["chatglm_generation_tokens_total"] - before.get("chatglm_generation_tokens_total", 0) == 32
@@ -120,7 +120,7 @@ def test_the_log_is_json_without_prompts_and_keys(guarded: Server) -> None:
     assert answered[-1]["completion_tokens"] == 4
 
 
-def test_a_killed_worker_is_replaced_and_its_gauges_are_forgotten(guarded: Server) -> None:
+def test_a_killed_worker_is_replaced_and_its_gauges_are_deleted(guarded: Server) -> None:
     workers = psutil.Process(guarded.process.pid).children()
     stream = chat(guarded, stream=True, ignore_eos=True, max_tokens=4000)
     next(stream.iter_lines())
@@ -133,8 +133,8 @@ def test_a_killed_worker_is_replaced_and_its_gauges_are_forgotten(guarded: Serve
     assert chat(guarded, max_tokens=4).status_code == 200
 
 
-def test_a_stopped_worker_goes_on_where_it_was_and_sigterm_lets_its_streams_end(tmp_path: Path) -> None:
-    """SIGSTOP for longer than a step may take: afterwards it must neither count as hanging nor have lost anything."""
+def test_a_stopped_worker_continues_where_it_was_and_sigterm_lets_its_streams_finish(tmp_path: Path) -> None:
+    """SIGSTOP for longer than a step may take: afterwards it must neither be treated as hung nor have lost anything."""
     with serving(tmp_path, {"CHATGLM_STEP_SECONDS": "2", "CHATGLM_GRACE_SECONDS": "120", **ONE_THREAD}) as server:
         stream = chat(server, stream=True, ignore_eos=True, max_tokens=100)
         lines = stream.iter_lines()
@@ -148,10 +148,10 @@ def test_a_stopped_worker_goes_on_where_it_was_and_sigterm_lets_its_streams_end(
         assert [line for line in lines if line][-1] == b"data: [DONE]"
         assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
         assert requests.get(f"{server.url}/livez", timeout=10).status_code == 200
-        _sigterm_refuses_the_late_at_once_and_lets_the_stream_end(server)
+        _sigterm_refuses_new_requests_and_lets_the_stream_finish(server)
 
 
-def _sigterm_refuses_the_late_at_once_and_lets_the_stream_end(server: Server) -> None:
+def _sigterm_refuses_new_requests_and_lets_the_stream_finish(server: Server) -> None:
     stream = chat(server, stream=True, ignore_eos=True, max_tokens=200)
     lines = stream.iter_lines()
     next(lines)
@@ -166,7 +166,7 @@ def _sigterm_refuses_the_late_at_once_and_lets_the_stream_end(server: Server) ->
     assert server.process.wait(30) == 0
 
 
-def test_after_the_grace_period_streams_are_told_and_the_server_ends(tmp_path: Path) -> None:
+def test_after_the_grace_period_streams_get_an_error_and_the_server_ends(tmp_path: Path) -> None:
     with serving(tmp_path, {"CHATGLM_GRACE_SECONDS": "1", **ONE_THREAD}) as server:
         stream = chat(server, stream=True, ignore_eos=True, max_tokens=8000, n=4)
         lines = stream.iter_lines()

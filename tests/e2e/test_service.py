@@ -1,4 +1,4 @@
-"""The service as an operator meets it: refusals at the start, the built Bento, a client that leaves, the end."""
+"""The service from start to end: invalid settings, the built Bento, readiness, a client that disconnects, SIGTERM."""
 
 from __future__ import annotations
 
@@ -58,13 +58,19 @@ def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     (described,) = tmp_path.glob("bentos/chatglm2/*/apis/openapi.yaml")
     assert "/v1/chat/completions:" in described.read_text(encoding="utf-8")
+    (source,) = tmp_path.glob("bentos/chatglm2/*/src")
+    files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+    assert {"web/page/chat.html", "web/page/vendor/markdown.js", "kernels/linears.py", "service.py"} <= files
+    assert not [file for file in files if file.startswith(("tests/", "docs/")) or file.rpartition("/")[0] == "web"]
     with serving(tmp_path, target="chatglm2:latest") as server:
         client = OpenAI(base_url=server.base_url, api_key="none")
         answer = client.chat.completions.create(model="chatglm2-6b", messages=[{"role": "user", "content": "你好"}])
         assert answer.choices[0].message.content == SAMPLE_ANSWER
+        for path in ("/", "/chat", "/page/app.js", "/page/vendor/markdown.js", "/static_content/swagger-ui.css"):
+            assert requests.get(server.url + path, timeout=10).status_code == 200, path
 
 
-def test_a_setting_chooses_names_and_precision_and_the_log_states_the_facts(tmp_path: Path) -> None:
+def test_settings_choose_names_and_precision_and_the_log_states_them(tmp_path: Path) -> None:
     settings = {"CHATGLM_ALIASES": "gpt-3.5-turbo", "CHATGLM_PRECISION": "bfloat16", "CHATGLM_THREADS": "1"}
     with serving(tmp_path, settings) as server:
         client = OpenAI(base_url=server.base_url, api_key="none")
@@ -90,7 +96,7 @@ def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-def test_a_client_that_leaves_costs_nothing_afterwards(server: Server) -> None:
+def test_a_client_that_disconnects_ends_its_generation(server: Server) -> None:
     """`ignore_eos` would go on for thousands of tokens; after leaving, the process must come to rest."""
     body = {
         "model": "chatglm",
@@ -119,7 +125,7 @@ def _cpu_share(server: Server, seconds: float) -> float:
     return (sum(sum(p.cpu_times()[:2]) for p in processes) - before) / seconds
 
 
-def test_it_says_not_ready_until_the_model_is_loaded(tmp_path: Path) -> None:
+def test_it_is_not_ready_until_the_model_is_loaded(tmp_path: Path) -> None:
     with serving(tmp_path, wait=False) as server:
         seen: set[int] = set()
         deadline = time.monotonic() + 60

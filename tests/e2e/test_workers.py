@@ -1,4 +1,4 @@
-"""Several worker processes, one copy of the model each: what they share, and that each takes its own device."""
+"""Several worker processes: limits and metrics are shared, models and GPUs are not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
     with serving(tmp_path, settings) as server:
 
         def ask(_: int) -> str:
-            # a connection each: the kernel gives them to whichever worker is free
+            # a connection each: the kernel distributes them over the workers
             client = OpenAI(base_url=server.base_url, api_key="none")
             answer = client.chat.completions.create(model="chatglm", messages=[{"role": "user", "content": "你好"}])
             return answer.choices[0].message.content or ""
@@ -54,7 +54,7 @@ def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
 
 
 def ask(server: Server, key: str, **fields: object) -> requests.Response:
-    """On a connection of its own, which goes to whichever worker the kernel picks."""
+    """On a connection of its own, which the kernel gives to one of the workers."""
     return requests.post(
         f"{server.base_url}/chat/completions",
         json={"model": "chatglm", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4, **fields},
@@ -65,14 +65,14 @@ def ask(server: Server, key: str, **fields: object) -> requests.Response:
 
 
 def begin_stream(server: Server, key: str) -> tuple[int, Iterator[bytes]]:
-    """The status, and the lines after the first: whoever drops them closes the connection."""
+    """The status, and the lines after the first; dropping them closes the connection."""
     reply = ask(server, key, stream=True, ignore_eos=True, max_tokens=4000)
     lines: Iterator[bytes] = reply.iter_lines()
     next(lines)
     return reply.status_code, lines
 
 
-def test_limits_hold_over_all_workers_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+def test_limits_apply_over_all_workers_and_a_killed_one_uses_none_of_them(tmp_path: Path) -> None:
     settings = {
         "CHATGLM_WORKERS": "2",
         "CHATGLM_THREADS": "1",
@@ -90,7 +90,7 @@ def test_limits_hold_over_all_workers_and_a_killed_one_holds_nothing(tmp_path: P
         streams = [begin_stream(server, "sk-at-once") for _ in range(8)]
         assert Counter(status for status, _ in streams) == {200: 3, 429: 5}
         for worker in psutil.Process(server.process.pid).children():
-            worker.kill()  # whichever of them has the streams
+            worker.kill()
         deadline = time.monotonic() + 60
         while (status := answer_or_none(server)) != 200:
             assert time.monotonic() < deadline, status
@@ -101,7 +101,7 @@ def answer_or_none(server: Server) -> int | None:
     try:
         return ask(server, "sk-at-once").status_code
     except requests.RequestException:
-        return None  # nobody is listening yet
+        return None  # no worker is listening yet
 
 
 @pytest.fixture
@@ -128,14 +128,14 @@ def test_a_named_gpu_is_every_workers() -> None:
     [
         (
             {"GPUS_PER_WORKER": "2"},
-            "CHATGLM_GPUS_PER_WORKER above 1 needs CHATGLM_ENGINE=vllm, whose tensor_parallel_size it",
+            "CHATGLM_GPUS_PER_WORKER above 1 requires CHATGLM_ENGINE=vllm",
         ),
-        ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS needs CHATGLM_ENGINE=vllm"),
+        ({"VLLM_OPTIONS": "{}"}, "CHATGLM_VLLM_OPTIONS requires CHATGLM_ENGINE=vllm"),
         ({"ENGINE": "vllm", "VLLM_OPTIONS": "[1]"}, "CHATGLM_VLLM_OPTIONS is not a JSON object"),
-        ({"ENGINE": "vllm", "PRECISION": "int4"}, "CHATGLM_PRECISION=int4 is not for CHATGLM_ENGINE=vllm"),
+        ({"ENGINE": "vllm", "PRECISION": "int4"}, "CHATGLM_PRECISION=int4 is not supported by CHATGLM_ENGINE=vllm"),
     ],
 )
-def test_what_only_the_other_engine_has_is_refused_in_one_line(values: dict[str, str], sentence: str) -> None:
+def test_options_of_the_other_engine_are_refused_in_one_line(values: dict[str, str], sentence: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(sentence)):
         Settings.from_environment({f"CHATGLM_{name}": value for name, value in values.items()})
 

@@ -1,4 +1,4 @@
-"""Keys: plain and hashed, from a variable and from a file that changes, and never to be seen."""
+"""API keys: plain and hashed, from a variable and from a file that changes, and never in messages or logs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from serving.http import api_keys as auth
-from serving.http.api_keys import KeyFileError, Keys
+from serving.http.api_keys import APIKeys, KeyFileError
 from serving.http.errors import APIError
 
 SECRET = "sk-secret-0123456789"
 
 
-def refused(keys: Keys, authorization: str | None) -> APIError:
+def refused(keys: APIKeys, authorization: str | None) -> APIError:
     with pytest.raises(APIError) as caught:
         keys.name_of(authorization)
     assert caught.value.status == 401
@@ -25,14 +25,10 @@ def refused(keys: Keys, authorization: str | None) -> APIError:
     return caught.value
 
 
-def test_without_keys_nobody_needs_one() -> None:
-    assert not Keys().are_required
-
-
 def test_plain_and_hashed_keys_open_and_have_names() -> None:
     hashed = hashlib.sha256(b"sk-other").hexdigest()
-    keys = Keys([f"{SECRET} alice", f"sha256:{hashed}"])
-    assert keys.are_required
+    keys = APIKeys([f"{SECRET} alice", f"sha256:{hashed}"])
+    assert keys.num_keys == 2
     assert keys.name_of(f"Bearer {SECRET}") == "alice"
     assert keys.name_of("bearer  sk-other") == f"key-{hashed[:8]}"
 
@@ -42,12 +38,12 @@ def test_plain_and_hashed_keys_open_and_have_names() -> None:
     [None, "", "Bearer", "Bearer ", f"Basic {SECRET}", f"Bearer {SECRET}x", f"Bearer {SECRET[:-1]}", "Bearer \xff\x00"],
 )
 def test_what_is_not_the_key_is_refused_without_repeating_it(authorization: str | None) -> None:
-    error = refused(Keys([SECRET]), authorization)
+    error = refused(APIKeys([SECRET]), authorization)
     assert SECRET[:-1] not in error.message
 
 
 def test_no_key_and_a_wrong_key_are_told_apart() -> None:
-    keys = Keys([SECRET])
+    keys = APIKeys([SECRET])
     assert refused(keys, None).message.startswith("You didn't provide an API key.")
     assert refused(keys, "Bearer no").message.startswith("Incorrect API key provided")
 
@@ -56,7 +52,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n{SECRET} alice # the first\n")
-    keys = Keys(file=file)
+    keys = APIKeys(file=file)
     assert keys.name_of(f"Bearer {SECRET}") == "alice"
     file.write_text("sk-new bob\n")
     os.utime(file, ns=(1, 1))
@@ -71,19 +67,19 @@ def test_a_file_that_became_wrong_changes_nothing_and_the_log_does_not_quote_it(
     monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
     file = tmp_path / "keys"
     file.write_text(SECRET)
-    keys = Keys(file=file)
+    keys = APIKeys(file=file)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.utime(file, ns=(1, 1))
     with caplog.at_level(logging.ERROR):
         keys.name_of(f"Bearer {SECRET}")
-    assert "the API keys stay as they were" in caplog.text
+    assert "the previous API keys stay in use" in caplog.text
     assert "sk-x" not in caplog.text
 
 
 def test_a_wrong_file_at_the_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read"):
-        Keys(file=tmp_path / "missing")
+        APIKeys(file=tmp_path / "missing")
 
 
 def test_keys_are_held_as_digests_only() -> None:
-    assert SECRET not in repr(vars(Keys([SECRET])))
+    assert SECRET not in repr(vars(APIKeys([SECRET])))

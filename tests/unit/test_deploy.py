@@ -1,4 +1,4 @@
-"""The files under deploy/ fit their schemas, each other, and the server that they describe."""
+"""The files under deploy/ fit their schemas, each other, and the server's settings, metrics and probes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import Counter, Gauge, Histogram
 
 from benchmarks import sizing
 from serving import metrics
 from serving.settings import PREFIX, Settings
-from serving.worker.runtime import CUT_SECONDS
+from serving.worker.graceful_shutdown import ABORT_SECONDS
 from tests.golden_data import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
@@ -53,11 +54,11 @@ def rendered(overlay: str) -> list[dict[str, Any]]:
 
 def apply(document: dict[str, Any], operation: dict[str, Any]) -> None:
     *parents, last = [part.replace("~1", "/") for part in operation["path"].strip("/").split("/")]
-    place: Any = document
+    parent: Any = document
     for part in parents:
-        place = place[int(part)] if isinstance(place, list) else place[part]
-    assert (last in place) == (operation["op"] == "replace")
-    place[last] = operation["value"]
+        parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+    assert (last in parent) == (operation["op"] == "replace")
+    parent[last] = operation["value"]
 
 
 def pods(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +113,7 @@ def test_kustomize_makes_the_same_of_an_overlay(overlay: str) -> None:
 
 
 def without_names(value: Any) -> Any:
-    """Without the label that kustomize adds to everything, and the maps that held nothing else."""
+    """Without the label that kustomize adds to everything, and the maps that contained nothing else."""
     if isinstance(value, dict):
         kept = {k: without_names(v) for k, v in value.items() if k != "app.kubernetes.io/name"}
         return {k: v for k, v in kept.items() if not (k in ("labels", "matchLabels", "podSelector") and v == {})}
@@ -120,7 +121,7 @@ def without_names(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_pods_are_as_closed_as_can_be(overlay: str) -> None:
+def test_pods_run_with_the_least_privileges(overlay: str) -> None:
     documents = rendered(overlay)
     for pod in pods(documents):
         assert pod["automountServiceAccountToken"] is False
@@ -135,16 +136,16 @@ def test_pods_are_as_closed_as_can_be(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_server_may_finish_what_it_began(overlay: str) -> None:
+def test_requests_in_flight_may_finish_before_a_pod_is_killed(overlay: str) -> None:
     """Kubernetes kills at the end of the grace period, which begins before preStop does."""
     documents = rendered(overlay)
     settings = Settings.from_environment(one(documents, "ConfigMap")["data"])
     pause = int(server(documents)["lifecycle"]["preStop"]["exec"]["command"][1])
     allowed = one(documents, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert allowed >= pause + settings.grace_seconds + CUT_SECONDS
+    assert allowed >= pause + settings.grace_seconds + ABORT_SECONDS
 
 
-def test_probes_ask_what_the_server_has() -> None:
+def test_probes_use_the_health_endpoints() -> None:
     """A start may take half an hour; tests/e2e/test_probes.py sends these to a server."""
     container = server(rendered("gpu"))
     paths = {
@@ -155,7 +156,7 @@ def test_probes_ask_what_the_server_has() -> None:
     assert start["periodSeconds"] * start["failureThreshold"] >= 1800
 
 
-def test_the_gpu_overlay_asks_for_one_and_the_cpu_overlay_for_none() -> None:
+def test_the_gpu_overlay_requests_one_gpu_and_the_cpu_overlay_none() -> None:
     assert server(rendered("gpu"))["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in json.dumps(rendered("cpu"))
 
@@ -163,18 +164,24 @@ def test_the_gpu_overlay_asks_for_one_and_the_cpu_overlay_for_none() -> None:
 def test_the_model_that_is_served_is_the_one_that_is_imported_and_waited_for() -> None:
     documents = rendered("gpu")
     tag = one(documents, "ConfigMap")["data"]["CHATGLM_MODEL"]
-    place = f"models/{tag.replace(':', '/')}/model.yaml"
+    file = f"models/{tag.replace(':', '/')}/model.yaml"
     deployment = one(documents, "Deployment")["spec"]["template"]["spec"]
-    assert place in " ".join(deployment["initContainers"][0]["command"])
+    assert file in " ".join(deployment["initContainers"][0]["command"])
     (importing,) = one(documents, "Job")["spec"]["template"]["spec"]["containers"]
-    assert place in importing["command"][-1]
+    assert file in importing["command"][-1]
     assert f"--name {tag}" in importing["command"][-1]
 
 
-def test_the_autoscaler_follows_metrics_that_exist() -> None:
+def metric_names() -> set[str]:
+    """As Prometheus shows them, without the suffixes of histograms."""
+    found = [value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)]
+    return {f.name + ("_total" if isinstance(each, Counter) else "") for each in found for f in each.describe()}
+
+
+def test_the_autoscaler_uses_metrics_that_exist() -> None:
     asked = {m["pods"]["metric"]["name"] for m in one(rendered("gpu"), "HorizontalPodAutoscaler")["spec"]["metrics"]}
     assert asked == {"chatglm_num_requests_running", "chatglm_num_requests_waiting"}
-    assert asked <= set(metrics.names())
+    assert asked <= metric_names()
     (adapter,) = read(KUBERNETES / "prometheus-adapter.yaml")
     pattern = re.search(r'__name__=~"([^"]+)"', adapter["rules"]["custom"][0]["seriesQuery"])
     assert pattern is not None
@@ -191,7 +198,7 @@ def test_compose_mounts_what_there_is_and_sets_what_exists() -> None:
         assert {
             n for n in service["environment"] if n.removeprefix(PREFIX).lower() not in Settings.model_fields
         } == set()
-        grace = float(service["environment"]["CHATGLM_GRACE_SECONDS"]) + CUT_SECONDS
+        grace = float(service["environment"]["CHATGLM_GRACE_SECONDS"]) + ABORT_SECONDS
         assert float(service["stop_grace_period"].removesuffix("s")) > grace
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     mounted = [v.split(":")[0] for s in compose["services"].values() for v in s["volumes"] if v.startswith("./")]
@@ -236,8 +243,8 @@ def test_what_tokens_cost_is_worked_out_from_a_result_file() -> None:
     assert sizing.costs(report, price=3.6) == ["a, 16 at once: 1000 tokens/s, 1.00 per million tokens"]
 
 
-def test_bentocloud_is_told_only_what_it_knows() -> None:
-    """BentoML reads unknown names silently, so they are looked up; what it can check without an account, it checks."""
+def test_the_bentocloud_deployment_has_only_fields_that_exist() -> None:
+    """BentoML ignores unknown names, so they are looked up here; it checks what it can check without an account."""
     import attrs
     from bentoml._internal.cloud.schemas.modelschemas import DeploymentServiceConfig, DeploymentTargetHPAConf
     from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema

@@ -1,4 +1,4 @@
-// Asking the model one question of a conversation, and keeping the books. Knows no element.
+// A conversation's last question -> its answer, streamed into the stored conversation.
 
 import { streamChat } from "./api.js";
 import { DEFAULTS, newAnswer } from "./store.js";

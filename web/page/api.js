@@ -1,4 +1,4 @@
-// The public API as this page uses it: the list of models, and one streamed answer. Knows no element.
+// The HTTP API as this page uses it: the list of models, and one streamed answer.
 
 const BASE = new URL("v1/", new URL(".", document.baseURI));
 const KINDS = new Set([
@@ -40,7 +40,7 @@ export async function* streamChat(body, key, signal) {
     if (chunk.error) throw new Failure("server", chunk.error.message);
     yield chunk;
   }
-  throw new Failure("cut"); // a stream that was not cut says so with [DONE]
+  throw new Failure("cut"); // a complete stream ends with [DONE]
 }
 
 /** The data of every event of a `text/event-stream`. */
@@ -69,7 +69,7 @@ export async function* serverSentData(stream) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // of a stream that has ended anyway
+    reader.cancel().catch(() => {}); // the stream may have ended already
   }
 }
 
@@ -85,7 +85,7 @@ async function call(path, options) {
   try {
     told = (await reply.json()).error ?? {};
   } catch {
-    told = { message: `HTTP ${reply.status}` }; // a proxy in between answers in its own words
+    told = { message: `HTTP ${reply.status}` }; // a proxy's error, which is not JSON of ours
   }
   throw new Failure(kindOf(reply.status, told.code), told.message ?? "", waitOf(reply));
 }

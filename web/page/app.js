@@ -1,4 +1,4 @@
-// The chat page: what is shown, and what a click or a key does. Everything else is in the modules beside it.
+// The chat page: shows the state of its modules and handles clicks and keys.
 
 import { answerLast } from "./answering.js";
 import { Failure, listModels } from "./api.js";
@@ -21,10 +21,10 @@ const state = {
   views: [], // of the current conversation's turns
   models: [],
   running: new Map(), // conversation id -> AbortController
-  follows: true, // whether the end is kept in sight
+  follows: true, // whether the page scrolls along with the answer
 };
 
-// ---- showing
+// ---- rendering
 
 function show() {
   const { current, running } = state;
@@ -131,7 +131,7 @@ function remove(conversation) {
 }
 
 function reloadFromOtherTab() {
-  if (state.running.size) return; // ours is newer
+  if (state.running.size) return; // this tab's state is newer
   state.conversations = loadConversations();
   const same = state.conversations.find((other) => other.id === state.current.id);
   if (same) {
@@ -190,7 +190,7 @@ async function knownModels() {
   try {
     return await listModels(apiKey());
   } catch {
-    return ["chatglm2-6b"]; // the request itself will say what is wrong
+    return ["chatglm2-6b"]; // sending a question will show the error
   }
 }
 
@@ -198,7 +198,7 @@ function stop() {
   state.running.get(state.current.id)?.abort();
 }
 
-// ---- the key
+// ---- the API key
 
 function askForKey(error = "") {
   byId("key-form").hidden = false;
@@ -258,7 +258,7 @@ function closeSidebar() {
   toggleSidebar(false);
 }
 
-// ---- what people do
+// ---- event handlers
 
 function connect() {
   const question = byId("question");
@@ -273,7 +273,7 @@ function connect() {
   });
   question.addEventListener("input", () => fitHeight(question));
   question.addEventListener("keydown", (event) => {
-    if (event.isComposing || event.keyCode === 229) return; // Enter belongs to the input method
+    if (event.isComposing || event.keyCode === 229) return; // Enter confirms the input method's text
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       byId("ask").requestSubmit();

@@ -1,4 +1,4 @@
-// Making elements. Text goes in as text, never as HTML.
+// Tag, attributes and children -> an element. Text is always set as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 const ICONS = {

@@ -1,10 +1,10 @@
-// Model output to elements. Every character of it is hostile: what comes out holds no script, no style, no image.
+// Markdown of the model -> elements. The text is untrusted: the elements contain no script, no style and no image.
 
 import { DOMPurify, MarkdownIt, hljs } from "./vendor/markdown.js";
 import { element, icon } from "./dom.js";
 import { say } from "./words.js";
 
-const LONGEST_HIGHLIGHTED = 20_000; // characters; beyond it, colours cost more than they tell
+const LONGEST_HIGHLIGHTED = 20_000; // characters; longer code is not worth the time
 const ALLOWED = {
   ALLOWED_TAGS: [
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre",
@@ -18,7 +18,7 @@ const ALLOWED = {
 };
 
 const markdown = new MarkdownIt({ html: false, linkify: true, breaks: true, highlight });
-// an image is fetched without a click, and its address may carry the conversation away: a link instead
+// an image is fetched without a click, and its address can carry the conversation away: it becomes a link
 markdown.renderer.rules.image = (tokens, index) => {
   const address = markdown.utils.escapeHtml(tokens[index].attrGet("src") ?? "");
   return `<a href="${address}">${markdown.utils.escapeHtml(tokens[index].content || address)}</a>`;
@@ -31,7 +31,7 @@ export function renderMarkdown(text) {
     if (!link.hasAttribute("href")) continue;
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
-    link.title = link.href; // the words of a link may say anything
+    link.title = link.href; // shows the address, whatever the link's text says
   }
   for (const table of fragment.querySelectorAll("table")) {
     const frame = element("div", { class: "table", tabindex: "0" });

@@ -1,4 +1,4 @@
-// The dialog with a conversation's settings. Knows no API.
+// The dialog with a conversation's settings.
 
 import { byId, element } from "./dom.js";
 import { DEFAULTS, apiKey } from "./store.js";
@@ -26,7 +26,7 @@ export function connectSettings({ changed, forgetKey }) {
   });
   byId("forget-key").addEventListener("click", forgetKey);
   byId("settings").addEventListener("click", (event) => {
-    if (event.target === event.currentTarget) event.currentTarget.close(); // beside the dialog
+    if (event.target === event.currentTarget) event.currentTarget.close(); // a click outside of the dialog
   });
 }
 

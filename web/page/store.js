@@ -1,4 +1,4 @@
-// What the browser keeps: one entry a conversation, so that two tabs do not overwrite each other. Knows no element.
+// Conversations and preferences in the browser's storage: one entry each, so that two tabs do not overwrite each other.
 
 const CONVERSATION = "chatglm.conversation.";
 const PREFERENCE = "chatglm.";
@@ -86,6 +86,6 @@ function parse(text) {
   try {
     return JSON.parse(text);
   } catch {
-    return null; // not ours, or damaged: left alone
+    return null; // not written by this page, or damaged: ignored
   }
 }

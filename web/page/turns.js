@@ -1,4 +1,4 @@
-// One question with its answer, as elements. Knows no API and no storage.
+// One question with its answer -> elements, updated while the answer streams.
 
 import { element, fitHeight, icon } from "./dom.js";
 import { copyButton, renderMarkdown } from "./markdown.js";
@@ -9,7 +9,7 @@ export class TurnView {
   constructor(turn, actions) {
     this.turn = turn;
     this.actions = actions;
-    this.text = null; // what the prose shows
+    this.text = null; // that is shown
     this.question = element("div", { class: "question" });
     this.prose = element("div", { class: "prose" });
     this.notes = element("div", { class: "notes" });

@@ -1,4 +1,4 @@
-// The page's words in English and Chinese. Knows no element.
+// The page's texts in English and Chinese.
 
 const WORDS = {
   en: {
