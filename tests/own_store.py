@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.configuration.containers import BentoMLContainer  # the public way is BENTOML_HOME, at import
 from bentoml._internal.models import ModelStore
 
 from models.families import FAMILIES

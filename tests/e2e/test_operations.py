@@ -171,12 +171,10 @@ def test_after_the_grace_period_streams_are_told_and_the_server_ends(tmp_path: P
         stream = chat(server, stream=True, ignore_eos=True, max_tokens=8000, n=4)
         lines = stream.iter_lines()
         next(lines)
-        begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "server_unavailable"
         assert server.process.wait(30) == 0
-        assert time.monotonic() - begun < 15
 
 
 def test_a_second_signal_ends_at_once(guarded: Server) -> None:
@@ -186,10 +184,8 @@ def test_a_second_signal_ends_at_once(guarded: Server) -> None:
     guarded.process.send_signal(signal.SIGTERM)
     time.sleep(2)
     assert guarded.process.poll() is None
-    begun = time.monotonic()
     guarded.process.send_signal(signal.SIGTERM)
-    assert guarded.process.wait(30) == 0
-    assert time.monotonic() - begun < 15
+    assert guarded.process.wait(30) == 0  # of a grace period of 600 s
 
 
 def _read_all(stream: requests.Response) -> None:

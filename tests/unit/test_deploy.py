@@ -122,6 +122,8 @@ def without_names(value: Any) -> Any:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_are_as_closed_as_can_be(overlay: str) -> None:
     documents = rendered(overlay)
+    assert pods(documents)
+    assert containers(documents)
     for pod in pods(documents):
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -237,7 +239,7 @@ def test_what_tokens_cost_is_worked_out_from_a_result_file() -> None:
 
 
 def test_bentocloud_is_told_only_what_it_knows() -> None:
-    """BentoML reads unknown names silently, so they are looked up; what it can check without an account, it checks."""
+    """BentoML reads unknown names silently, so they are looked up in its schemas, which it has under no public name."""
     import attrs
     from bentoml._internal.cloud.schemas.modelschemas import DeploymentServiceConfig, DeploymentTargetHPAConf
     from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema
