@@ -57,16 +57,26 @@ class EntryRecorder:
             self.files[path] = frame.f_code.co_qualname
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Called in this thread and in all that begin while the block lasts."""
-        previous, previous_of_threads = sys.getprofile(), threading.getprofile()
+    def in_new_threads(self) -> Iterator[None]:
+        """Called in the threads that begin while the block lasts."""
+        previous = threading.getprofile()
         threading.setprofile(self)
+        try:
+            yield
+        finally:
+            threading.setprofile(previous)  # type: ignore[arg-type]  # None takes the hook away
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Called in this thread, too, and noting files, while the block lasts."""
+        previous = sys.getprofile()
+        self.is_recording = True
         sys.setprofile(self)
         try:
             yield
         finally:
             sys.setprofile(previous)
-            threading.setprofile(previous_of_threads)  # type: ignore[arg-type]  # None takes the hook away
+            self.is_recording = False
 
 
 def _path_in_repository(filename: str) -> str | None:
@@ -80,10 +90,13 @@ def _path_in_repository(filename: str) -> str | None:
 def request_path() -> dict[str, str]:
     """The path of each file that one streamed chat request enters, with the function that is called first in it."""
     recorder = EntryRecorder()
-    with tempfile.TemporaryDirectory() as folder, recorder.installed(), application(Path(folder)) as app:
-        recorder.is_recording = True
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        recorder.in_new_threads(),
+        application(Path(folder)) as app,
+        recorder.recording(),
+    ):
         status, body = asyncio.run(stream_chat(app))
-        recorder.is_recording = False
     if status != 200 or not body.endswith(b"data: [DONE]\n\n"):
         raise RuntimeError(f"the request failed with status {status}: {body.decode()}")
     return recorder.files
