@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,10 @@ RAW_BODIES = {
 }
 
 
+@pytest.mark.timeout(60)  # what is quadratic in a megabyte takes far longer
 @pytest.mark.parametrize("body", RAW_BODIES.values(), ids=RAW_BODIES.keys())
 def test_a_body_that_is_no_proper_json_object_is_a_400_at_once(app: Starlette, body: bytes) -> None:
-    begun = time.perf_counter()
     response = send(app, "POST", "/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert time.perf_counter() - begun < 2
     assert assert_openai_error(response, 400)["code"] == "invalid_json"
 
 

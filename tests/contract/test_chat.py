@@ -39,7 +39,7 @@ def test_the_sdk_reads_an_answer(app: Starlette) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer._request_id
+    assert answer._request_id  # public, as the SDK's own documentation says
     ChatCompletion.model_validate(answer.model_dump(), strict=True)
 
 

@@ -161,6 +161,7 @@ def test_chat_chunks_glued_together_are_the_whole_answer(
     options = ChunkOptions(logprobs=logprobs)
     events = _interleaved(per_choice, random)
     whole = to_completion(events, ENVELOPE, options, token_bytes)
+    assert len(whole["choices"]) == len(per_choice)
     chunks = [json.loads(chunk) for chunk in stream(events, options)]
     for choice in whole["choices"]:
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
@@ -178,6 +179,7 @@ def test_text_chunks_glued_together_are_the_whole_completion(
     options, prompts = ChunkOptions(logprobs=logprobs), PromptChoices(len(per_choice), ("" if logprobs else "echo ",))
     events = _interleaved(per_choice, random)
     whole = to_text_completion([events], prompts, ENVELOPE, options, token_bytes)
+    assert len(whole["choices"]) == len(per_choice)
     fold = CompletionStream(prompts, ENVELOPE, options, token_bytes, [17])
     chunks = [json.loads(data(chunk)) for index, event in events for chunk in fold.push(index, event)]
     for choice in whole["choices"]:

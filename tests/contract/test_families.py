@@ -101,6 +101,7 @@ def test_a_raw_completion_goes_on_from_the_prompts_own_text(running: Running) ->
 
 def test_an_answer_ends_at_the_models_own_end_tokens(running: Running) -> None:
     """A bias makes each of them certain; the answer is empty then, and over."""
+    assert running.model.chat_format.stop_token_ids
     for stop_id in running.model.chat_format.stop_token_ids:
         body = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "logit_bias": {str(stop_id): 100}}
         choice = post(running.app, "/chat/completions", {**body, "temperature": 0}).json()["choices"][0]

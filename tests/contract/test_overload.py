@@ -80,11 +80,10 @@ def test_the_clients_own_deadline_is_a_408_and_the_slot_is_free(stream: bool, fo
     async def run() -> None:
         with guarded(folder, gate.wait, SMALL) as worker:
             async with client(worker) as http:
-                begun = time.monotonic()
                 reply = await http.post(
                     CHAT, json=body(max_tokens=8, stream=stream), headers={"x-request-timeout": "0.3"}
                 )
-                assert time.monotonic() - begun < 5
+                assert not gate.is_set()  # the network is still in its first step
                 assert assert_openai_error(reply, 408)["code"] == "request_timeout"
                 assert reply.headers["x-should-retry"] == "false"
                 gate.set()

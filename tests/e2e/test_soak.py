@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.soak import MAX_SEQUENCES, run, settings, table
 from tests.e2e.server import serving
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 def test_twice_the_capacity_loses_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:

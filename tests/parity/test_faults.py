@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from serving.engine.interface import EngineLimits, EngineStopped, OutOfMemory, RequestFailed, SamplingParams
+from serving.engine.interface import (
+    EngineLimits,
+    EngineStopped,
+    OutOfMemory,
+    PromptLayout,
+    RequestFailed,
+    SamplingParams,
+)
 from serving.engine.native.engine import MAX_UNREAD, NativeEngine
 from tests.contract.tiny import Meddled
-from tests.tiny import VOCABULARY, generate, greedy, settled, tiny_model, tokens
+from tests.tiny import VOCABULARY, generate, greedy, running, settled, tiny_model, tokens
 
 PROMPT = [7, 8, 9, 10, 11]
 OTHER = [30, 31, 32]
@@ -23,12 +30,15 @@ OTHER = [30, 31, 32]
 @contextmanager
 def meddled(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[NativeEngine]:
     torch.set_num_threads(1)
-    engine = NativeEngine(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens))
-    engine.start()
-    try:
+    with running(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens)) as engine:
         yield engine
-    finally:
-        engine.stop()
+
+
+class MisleadingLayout(Meddled):
+    """Says something about a prompt that the scheduler cannot count with."""
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        return PromptLayout(num_two_way=None)  # type: ignore[arg-type]
 
 
 class Failing:
@@ -166,8 +176,7 @@ def test_whoever_waits_for_a_hanging_step_is_told_and_the_engine_may_come_back()
 
 def test_a_broken_scheduler_ends_the_engine_and_nobody_waits_for_ever() -> None:
     async def run() -> None:
-        with meddled(lambda: None) as engine:
-            engine._scheduler.pacer = None  # type: ignore[assignment]
+        with running(MisleadingLayout(tiny_model().network, lambda: None), EngineLimits(kv_tokens=4096)) as engine:
             with pytest.raises(EngineStopped):
                 await asyncio.wait_for(generate(engine, PROMPT, SamplingParams(4)), 5)
             assert not engine.is_alive

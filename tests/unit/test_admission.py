@@ -53,6 +53,7 @@ def test_the_queue_is_bounded_in_tokens() -> None:
 def test_an_idle_server_takes_a_request_of_any_size() -> None:
     admission, _ = door(max_queued_requests=0, max_queued_tokens=0)
     admission.admit("one", 128, 100_000, CAPACITY)
+    assert (admission.num_answers, admission.num_tokens) == (128, 100_000)
 
 
 def test_retry_after_is_the_time_that_the_present_rate_needs() -> None:
@@ -151,7 +152,7 @@ def test_clients_who_are_gone_are_forgotten() -> None:
         ticket.started()
         ticket.close(10)
         clock.now += 1
-    assert len(admission._clients) < 5000
+    assert len(admission._clients) < 5000  # private: what is remembered shows nowhere else but in the memory used
     assert admission.num_answers == admission.num_tokens == 0
 
 

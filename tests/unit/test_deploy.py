@@ -123,6 +123,8 @@ def without_names(value: Any) -> Any:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_run_with_the_least_privileges(overlay: str) -> None:
     documents = rendered(overlay)
+    assert pods(documents)
+    assert containers(documents)
     for pod in pods(documents):
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -244,7 +246,7 @@ def test_what_tokens_cost_is_worked_out_from_a_result_file() -> None:
 
 
 def test_the_bentocloud_deployment_has_only_fields_that_exist() -> None:
-    """BentoML ignores unknown names, so they are looked up here; it checks what it can check without an account."""
+    """BentoML ignores unknown names, so they are looked up here; in its schemas, which have no public name."""
     import attrs
     from bentoml._internal.cloud.schemas.modelschemas import DeploymentServiceConfig, DeploymentTargetHPAConf
     from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema

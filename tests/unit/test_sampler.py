@@ -94,7 +94,7 @@ def test_sorting_whole_rows_and_counting_them_into_bins_draw_the_same(top_p: flo
     sampling = SamplingParams(max_tokens=1, temperature=2.0, top_p=top_p, top_k=top_k, min_p=min_p)
     draw = Draw(logits, [sequence(sampling, seed=seed) for seed in range(64)])
     rows = list(range(64))
-    assert [*draw.settle(rows).values()] == draw._sorted(rows)
+    assert [*draw.settle(rows).values()] == draw._sorted(rows)  # private: only a GPU takes this way by itself
     settled = draw.is_settled.nonzero()[:, 0].tolist()
     assert [draw.chosen.tolist()[row] for row in settled] == [draw.settle(rows)[row] for row in settled]
     assert len(settled) < 64

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from safetensors.torch import save_file
 from models.checkpoints.files import link_or_copy, require_space
 from models.families import FAMILIES
 from models.family import ImportRefused
+from models.store.command_line import main
 from models.store.progress import ProgressPrinter, describe, no_progress, readable_bytes
 from models.store.staging import move_folder, staging_folder
 from tests.golden_data import REPOSITORY
 from tests.original_glm import SMALL, random_weights, write_checkpoint
+from tests.own_store import own_store
 
 
 @pytest.fixture
@@ -49,8 +52,11 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def store(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "models.store", *arguments]
-    return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False, timeout=120)
+    """The command line, without a process of its own."""
+    output, errors = io.StringIO(), io.StringIO()
+    with own_store(home), redirect_stdout(output), redirect_stderr(errors):
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def run_in_process(home: Path, code: str) -> Any:

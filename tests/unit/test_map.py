@@ -1,0 +1,69 @@
+"""The source stays readable: small files and functions, each file introduced, and a request that enters few of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.request_path import listing, request_path
+from tests.golden_data import REPOSITORY
+
+PYTHON_FOLDERS = ("serving", "models", "kernels", "tests", "benchmarks")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_REQUEST_FILES = 47
+
+
+def python_files() -> list[Path]:
+    files = [path for folder in PYTHON_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
+    return sorted([*files, REPOSITORY / "service.py"])
+
+
+def page_files() -> list[Path]:
+    return sorted(
+        path for suffix in ("js", "css", "html") for path in (REPOSITORY / "web" / "page").glob(f"*.{suffix}")
+    )
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def num_lines(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_every_file_is_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*python_files(), *page_files()]}
+    assert len(lengths) > 100
+    assert {name_of(path): length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def test_every_function_is_short_and_every_file_begins_with_what_it_does() -> None:
+    too_long, unexplained = [], []
+    for path in python_files():
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        too_long += [
+            f"{name_of(path)}:{node.lineno} {node.name} has {num_lines(node)} lines"
+            for node in functions(tree)
+            if num_lines(node) > MAX_FUNCTION_LINES
+        ]
+        if source.strip() and not (ast.get_docstring(tree, clean=False) or "").split("\n")[0].strip():
+            unexplained.append(name_of(path))
+    assert not too_long
+    assert not unexplained
+
+
+def test_a_streamed_chat_request_enters_few_files() -> None:
+    files = request_path()
+    assert {"serving/openai/router.py", "serving/engine/native/scheduler.py"} <= files.keys()  # of both threads
+    assert len(files) <= MAX_REQUEST_FILES, f"a streamed chat request enters {len(files)} files:\n{listing(files)}"
