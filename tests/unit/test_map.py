@@ -65,5 +65,5 @@ def test_every_function_is_short_and_every_file_begins_with_what_it_does() -> No
 
 def test_a_streamed_chat_request_enters_few_files() -> None:
     files = request_path()
-    assert {"serving/openai/router.py", "serving/engine/native/scheduler.py"} <= files.keys()  # of both threads
+    assert {"serving/openai/chat/handler.py", "serving/engine/native/scheduler.py"} <= files.keys()  # of both threads
     assert len(files) <= MAX_REQUEST_FILES, f"a streamed chat request enters {len(files)} files:\n{listing(files)}"
