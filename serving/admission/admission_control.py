@@ -103,7 +103,6 @@ class Admission:
     clock: Callable[[], float] = time.monotonic  # the same for all workers
     usage_table: UsageTable = field(default_factory=UsageTable)
     num_answers: int = 0  # in flight in this worker
-    num_tokens: int = 0
     _virtual_time: int = 0
     _forget_at: int = MAX_IDLE_CLIENTS
     _clients: dict[str, _Client] = field(default_factory=dict[str, _Client])
@@ -158,7 +157,6 @@ class Admission:
 
     def _count(self, client: _Client, sign: int, reservation: Reservation) -> None:
         self.num_answers += sign * reservation.num_answers
-        self.num_tokens += sign * reservation.num_tokens
         client.num_requests += sign
 
     def _buckets(self, usage: ClientUsage, now: float) -> tuple[TokenBucket, TokenBucket]:

@@ -69,14 +69,6 @@ class Rows:
     is_causal: bool  # whether all sequences are causal
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The results of a forward pass. Valid until the next step."""
-
-    hidden: Tensor  # [rows, hidden_size]
-    logits: Tensor  # [rows, vocab_size]
-
-
 class DecodeGraph:
     """The forward pass of one bucket, with its buffers and its results."""
 
@@ -156,8 +148,11 @@ class DecodeGraphs:
         is_short = max(rows.indices) < self._network.shape.max_positions
         return not self._is_broken and len(rows.token_ids) <= self._sizes[-1] and rows.is_causal and is_short
 
-    def run(self, rows: Rows) -> Decoded | None:
-        """The forward pass of these rows; None if it cannot be captured on this device, which will not change."""
+    def run(self, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """Hidden states [rows, hidden_size] and logits [rows, vocab_size] of these rows, valid until the next step.
+
+        None if the forward pass cannot be captured on this device, which will not change.
+        """
         num_rows = len(rows.token_ids)
         found = self._graph(next(size for size in self._sizes if size >= num_rows))
         if found is None:
@@ -165,7 +160,7 @@ class DecodeGraphs:
         graph, replay = found
         graph.write(rows)
         replay()
-        return Decoded(graph.hidden[:num_rows], graph.logits[:num_rows])
+        return graph.hidden[:num_rows], graph.logits[:num_rows]
 
     def _graph(self, size: int) -> tuple[DecodeGraph, Callable[[], None]] | None:
         if size in self._graphs or self._is_broken:

@@ -119,9 +119,10 @@ class ModelRunner:
         all_sampled = len(batch.sampled_rows) == len(rows.token_ids)
         sampled_rows = None if all_sampled else numbers_to_device(batch.sampled_rows, device)
         if self.graphs and not scheduler_output.chunks and self.graphs.can_run(rows):
-            decoded = self.graphs.run(rows)
-            if decoded is not None:
-                return decoded.hidden, decoded.logits if sampled_rows is None else decoded.logits[sampled_rows]
+            results = self.graphs.run(rows)
+            if results is not None:
+                hidden, logits = results
+                return hidden, logits if sampled_rows is None else logits[sampled_rows]
         numbers = to_device(torch.tensor((rows.token_ids, rows.indices, rows.slots), dtype=torch.int64), device)
         token_ids, indices, slots = numbers.unbind(0)
         ragged = RaggedBatch(token_ids, indices, tuple(Span(s.first, s.last, s.layout) for s in batch.spans))

@@ -58,7 +58,6 @@ class SchedulerCounters:
     """Monotonic counts since the start."""
 
     preemptions: int = 0
-    evictions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
@@ -267,7 +266,6 @@ class Scheduler:
     def _evict(self, sequence: SequenceState) -> None:
         del self._idle[sequence]
         self._release(sequence)
-        self.counters.evictions += 1
 
     def _release(self, sequence: SequenceState) -> None:
         self._prefixes.remove(sequence)
