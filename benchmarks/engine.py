@@ -72,7 +72,7 @@ def measure(
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
     kept = kv_dtype(network.device, precision, network.dtype)
-    runner = ModelRunner(network, scheduler.space.size, kv_dtype=kept)
+    runner = ModelRunner(network, scheduler.allocator.size, kv_dtype=kept)
     plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but without drafts
     for seed in range(batch):
         ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
@@ -83,10 +83,10 @@ def measure(
         begun = time.perf_counter()
         results = runner.run(plan)
         seconds = time.perf_counter() - begun
-        for work in plan.work:
-            scheduler.computed(work)
-        for work, sampled in results:
-            work.sequence.append(sampled[0].token_id)
+        for each in plan.scheduled:
+            scheduler.computed(each)
+        for each, sampled in results:
+            each.sequence.append(sampled[0].token_id)
         return seconds
 
     prefill = 0.0

@@ -30,8 +30,9 @@ from models.store.progress import no_progress
 from serving.engine.interface import CAUSAL, EngineLimits, RaggedBatch, SamplingParams, Span
 from serving.engine.native.attention import AttentionSpan, KVMemory
 from serving.engine.native.attention_cuda import choose_kernel, step_attention
-from serving.engine.native.cuda_graphs import CudaRecorder, Recorder, play_eagerly
+from serving.engine.native.cuda_graphs import CaptureFunction, CudaCapture, run_eagerly
 from serving.engine.native.engine import NativeEngine
+from tests.tiny import generating
 
 IDS = range(1000, 60_000)
 Figures = dict[str, Any]
@@ -61,8 +62,8 @@ class Bench:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
-    def recorder(self) -> Recorder:
-        return CudaRecorder(self.device) if self.is_cuda else play_eagerly
+    def capture(self) -> CaptureFunction:
+        return CudaCapture(self.device) if self.is_cuda else run_eagerly
 
     def clear(self) -> None:
         gc.collect()
@@ -185,13 +186,13 @@ class Serving:
         self.engine = NativeEngine(
             decoder,
             EngineLimits(max_sequences, max(bench.max_batch_tokens, max_sequences + 1), kv_tokens),
-            bench.recorder() if graphs else None,
+            bench.capture() if graphs else None,
         )
         self.engine.start()
-        recorded = self.engine.graphs
+        captured = self.engine.graphs
         self.start: Figures = {"seconds_to_ready": time.perf_counter() - begun}
-        if recorded is not None:
-            self.start |= {"recording_seconds": recorded.record_seconds, "graphs": recorded.num_recorded}
+        if captured is not None:
+            self.start |= {"recording_seconds": captured.capture_seconds, "graphs": captured.num_captured}
 
     def close(self) -> None:
         self.engine.stop()
@@ -205,8 +206,8 @@ class Serving:
         return asyncio.run(self._tokens(ids, new_tokens))
 
     async def _tokens(self, ids: list[int], new_tokens: int) -> list[int]:
-        async with self.engine.generate(ids, [_plain(new_tokens)]) as steps:
-            return [step.token_id async for _, step in steps]
+        async with generating(self.engine, ids, [_plain(new_tokens)]) as outputs:
+            return [output.token_id async for _, output in outputs]
 
     async def _load(self, prompts: list[list[int]], new_tokens: int) -> Figures:
         arrivals: list[list[float]] = []
@@ -214,10 +215,10 @@ class Serving:
 
         async def one(ids: list[int]) -> None:
             mine: list[float] = []
-            async with self.engine.generate(ids, [_plain(new_tokens)]) as steps:
-                async for _, step in steps:
+            async with generating(self.engine, ids, [_plain(new_tokens)]) as outputs:
+                async for _, output in outputs:
                     mine.append(time.perf_counter())
-                    cached.append(step.num_cached_tokens)
+                    cached.append(output.num_cached_tokens)
             arrivals.append(mine)
 
         begun, steps_before = time.perf_counter(), self.engine.num_steps

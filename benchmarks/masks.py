@@ -71,7 +71,7 @@ def stepper(
     """Prefill `batch` sequences; what comes back carries out one decode step and returns its seconds."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
-    runner = ModelRunner(network, scheduler.space.size)
+    runner = ModelRunner(network, scheduler.allocator.size)
     for seed in range(batch):
         sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # as dear for any logits
         mask = grammar.walk() if grammar else None
@@ -81,8 +81,8 @@ def stepper(
         plan = scheduler.schedule()
         begun = clock()
         results = runner.run(plan)
-        for work in plan.work:
-            scheduler.computed(work)
+        for each in plan.scheduled:
+            scheduler.computed(each)
         for work, (sampled, *_) in results:
             assert sampled.token_id is not None
             if work.sequence.mask is not None:

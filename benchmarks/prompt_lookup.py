@@ -40,7 +40,7 @@ PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greed
 def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
     """(tokens, steps, seconds) of one answer, from the scheduler and the model runner called as the engine does."""
     scheduler = Scheduler(1, 512, len(prompt_ids) + 2 * MAX_TOKENS)
-    runner = ModelRunner(model.network, scheduler.space.size)
+    runner = ModelRunner(model.network, scheduler.allocator.size)
     sequence = SequenceState(list(prompt_ids), sampling, seed=1)
     scheduler.add(sequence)
     steps, begun, reason = 0, time.perf_counter(), None
@@ -48,10 +48,10 @@ def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingPa
         plan = scheduler.schedule()
         results = runner.run(plan)
         steps += 1
-        for work in plan.work:
-            scheduler.computed(work)
-        for work, sampled in results:
-            drafts = (None, *work.draft)
+        for each in plan.scheduled:
+            scheduler.computed(each)
+        for each, sampled in results:
+            drafts = (None, *each.draft)
             for draft, before, token in zip(drafts, (None, *sampled), sampled, strict=False):
                 if reason is not None or (draft is not None and (before is None or draft != before.token_id)):
                     break

@@ -1,43 +1,87 @@
-"""The deployed service with answers from a fixed-rate token source instead of the engine, for `benchmarks.streaming`.
+"""The deployed service with an engine that emits tokens at a fixed rate, for `benchmarks.streaming`.
 
 Everything except the engine is unchanged: BentoML, access middleware, admission, validation, prompt, event stream,
-server-sent events.
+detokenizing, server-sent events.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, cast
 
 import service
-from benchmarks.streaming_source import TokenSource
 from models.families import FAMILIES
-from serving.generation.interface import ChatEvent, Finished, TextDelta, Usage
-from serving.generation.pipeline import Prompt, RunningModel
+from serving.engine.interface import SamplingParams, TokenMask, TokenOutput
+from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.generation.interface import ChatFormat
 from serving.worker.start_native import start_model
 
-source = TokenSource(float(os.environ["TICK_SECONDS"]))
+
+class Answer:
+    """So many tokens, one a tick. Implements RunningSequence."""
+
+    def __init__(self, token_ids: Sequence[int], num_tokens: int, queue: OutputQueue[TokenOutput], index: int) -> None:
+        self._token_ids = cycle(token_ids)
+        self._num_left = num_tokens
+        self.queue, self.index = queue, index
+
+    def send(self, command: SequenceCommand) -> None:
+        if command == "cancel":
+            self._num_left = 0
+
+    def next(self) -> TokenOutput | None:
+        if self._num_left <= 0:
+            return None
+        self._num_left -= 1
+        return TokenOutput(next(self._token_ids), None if self._num_left else "length")
 
 
-@dataclass(frozen=True)
-class FixedRateModel(RunningModel):
-    """The demonstration model with answers from `source`."""
+class Ticks:
+    """`generate` of an engine whose every step takes the same time: one wake-up of the event loop for all answers."""
 
-    async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
-        number = prompt.sampling.max_tokens
-        async for word in source.words(number):
-            yield 0, TextDelta(word)
-        yield 0, Finished("length", Usage(len(prompt.token_ids), number))
+    def __init__(self, chat_format: ChatFormat, seconds: float) -> None:
+        ids = chat_format.encode("你好，我是人工智能助手。")
+        self._token_ids = [i for i in ids if chat_format.decode([i]).strip()]
+        self._seconds = seconds
+        self._answers: list[Answer] = []
+        self._is_ticking = False
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        samplings: Sequence[SamplingParams],
+        queue: OutputQueue[TokenOutput],
+        first_index: int = 0,
+        priority: int = 0,
+        masks: Sequence[TokenMask | None] | None = None,
+    ) -> None:
+        for i, sampling in enumerate(samplings):
+            answer = Answer(self._token_ids, sampling.max_tokens, queue, first_index + i)
+            queue.add(answer.index, answer)
+            self._answers.append(answer)
+        if not self._is_ticking:
+            self._is_ticking = True
+            queue.loop.call_later(self._seconds, self._tick)
+
+    def _tick(self) -> None:
+        going: list[Answer] = []
+        for answer in self._answers:
+            if (output := answer.next()) is not None:
+                answer.queue.put([(answer.index, output)])
+                going.append(answer)
+        self._answers = going
+        asyncio.get_running_loop().call_later(self._seconds, self._tick)
 
 
 def _load(self: Any) -> None:
     load, stored = FAMILIES[service.stored.family].load, service.stored
-    real = start_model(load, stored.path, stored.metadata, service.settings, service.logger)
-    service.registry.model = FixedRateModel(
-        **{field.name: getattr(real, field.name) for field in fields(real) if field.init}
-    )
+    model = start_model(load, stored.path, stored.metadata, service.settings, service.logger)
+    ticks = Ticks(model.chat_format, float(os.environ["TICK_SECONDS"]))
+    cast("Any", model.engine).generate = ticks.generate
+    service.registry.model = model
 
 
 cast("Any", service.ChatGLM2).inner._load = _load

@@ -1,4 +1,4 @@
-"""Emits words at a fixed rate for both servers of `benchmarks.streaming`.
+"""Emits words at a fixed rate for `benchmarks.streaming_plain`.
 
 All streams continue in one wake-up of the event loop per tick, as with the engine.
 """

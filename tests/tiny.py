@@ -1,32 +1,35 @@
-"""Tiny random networks in ChatGLM2's shape, and what transformers' own `generate` says about them."""
+"""Tiny random networks in ChatGLM2's shape, and the tokens that transformers' own `generate` gives for them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import GlmConfig, GlmForCausalLM
 
 from models.networks.transformers_decoder import TransformersDecoder
-from serving.engine.interface import CausalLM, EngineLimits, SamplingParams, TokenOutput
+from serving.engine.interface import CausalLM, EngineLimits, PoolingOutput, SamplingParams, TokenMask, TokenOutput
 from serving.engine.native.engine import NativeEngine
+from serving.engine.output_queue import OutputQueue
 
 VOCABULARY = 300
+OutputT = TypeVar("OutputT", TokenOutput, PoolingOutput)
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """The same weights twice: behind the engine's socket, and as transformers made them."""
+    """The same weights twice: as a network of the engine's, and as transformers made them."""
 
     network: TransformersDecoder
     oracle: GlmForCausalLM
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """What `model.generate` says, end tokens ignored."""
+        """The tokens of `model.generate`, end tokens ignored."""
         with torch.inference_mode():
             out = self.oracle.generate(
                 torch.tensor([prompt]),
@@ -78,13 +81,34 @@ def running(network: CausalLM, limits: EngineLimits) -> Iterator[NativeEngine]:
         engine.stop()
 
 
+async def outputs_of(queue: OutputQueue[OutputT]) -> AsyncGenerator[tuple[int, OutputT], None]:
+    """One by one, to the end."""
+    while (outputs := await queue.take()) is not None:
+        for item in outputs:
+            yield item
+
+
+@asynccontextmanager
+async def generating(
+    engine: NativeEngine,
+    prompt: Sequence[int],
+    samplings: Sequence[SamplingParams],
+    masks: Sequence[TokenMask] | None = None,
+) -> AsyncIterator[AsyncGenerator[tuple[int, TokenOutput], None]]:
+    """(choice, output) of each answer; leaving cancels what still runs."""
+    with closing(OutputQueue[TokenOutput]()) as queue:
+        engine.generate(prompt, samplings, queue, masks=masks)
+        async with aclosing(outputs_of(queue)) as outputs:
+            yield outputs
+
+
 async def generate(engine: NativeEngine, prompt: Sequence[int], sampling: SamplingParams) -> list[TokenOutput]:
-    async with engine.generate(prompt, [sampling]) as steps:
-        return [step async for _, step in steps]
+    async with generating(engine, prompt, [sampling]) as outputs:
+        return [output async for _, output in outputs]
 
 
 async def tokens(engine: NativeEngine, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
-    return [step.token_id for step in await generate(engine, prompt, sampling)]
+    return [output.token_id for output in await generate(engine, prompt, sampling)]
 
 
 async def settled(engine: NativeEngine, seconds: float = 10.0) -> None:

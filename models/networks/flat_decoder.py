@@ -121,7 +121,7 @@ class FlatDecoder(nn.Module):
             max_positions=max_positions,
         )
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile the fused operations on a GPU: half a minute at most."""
         if self.device.type == "cuda":
             self._ops = compiled(self.device, self.dtype)

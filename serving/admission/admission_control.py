@@ -1,10 +1,9 @@
-"""Who may come in, in which order, and when to come again. Counts answers and tokens; knows no text and no engine.
+"""A client's request -> a permit with its turn in the engine, or a 429 with the time to wait.
 
-In flight is whatever was let in and is not finished. Its bound is what the engine can hold plus a queue. Within the
-queue, clients take turns by tokens (start-time fair queueing): a client's next request starts where its last one ends
-in virtual time, so 200 requests of one client stand behind each other and not in front of everybody else's; and no
-client may fill the queue so far that nobody else gets in. Limits hold for all workers of the machine together; turns
-are taken in front of each engine.
+Requests in flight are bounded by what the engines run at once plus a queue. Within the queue, clients take turns by
+tokens (start-time fair queueing): a client's next request starts where its last one ends in virtual time, so 200
+requests of one client do not delay other clients' requests; and no client may take more than a share of the queue.
+Limits hold for all workers of the machine together; turns are taken in front of each worker's engine.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.admission.client_usage import ClientUsage, Reservation, UsageTable
+from serving.admission.rate_limits import TokenBucket, minute_buckets, rate_headers, too_many
 from serving.http.errors import APIError
 
-RATE_SECONDS = 30.0  # memory of the drain rate
-MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 300
-OWN_SHARE = 0.75  # of everything in flight that one client may have
+RATE_SECONDS = 30.0  # memory of the completion rates
+CLIENT_SHARE = 0.75  # of everything in flight that one client may have
 MAX_IDLE_CLIENTS = 4096  # whose turns are remembered; past it those with nothing in flight are forgotten
 
 
@@ -36,15 +35,15 @@ class AdmissionLimits:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one worker's engine works on at once."""
+    """What one worker's engine runs at once."""
 
     max_sequences: int
     kv_tokens: int
 
 
 @dataclass
-class Rate:
-    """An exponentially fading average of what passes, per second."""
+class CompletionRate:
+    """An exponentially fading average of what ends, per second."""
 
     amount: float = 0.0
     begun: float | None = None
@@ -57,24 +56,12 @@ class Rate:
         self.updated = now
 
     def per_second(self, now: float) -> float:
-        """0 while nothing has passed."""
+        """0 while nothing has ended."""
         if self.begun is None:
             return 0.0
         # a young average has seen less than its whole memory
         weight = RATE_SECONDS * (1 - math.exp((self.begun - now - 1.0) / RATE_SECONDS))
         return self.amount * math.exp((self.updated - now) / RATE_SECONDS) / weight
-
-
-@dataclass
-class Bucket:
-    """A token bucket that holds one minute's allowance. per_minute 0: no limit."""
-
-    per_minute: int
-    level: float
-
-    def seconds_until(self, amount: float) -> float:
-        """How long to wait for this much."""
-        return max(0.0, (min(amount, self.per_minute) - self.level) * 60 / self.per_minute)
 
 
 @dataclass
@@ -87,174 +74,146 @@ class _Client:
 
 @dataclass(eq=False)
 class Permit:
-    """One request's permission. Must be closed exactly once when the request is over; a second time does nothing."""
+    """One admitted request. Must be closed when the request is over; closing again has no effect."""
 
     priority: int  # for the engine: smaller goes first
     headers: dict[str, str]
     _admission: Admission
     _client: str
-    _hold: Reservation
+    _reservation: Reservation
     _is_open: bool = True
 
     def started(self) -> None:
         """The first token came: virtual time has reached this request."""
-        self._admission.reach(self.priority)
+        self._admission.advance(self.priority)
 
     def close(self, num_used_tokens: int | None) -> None:
         """num_used_tokens: prompt and answer together; None if it is not known, because the client left."""
         if self._is_open:
             self._is_open = False
-            used = self._hold.num_tokens if num_used_tokens is None else num_used_tokens
-            self._admission.leave(self._client, self._hold, used)
+            used = self._reservation.num_tokens if num_used_tokens is None else num_used_tokens
+            self._admission.release(self._client, self._reservation, used)
 
 
 @dataclass(eq=False)
 class Admission:
-    """The door of one worker. For one event loop."""
+    """Admission control of one worker. For one event loop."""
 
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     clock: Callable[[], float] = time.monotonic  # the same for all workers
-    accounts: UsageTable = field(default_factory=UsageTable)
+    usage_table: UsageTable = field(default_factory=UsageTable)
     num_answers: int = 0  # in flight in this worker
-    num_tokens: int = 0
     _virtual_time: int = 0
     _forget_at: int = MAX_IDLE_CLIENTS
     _clients: dict[str, _Client] = field(default_factory=dict[str, _Client])
-    _answer_rate: Rate = field(default_factory=Rate)
-    _token_rate: Rate = field(default_factory=Rate)
+    _answer_rate: CompletionRate = field(default_factory=CompletionRate)
+    _token_rate: CompletionRate = field(default_factory=CompletionRate)
 
     def admit(self, name: str, num_answers: int, num_tokens: int, capacity: Capacity) -> Permit:
-        """Let a request in. Raises APIError 429 with the seconds to wait.
+        """Raises APIError 429 with the seconds to wait.
 
         name: the client's; num_tokens: the prompt and the longest answers that it may get.
         """
         now = self.clock()
-        hold = self.accounts.hold(name, num_answers, num_tokens)
-        standing = self.accounts.standing(hold)
-        buckets = self._buckets(standing, now)
+        # reserved before it is checked: two workers that do so at the same instant see each other
+        reservation = self.usage_table.reserve(name, num_answers, num_tokens)
+        usage = self.usage_table.usage(reservation)
+        requests, tokens = self._buckets(usage, now)
         try:
-            self._check_client(standing, buckets, num_tokens, now)
-            self._check_queue(standing, hold, capacity, now)
+            self._check_concurrency(usage, now)
+            requests.check(1)
+            tokens.check(num_tokens)
+            self._check_queue(usage, reservation, capacity, now)
         except APIError:
-            self.accounts.release(hold)
+            self.usage_table.release(reservation)
             raise
-        if any(bucket.per_minute for bucket in buckets.values()):
-            buckets["requests"].level -= 1
-            buckets["tokens"].level -= num_tokens
-            self._remember(hold, standing, buckets, now)
+        if self.limits.requests_per_minute or self.limits.tokens_per_minute:
+            requests.level -= 1
+            tokens.level -= num_tokens
+            self._store(reservation, usage, requests, tokens, now)
         client = self._clients.get(name) or self._new_client(name)
-        self._count(client, 1, hold)
+        self._count(client, 1, reservation)
         starts = max(self._virtual_time, client.ends)
         client.ends = starts + num_tokens
-        return Permit(starts, self._headers(standing, buckets, capacity, now), self, name, hold)
+        headers = self._queue_headers(usage, capacity, now) | requests.headers() | tokens.headers()
+        return Permit(starts, headers, self, name, reservation)
 
-    def reach(self, virtual_time: int) -> None:
-        """A request that starts at this virtual time has begun to be answered."""
+    def advance(self, virtual_time: int) -> None:
+        """A request that starts at this virtual time has got its first token."""
         self._virtual_time = max(self._virtual_time, virtual_time)
 
-    def leave(self, name: str, hold: Reservation, num_used_tokens: int) -> None:
+    def release(self, name: str, reservation: Reservation, num_used_tokens: int) -> None:
         """A request is over."""
         now = self.clock()
-        self._answer_rate.add(hold.num_answers, now)
-        self._token_rate.add(hold.num_tokens, now)
-        self._count(self._clients[name], -1, hold)
+        self._answer_rate.add(reservation.num_answers, now)
+        self._token_rate.add(reservation.num_tokens, now)
+        self._count(self._clients[name], -1, reservation)
         if self.limits.tokens_per_minute:
-            standing = self.accounts.standing(hold)
-            buckets = self._buckets(standing, now)
-            buckets["tokens"].level += hold.num_tokens - num_used_tokens
-            self._remember(hold, standing, buckets, now)
-        self.accounts.release(hold)
+            usage = self.usage_table.usage(reservation)
+            requests, tokens = self._buckets(usage, now)
+            tokens.level += reservation.num_tokens - num_used_tokens
+            self._store(reservation, usage, requests, tokens, now)
+        self.usage_table.release(reservation)
 
-    def _count(self, client: _Client, sign: int, hold: Reservation) -> None:
-        self.num_answers += sign * hold.num_answers
-        self.num_tokens += sign * hold.num_tokens
+    def _count(self, client: _Client, sign: int, reservation: Reservation) -> None:
+        self.num_answers += sign * reservation.num_answers
         client.num_requests += sign
 
-    def _buckets(self, standing: ClientUsage, now: float) -> dict[str, Bucket]:
-        """What is left of the minute."""
-        pairs = (
-            ("requests", self.limits.requests_per_minute, standing.requests_left),
-            ("tokens", self.limits.tokens_per_minute, standing.tokens_left),
-        )
-        if standing.at is None:
-            return {kind: Bucket(limit, limit) for kind, limit, _ in pairs}
-        passed = max(0.0, now - standing.at)
-        # rounded, so that a minute divided into parts is a whole minute again
-        return {kind: Bucket(limit, min(limit, round(left + passed * limit / 60, 6))) for kind, limit, left in pairs}
+    def _buckets(self, usage: ClientUsage, now: float) -> tuple[TokenBucket, TokenBucket]:
+        return minute_buckets(self.limits.requests_per_minute, self.limits.tokens_per_minute, usage, now)
 
-    def _remember(self, hold: Reservation, standing: ClientUsage, buckets: dict[str, Bucket], now: float) -> None:
-        # later than what it goes by, even where the clock has not moved
-        at = now if standing.at is None else max(now, math.nextafter(standing.at, math.inf))
-        self.accounts.remember(hold, buckets["requests"].level, buckets["tokens"].level, at)
+    def _store(
+        self, reservation: Reservation, usage: ClientUsage, requests: TokenBucket, tokens: TokenBucket, now: float
+    ) -> None:
+        # later than what it was computed from, even where the clock has not moved
+        at = now if usage.at is None else max(now, math.nextafter(usage.at, math.inf))
+        self.usage_table.store_allowance(reservation, requests.level, tokens.level, at)
 
-    def _check_client(self, standing: ClientUsage, buckets: dict[str, Bucket], num_tokens: int, now: float) -> None:
-        limits = self.limits
-        if limits.max_concurrent and standing.num_requests > limits.max_concurrent:
-            message = f"Rate limit reached for concurrent requests: Limit {limits.max_concurrent}."
-            raise _too_many(message, "requests", self._seconds(1, 0, now), {})
-        for kind, amount in (("requests", 1), ("tokens", num_tokens)):
-            bucket = buckets[kind]
-            if not bucket.per_minute or amount <= bucket.level:
-                continue
-            wait = bucket.seconds_until(amount)
-            message = (
-                f"Rate limit reached for {kind} per min: Limit {bucket.per_minute}, "
-                f"Used {max(0, math.ceil(bucket.per_minute - bucket.level))}, Requested {amount}."
-            )
-            headers = _rate_headers(kind, bucket.per_minute, bucket.level, wait)
-            if amount > bucket.per_minute:
-                raise _too_many(message + " The request is too large.", kind, wait, headers, can_retry=False)
-            raise _too_many(message, kind, wait, headers)
+    def _check_concurrency(self, usage: ClientUsage, now: float) -> None:
+        limit = self.limits.max_concurrent
+        if limit and usage.num_requests > limit:
+            message = f"Rate limit reached for concurrent requests: Limit {limit}."
+            raise too_many(message, "requests", self._seconds(1, 0, now), {})
 
-    def _check_queue(self, standing: ClientUsage, hold: Reservation, capacity: Capacity, now: float) -> None:
+    def _check_queue(self, usage: ClientUsage, reservation: Reservation, capacity: Capacity, now: float) -> None:
         max_answers, max_tokens = self._bounds(capacity)
-        all_answers, all_tokens = self.accounts.in_flight()
-        # whoever has nothing else in flight must not be refused for the size of one request
-        own = OWN_SHARE if standing.num_requests > 1 else 1.0
-        excess_answers = max(all_answers - max_answers, standing.num_answers - int(max_answers * own))
-        excess_tokens = max(all_tokens - max_tokens, standing.num_tokens - int(max_tokens * own))
-        if all_answers == hold.num_answers or (excess_answers <= 0 and excess_tokens <= 0):
+        all_answers, all_tokens = self.usage_table.in_flight()
+        # a client with nothing else in flight must not be refused for the size of one request
+        share = CLIENT_SHARE if usage.num_requests > 1 else 1.0
+        excess_answers = max(all_answers - max_answers, usage.num_answers - int(max_answers * share))
+        excess_tokens = max(all_tokens - max_tokens, usage.num_tokens - int(max_tokens * share))
+        if all_answers == reservation.num_answers or (excess_answers <= 0 and excess_tokens <= 0):
             return  # an idle server takes whatever the engine can take
-        raise _too_many(
+        raise too_many(
             "The server is at its capacity and its queue is full.",
             "requests" if excess_answers > 0 else "tokens",
             self._seconds(excess_answers, excess_tokens, now),
-            self._queue_headers(standing, capacity, now),
+            self._queue_headers(usage, capacity, now),
         )
 
     def _bounds(self, capacity: Capacity) -> tuple[int, int]:
         """The most answers and tokens in flight, in all workers."""
-        limits, num_workers = self.limits, self.accounts.num_workers
+        limits, num_workers = self.limits, self.usage_table.num_workers
         return (
             num_workers * capacity.max_sequences + limits.max_queued_requests,
             num_workers * capacity.kv_tokens + limits.max_queued_tokens,
         )
 
     def _seconds(self, num_answers: int, num_tokens: int, now: float) -> float:
-        """Until this much has left, at the rate at which requests leave now, if the other workers are as fast."""
+        """Until this much has ended, at the present rate, if the other workers are as fast."""
         rates = (self._answer_rate.per_second(now), self._token_rate.per_second(now))
         pairs = zip((num_answers, num_tokens), rates, strict=True)
         alone = max((amount / rate for amount, rate in pairs if amount > 0 and rate > 0), default=0.0)
-        return alone / self.accounts.num_workers
+        return alone / self.usage_table.num_workers
 
-    def _headers(
-        self, standing: ClientUsage, buckets: dict[str, Bucket], capacity: Capacity, now: float
-    ) -> dict[str, str]:
-        headers = self._queue_headers(standing, capacity, now)
-        for kind, bucket in buckets.items():
-            if bucket.per_minute:
-                full = bucket.seconds_until(bucket.per_minute)
-                headers |= _rate_headers(kind, bucket.per_minute, bucket.level, full)
-        return headers
-
-    def _queue_headers(self, standing: ClientUsage, capacity: Capacity, now: float) -> dict[str, str]:
-        all_answers, all_tokens = self.accounts.in_flight()
-        answers, tokens = (int(bound * OWN_SHARE) for bound in self._bounds(capacity))
-        return _rate_headers(
-            "requests", answers, answers - max(standing.num_answers, all_answers - answers // 3),
+    def _queue_headers(self, usage: ClientUsage, capacity: Capacity, now: float) -> dict[str, str]:
+        all_answers, all_tokens = self.usage_table.in_flight()
+        answers, tokens = (int(bound * CLIENT_SHARE) for bound in self._bounds(capacity))
+        return rate_headers(
+            "requests", answers, answers - max(usage.num_answers, all_answers - answers // 3),
             self._seconds(all_answers, 0, now),
-        ) | _rate_headers(
-            "tokens", tokens, tokens - max(standing.num_tokens, all_tokens - tokens // 3),
+        ) | rate_headers(
+            "tokens", tokens, tokens - max(usage.num_tokens, all_tokens - tokens // 3),
             self._seconds(0, all_tokens, now),
         )  # fmt: skip
 
@@ -265,31 +224,3 @@ class Admission:
             self._forget_at = max(MAX_IDLE_CLIENTS, 2 * len(self._clients))
         client = self._clients[name] = _Client()
         return client
-
-
-def _rate_headers(kind: str, limit: int, remaining: float, reset_seconds: float) -> dict[str, str]:
-    return {
-        f"x-ratelimit-limit-{kind}": str(limit),
-        f"x-ratelimit-remaining-{kind}": str(max(0, math.floor(remaining))),
-        f"x-ratelimit-reset-{kind}": duration(reset_seconds),
-    }
-
-
-def duration(seconds: float) -> str:
-    """As OpenAI writes it: 120ms, 6s, 6m0s."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    whole = math.ceil(seconds)
-    return f"{whole // 60}m{whole % 60}s" if whole >= 60 else f"{whole}s"
-
-
-def _too_many(message: str, kind: str, seconds: float, headers: dict[str, str], can_retry: bool = True) -> APIError:
-    retry = min(max(MIN_RETRY_SECONDS, math.ceil(seconds)), MAX_RETRY_SECONDS)
-    return APIError(
-        429,
-        f"{message} Please try again in {retry}s." if can_retry else message,
-        kind,
-        None,
-        "rate_limit_exceeded",
-        headers | ({"retry-after": str(retry)} if can_retry else {"x-should-retry": "false"}),
-    )

@@ -1,12 +1,11 @@
-"""What each client holds and has left, counted over all workers of one machine. Knows names and numbers, no limits.
+"""A client's name -> what it has in flight and left of its minute, counted over all workers of one machine.
 
-Every worker writes a page of its own and reads the others': nobody waits for a lock, so a worker that is stopped or
-killed in the middle holds nobody up. A page belongs to whoever has locked its file; the kernel unlocks it when the
-process ends, in whatever way, and what it held counts no longer.
+Every worker writes a memory-mapped page of its own and reads the others': there is no lock to wait for, so a worker
+that is stopped or killed delays no other. A page belongs to the process that has locked its file; the kernel unlocks it
+when the process ends, in whatever way, and its requests in flight count no longer.
 
-Whoever asks for room takes it first and looks afterwards, so two workers that do so at the same instant see each other.
-The allowance of a minute is what the page with the latest entry says: of two spendings within the same microseconds one
-may be forgotten.
+The allowance of a minute is that of the page with the latest entry: of two updates within the same microseconds one may
+be lost.
 """
 
 from __future__ import annotations
@@ -22,104 +21,104 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
-NUM_PLACES = 16_384  # for clients, in a page
-NUM_PROBES = 8  # places that one client may have
+NUM_ENTRIES = 16_384  # of a page: a hash table with open addressing
+NUM_PROBES = 8  # entries that one client may use
 
 _HEAD = struct.Struct("=qq48x")  # answers and tokens in flight
 _ENTRY = struct.Struct("=Qdddiiq")  # key, requests left, tokens left, when; requests, answers, tokens in flight
-_HELD = struct.Struct("=iiq")
+_IN_FLIGHT = struct.Struct("=iiq")
 _LEFT = struct.Struct("=ddd")
-_LEFT_AT, _HELD_AT = 8, 32
-PAGE_BYTES = _HEAD.size + (NUM_PLACES + NUM_PROBES) * _ENTRY.size
+_LEFT_AT, _IN_FLIGHT_AT = 8, 32  # in an entry
+PAGE_BYTES = _HEAD.size + (NUM_ENTRIES + NUM_PROBES) * _ENTRY.size
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """What one request holds, where it is written."""
+    """What one request has reserved."""
 
     key: int
-    place: int | None  # None: nobody else's place was free, so the client is not told apart
+    entry: int | None  # its offset in this worker's page; None: none was free, so this client is not counted by itself
     num_answers: int
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class ClientUsage:
-    """Of one client, over all workers."""
+    """One client's, over all workers."""
 
-    num_requests: int  # in flight
+    num_requests: int  # in flight, as the next two
     num_answers: int
     num_tokens: int
     requests_left: float  # of the minute, at the time `at`
     tokens_left: float
-    at: float | None  # None: nothing was spent within memory
+    at: float | None  # None: no allowance is stored
 
 
 class UsageTable:
-    """One worker's view of everybody's pages. For one thread; opened at the first use, in the process that serves.
+    """One worker's view of all workers' pages. For one thread; opened at the first use, in the process that serves.
 
-    folder: where the workers' pages are; None is this process alone. num_pages: twice the workers, so that whoever
-    comes finds a free one.
+    folder: of the workers' pages; None for a single process. num_pages: twice the workers, so that a worker that starts
+    finds a free one.
     """
 
     def __init__(self, folder: Path | None = None, num_pages: int = 1) -> None:
         self._folder = folder
         self._num_pages = num_pages
-        self._living: list[mmap.mmap] = []  # other workers' pages
-        self._dead: list[mmap.mmap] = []  # what was spent there still counts
+        self._live_pages: list[mmap.mmap] = []  # of other workers
+        self._dead_pages: list[mmap.mmap] = []  # of ended workers; their allowances still count
 
-    def hold(self, name: str, num_answers: int, num_tokens: int) -> Reservation:
-        """Write down one more request of this client."""
+    def reserve(self, name: str, num_answers: int, num_tokens: int) -> Reservation:
+        """Count one more request of this client."""
         key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") or 1
-        hold = Reservation(key, _place_of(self._own, key), num_answers, num_tokens)
-        self._count(hold, 1)
-        return hold
+        reservation = Reservation(key, _find_entry(self._own, key), num_answers, num_tokens)
+        self._count(reservation, 1)
+        return reservation
 
-    def release(self, hold: Reservation) -> None:
+    def release(self, reservation: Reservation) -> None:
         """The request is over. Call once."""
-        self._count(hold, -1)
+        self._count(reservation, -1)
 
-    def standing(self, hold: Reservation) -> ClientUsage:
-        """Of the client that this hold belongs to, the hold included."""
-        if hold.place is None:
-            return ClientUsage(1, hold.num_answers, hold.num_tokens, 0.0, 0.0, None)
+    def usage(self, reservation: Reservation) -> ClientUsage:
+        """The usage of this reservation's client, the reservation included."""
+        if reservation.entry is None:
+            return ClientUsage(1, reservation.num_answers, reservation.num_tokens, 0.0, 0.0, None)
         requests = answers = tokens = 0
         latest = (0.0, 0.0, 0.0)
-        for page in (self._own, *self._living, *self._dead):
-            for entry in _entries(page, hold.key):
-                if entry[0] != hold.key:
+        for page in (self._own, *self._live_pages, *self._dead_pages):
+            for entry in _entries(page, reservation.key):
+                if entry[0] != reservation.key:
                     continue
                 latest = max(latest, (entry[3], entry[1], entry[2]))
-                if page not in self._dead:
+                if page not in self._dead_pages:
                     requests, answers, tokens = requests + entry[4], answers + entry[5], tokens + entry[6]
         at, requests_left, tokens_left = latest
         return ClientUsage(requests, answers, tokens, requests_left, tokens_left, at or None)
 
-    def remember(self, hold: Reservation, requests_left: float, tokens_left: float, at: float) -> None:
-        """What this client has left of its minute; replaces what anybody wrote for an earlier time. at: above 0."""
-        if hold.place is not None:
-            _LEFT.pack_into(self._own, hold.place + _LEFT_AT, requests_left, tokens_left, at)
+    def store_allowance(self, reservation: Reservation, requests_left: float, tokens_left: float, at: float) -> None:
+        """What the client has left of its minute; replaces what any worker stored for an earlier time. at: above 0."""
+        if reservation.entry is not None:
+            _LEFT.pack_into(self._own, reservation.entry + _LEFT_AT, requests_left, tokens_left, at)
 
     def in_flight(self) -> tuple[int, int]:
-        """Answers and tokens of everybody, in all workers."""
-        pairs = [_HEAD.unpack_from(page) for page in (self._own, *self._living)]
+        """Answers and tokens of all clients, in all workers."""
+        pairs = [_HEAD.unpack_from(page) for page in (self._own, *self._live_pages)]
         return sum(answers for answers, _ in pairs), sum(tokens for _, tokens in pairs)
 
     @property
     def num_workers(self) -> int:
-        """Those that live, this one included."""
-        return len((self._own, *self._living))
+        """Running workers, this one included."""
+        return len((self._own, *self._live_pages))
 
-    def look(self) -> None:
-        """Notice who has come and who has died. Call every second."""
+    def refresh(self) -> None:
+        """Find out which workers have started and ended. Call every second."""
         own = self._own
         others = [(file, page) for file, page in self._pages if page is not own]
         is_free = [_is_free(file) for file, _ in others]
-        self._living = [page for (_, page), free in zip(others, is_free, strict=True) if not free]
-        self._dead = [page for (_, page), free in zip(others, is_free, strict=True) if free]
+        self._live_pages = [page for (_, page), free in zip(others, is_free, strict=True) if not free]
+        self._dead_pages = [page for (_, page), free in zip(others, is_free, strict=True) if free]
 
     def close(self) -> None:
-        """Give the page back; for tests, since the kernel does it for processes."""
+        """Unlock the page; for tests, since the kernel does it when a process ends."""
         for file, page in self._pages:
             page.close()
             os.close(file)
@@ -129,10 +128,10 @@ class UsageTable:
         if self._folder is None:
             return mmap.mmap(-1, PAGE_BYTES)
         for file, page in self._pages:
-            if _take(file):
-                _forget_holds(page)
-                self.__dict__["_own"] = page  # `look` asks for it
-                self.look()
+            if _lock(file):
+                _clear_in_flight(page)
+                self.__dict__["_own"] = page  # `refresh` reads it
+                self.refresh()
                 return page
         raise RuntimeError(f"more than {self._num_pages} workers share {self._folder}")
 
@@ -146,23 +145,22 @@ class UsageTable:
             for number in range(self._num_pages)
         ]
         for file in files:
-            os.ftruncate(file, PAGE_BYTES)  # full of holes: what nobody writes takes no room
+            os.ftruncate(file, PAGE_BYTES)  # sparse: unwritten parts take no memory
         return [(file, mmap.mmap(file, PAGE_BYTES)) for file in files]
 
-    def _count(self, hold: Reservation, sign: int) -> None:
+    def _count(self, reservation: Reservation, sign: int) -> None:
         page = self._own
+        more_answers, more_tokens = sign * reservation.num_answers, sign * reservation.num_tokens
         answers, tokens = _HEAD.unpack_from(page)
-        _HEAD.pack_into(page, 0, answers + sign * hold.num_answers, tokens + sign * hold.num_tokens)
-        if hold.place is not None:
-            at = hold.place + _HELD_AT
-            requests, answers, tokens = _HELD.unpack_from(page, at)
-            _HELD.pack_into(
-                page, at, requests + sign, answers + sign * hold.num_answers, tokens + sign * hold.num_tokens
-            )
+        _HEAD.pack_into(page, 0, answers + more_answers, tokens + more_tokens)
+        if reservation.entry is not None:
+            at = reservation.entry + _IN_FLIGHT_AT
+            requests, answers, tokens = _IN_FLIGHT.unpack_from(page, at)
+            _IN_FLIGHT.pack_into(page, at, requests + sign, answers + more_answers, tokens + more_tokens)
 
 
-def _take(file: int) -> bool:
-    """Lock it for as long as this process lives; False if somebody else has."""
+def _lock(file: int) -> bool:
+    """Lock it for as long as this process runs; False if another process has."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -179,36 +177,36 @@ def _is_free(file: int) -> bool:
     return True
 
 
-def _first_place(key: int) -> int:
-    """In bytes from the page's beginning."""
-    return _HEAD.size + key % NUM_PLACES * _ENTRY.size
+def _first_entry(key: int) -> int:
+    """Its offset in the page."""
+    return _HEAD.size + key % NUM_ENTRIES * _ENTRY.size
 
 
 def _entries(page: mmap.mmap, key: int) -> Iterator[tuple[int, float, float, float, int, int, int]]:
-    """The entries of the places that a client may have."""
-    first = _first_place(key)
+    """The entries that a client may use."""
+    first = _first_entry(key)
     return cast("Iterator[Any]", _ENTRY.iter_unpack(page[first : first + NUM_PROBES * _ENTRY.size]))
 
 
-def _place_of(page: mmap.mmap, key: int) -> int | None:
-    """The client's place; if it has none yet, the one that has been of no use for longest. None if all are in use."""
+def _find_entry(page: mmap.mmap, key: int) -> int | None:
+    """The offset of the client's entry, which may replace the least recently used idle one. None if none is idle."""
     idle: list[tuple[float, int]] = []
     for number, entry in enumerate(_entries(page, key)):
-        place = _first_place(key) + number * _ENTRY.size
+        offset = _first_entry(key) + number * _ENTRY.size
         if entry[0] == key:
-            return place
+            return offset
         if not entry[4]:
-            idle.append((entry[3], place))
+            idle.append((entry[3], offset))
     if not idle:
         return None
-    place = min(idle)[1]
-    _ENTRY.pack_into(page, place, key, 0.0, 0.0, 0.0, 0, 0, 0)
-    return place
+    offset = min(idle)[1]
+    _ENTRY.pack_into(page, offset, key, 0.0, 0.0, 0.0, 0, 0, 0)
+    return offset
 
 
-def _forget_holds(page: mmap.mmap) -> None:
-    """Of whoever had this page before and died; what its clients had spent stays."""
+def _clear_in_flight(page: mmap.mmap) -> None:
+    """Of the ended worker that had this page; its clients' allowances stay."""
     _HEAD.pack_into(page, 0, 0, 0)
-    for place in range(_HEAD.size, PAGE_BYTES, _ENTRY.size):
-        if _HELD.unpack_from(page, place + _HELD_AT)[0]:
-            _HELD.pack_into(page, place + _HELD_AT, 0, 0, 0)
+    for offset in range(_HEAD.size, PAGE_BYTES, _ENTRY.size):
+        if _IN_FLIGHT.unpack_from(page, offset + _IN_FLIGHT_AT)[0]:
+            _IN_FLIGHT.pack_into(page, offset + _IN_FLIGHT_AT, 0, 0, 0)

@@ -1,22 +1,24 @@
-"""What goes into the engine, what comes out, and the socket a network fits. No torch at import, no text."""
+"""The types between generation, engine and network: sampling parameters in, token outputs out. No torch at import."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from serving.engine.output_queue import OutputQueue
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Values are trusted: `serving.openai.chat.request` checked them."""
+    """How one request's tokens are chosen. The values are not checked again: `serving.openai.chat.request` did."""
 
     max_tokens: int
     temperature: float = 1.0  # 0 means greedy
@@ -43,25 +45,25 @@ class TokenLogprob:
 
 
 class TokenMask(Protocol):
-    """Says which tokens may come next in one answer. Both methods are called by the engine thread, in turn.
+    """Which tokens are allowed next in one answer. Both methods are called by the engine thread, in turn.
 
     An exception fails the one request that the mask belongs to.
     """
 
     @property
     def specification(self) -> str:
-        """What it was made of, for engines that sample in other processes and have to make it there once more."""
+        """What the mask was built from, for engines that sample in other processes and build it there again."""
         ...
 
     def allowed(self) -> Tensor | None:
-        """Bit i % 32 of word i // 32 is set if token i may come next: [ceil(num_tokens / 32)] int32 on the CPU.
+        """Bit i % 32 of word i // 32 is set if token i is allowed: [ceil(num_tokens / 32)] int32 on the CPU.
 
-        None lets every token pass. At least one bit is set. The tensor is read before the next call.
+        None allows every token. At least one bit is set. The tensor is read before the next call.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """This token was sampled; every sampled token is told, once and in order, stop tokens included."""
+        """This token was sampled. Called once for every sampled token, in order, stop tokens included."""
         ...
 
 
@@ -69,29 +71,29 @@ class TokenMask(Protocol):
 class TokenOutput:
     """One sampled token of one request. The last one carries the finish reason.
 
-    A stop token is reported too (as the last step): the caller counts it and keeps it out of the text.
+    A stop token is reported too, as the last output: the caller counts it and keeps it out of the text.
     """
 
     token_id: int
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
-    num_cached_tokens: int = 0  # prompt tokens whose keys and values were reused; the same in every step
+    num_cached_tokens: int = 0  # prompt tokens whose keys and values were reused; the same in every output
 
 
 @dataclass(frozen=True)
 class PoolingOutput:
-    """What one text came to: the mean of its hidden states after the final norm. The only step of its request."""
+    """The mean of one text's hidden states after the final norm. The only output of its sequence."""
 
     vector: tuple[float, ...]  # [hidden_size], summed in float32
     finish_reason: FinishReason = "stop"
 
 
 class EngineError(Exception):
-    """Root of what the engine raises to a caller."""
+    """Base of what the engine raises to a caller."""
 
 
 class RequestFailed(EngineError):
-    """This one request cannot be answered (numbers that are not finite, a fault in its own step)."""
+    """This request failed; others are not affected."""
 
 
 class NotFinite(RequestFailed):
@@ -99,28 +101,28 @@ class NotFinite(RequestFailed):
 
 
 class OutOfMemory(RequestFailed):
-    """The device had no memory left for the step that this request was in; the engine goes on."""
+    """The device had no memory left for the step that this request was in; the engine continues."""
 
 
 class RequestTooLarge(EngineError):
-    """The request can never fit into the cache, whatever else finishes."""
+    """The request needs more KV cache than the engine has."""
 
     def __init__(self, message: str, num_needed: int, num_tokens: int) -> None:
         super().__init__(message)
         self.num_needed = num_needed  # tokens of cache
-        self.num_tokens = num_tokens  # what there is
+        self.num_tokens = num_tokens  # the capacity of the cache
 
 
 class EngineStopped(EngineError):
-    """The engine is shutting down or dead; the request was not (or not completely) answered."""
+    """The engine is stopping, dead or hanging; the request was not completed."""
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How the tokens of one prompt see each other. The default is a plain causal model."""
+    """How the tokens of one prompt attend to each other. The default is a causal model."""
 
-    num_two_way: int = 0  # the first tokens that all see each other; they must go through in one forward
-    mask_index: int = 0  # ChatGLM-6B: where the mask token stands, at which later block positions freeze
+    num_two_way: int = 0  # the first tokens, which attend to each other both ways and must share one forward pass
+    mask_index: int = 0  # ChatGLM-6B: the index of the mask token, where the positions of later blocks stay
 
 
 CAUSAL = PromptLayout()
@@ -145,11 +147,11 @@ class RaggedBatch:
 
 
 class AttentionFunction(Protocol):
-    """The engine's attention, handed to the network for one forward. It owns the KV cache.
+    """The engine's attention over its KV cache, passed to the network for one forward pass.
 
     query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim], already rotated.
-    Stores key and value, lets every row see its own sequence (causally, but for PromptLayout.num_two_way),
-    and returns [rows, heads, head_dim].
+    Stores key and value; every row attends to its own sequence, causally but for PromptLayout.num_two_way.
+    Returns [rows, heads, head_dim].
     """
 
     def __call__(
@@ -159,36 +161,36 @@ class AttentionFunction(Protocol):
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """What the engine has to know about a network to make room for it."""
+    """What the engine needs to know of a network to allocate its KV cache."""
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
-    vocab_size: int  # width of the logits; may be more than the tokenizer knows
+    vocab_size: int  # width of the logits; may be more than the tokenizer has
     num_tokens: int  # ids at or past this are never sampled (they have no text)
     max_positions: int  # trained length, prompt and answer together
 
 
 @runtime_checkable
-class CanPrepare(Protocol):
-    """A network that has something to do before its first forward, for which start-up should take the time."""
+class SupportsWarmUp(Protocol):
+    """A network with work to do once, before its first forward pass (such as compiling kernels)."""
 
-    def prepare(self) -> None:
-        """Returns within half a minute."""
+    def warm_up(self) -> None:
+        """Called at start-up. Returns within half a minute."""
         ...
 
 
 class CausalLM(Protocol):
-    """The socket for networks: a ragged batch of ids in, one vector a row out. Stateless but for its weights."""
+    """The interface of networks: a ragged batch of token ids in, one vector a row out. No state but the weights."""
 
     shape: NetworkShape
     device: torch.device
     dtype: torch.dtype
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
-        """How this prompt's tokens see each other; CAUSAL for every decoder but ChatGLM-6B."""
+        """How this prompt's tokens attend to each other; CAUSAL for every decoder but ChatGLM-6B."""
         ...
 
     def forward(self, batch: RaggedBatch, attend: AttentionFunction) -> Tensor:
@@ -202,17 +204,17 @@ class CausalLM(Protocol):
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much the engine may take on at once."""
+    """Sizes of the engine's batches and of its KV cache."""
 
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows of one step, decode and prefill together
-    kv_tokens: int = field(default=16_384)  # capacity of the cache
-    kv_dtype: torch.dtype | None = None  # keys and values are kept in it; None: in the network's own
+    kv_tokens: int = 16_384  # capacity of the cache
+    kv_dtype: torch.dtype | None = None  # of stored keys and values; None: the network's own
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of what the engine is doing."""
+    """A snapshot of the engine's gauges and counters."""
 
     num_running: int
     num_waiting: int
@@ -224,31 +226,12 @@ class EngineStats:
     generated_tokens: int
 
 
-ResultT_co = TypeVar("ResultT_co", TokenOutput, PoolingOutput, covariant=True)
-
-
 @dataclass(frozen=True)
 class EngineCapabilities:
-    """What an engine can do besides answering; requests for the rest are refused before they reach it."""
+    """What an engine supports. Requests for the rest are refused before they reach it."""
 
-    has_masks: bool = True  # answers held to a grammar
+    has_masks: bool = True  # answers that follow a grammar
     has_embeddings: bool = True
-
-
-class Steps(Protocol[ResultT_co]):
-    """The answers to one request as they come: (choice, step). Leaving the context cancels what is still running.
-
-    Raises RequestFailed for a fault of this request alone and EngineStopped if the engine ends first.
-    """
-
-    async def __aenter__(self) -> Self: ...
-    async def __aexit__(self, *_: object) -> None: ...
-    def __aiter__(self) -> Self: ...
-    async def __anext__(self) -> tuple[int, ResultT_co]: ...
-
-    def cancel(self, *choices: int) -> None:
-        """No more steps of these choices are wanted."""
-        ...
 
 
 class Engine(Protocol):
@@ -260,15 +243,17 @@ class Engine(Protocol):
 
     @property
     def num_steps(self) -> int:
-        """Ended steps: whoever watches sees progress."""
+        """Steps that have ended: a monitor sees progress by it."""
         ...
 
     @property
-    def is_busy(self) -> bool: ...
+    def is_busy(self) -> bool:
+        """Whether anything was running or waiting at the beginning of the last step."""
+        ...
 
     @property
     def queue_seconds(self) -> deque[float]:
-        """Of sequences that got their first rows; the reader pops."""
+        """Waiting times of sequences that got their first rows; the reader pops."""
         ...
 
     @property
@@ -278,18 +263,32 @@ class Engine(Protocol):
         self,
         prompt_ids: Sequence[int],
         samplings: Sequence[SamplingParams],
+        queue: OutputQueue[TokenOutput],
+        first_index: int = 0,
         priority: int = 0,
         masks: Sequence[TokenMask | None] | None = None,
-    ) -> Steps[TokenOutput]:
-        """One answer for each of `samplings`. Raises RequestTooLarge if prompt and answer can never fit."""
+    ) -> None:
+        """Start one answer for each of `samplings`. The outputs of the i-th come into `queue` as first_index + i.
+
+        priority: smaller goes first. masks: one for each answer, from here on the engine's own.
+        Raises RequestTooLarge if prompt and answer can never fit, EngineStopped if the engine does not run.
+        """
         ...
 
-    def embed(self, texts: Sequence[tuple[Sequence[int], range]]) -> Steps[PoolingOutput]: ...
+    def embed(self, texts: Sequence[tuple[Sequence[int], range]], queue: OutputQueue[PoolingOutput]) -> None:
+        """Start the mean of hidden states for each text: (its token ids, the range of those that count). The output
+        of the i-th text comes into `queue` as i. Raises as `generate` does."""
+        ...
 
     def stats(self) -> EngineStats: ...
 
     def give_up(self) -> None:
-        """End every request in flight, for an engine that hangs."""
+        """End every request in flight with EngineStopped, for an engine that hangs."""
         ...
 
-    def stop(self, max_seconds: float | None = None) -> None: ...
+    def stop(self, max_seconds: float | None = None) -> None:
+        """End the engine after its current step. Requests in flight get EngineStopped.
+
+        max_seconds: the longest time to wait for the step.
+        """
+        ...

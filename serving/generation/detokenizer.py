@@ -1,4 +1,4 @@
-"""Token ids to text, as they come. Never half a character, and in the end exactly the text of the whole run."""
+"""Token ids one by one -> text in whole characters, in total exactly the text of the whole run of ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Detokenizer:
     piece loses its leading space, and several byte tokens make one character."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        """before: the ids that the text goes on from, the last few at least. Their text is not returned."""
+        """before: the ids whose text is continued, at least the last few. Their text is not returned."""
         self._decode = decode
         self._ids: list[int] = []  # the window
         self._num_sent = 0  # characters of the window's text that were returned
@@ -22,14 +22,14 @@ class Detokenizer:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """The text that has become certain with this token; often ''."""
+        """The text that this token completes; often ''."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        num_held = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE_BYTES)
-        certain = len(text) - num_held
-        fresh = text[self._num_sent : certain]
-        self._num_sent = max(self._num_sent, certain)
-        if not num_held and len(self._ids) > WINDOW:
+        num_incomplete = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE_BYTES)
+        num_complete = len(text) - num_incomplete
+        fresh = text[self._num_sent : num_complete]
+        self._num_sent = max(self._num_sent, num_complete)
+        if not num_incomplete and len(self._ids) > WINDOW:
             tail = self._ids[-1:]
             tail_text = self._decode(tail)
             if tail_text and REPLACEMENT not in tail_text:
@@ -37,7 +37,7 @@ class Detokenizer:
         return fresh
 
     def flush(self) -> str:
-        """What is left at the end: the replacement characters of an incomplete character."""
+        """The rest at the end: replacement characters for an incomplete character."""
         rest = self._decode(self._ids)[self._num_sent :]
         self._num_sent += len(rest)
         return rest

@@ -1,34 +1,37 @@
-"""Texts -> vectors, through the same engine that writes answers. Knows words and tokens, not HTTP.
+"""Texts -> embedding vectors, computed by the engine that also generates.
 
 The vector is the mean of the last hidden states over the text's own tokens, with length 1. The models served here were
-trained to write, not to embed: what is near in meaning is nearer than what is not, and no more is promised.
+trained to generate, not to embed: similar texts have nearer vectors than others, and no more is guaranteed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
+from serving.engine.interface import PoolingOutput
+from serving.engine.output_queue import OutputQueue
 from serving.generation.interface import ChatFormat, PromptError
 from serving.generation.pipeline import ContextOverflow, RunningModel
 
-MAX_TEXTS_AT_ONCE = 16  # of one request in the engine: a list of thousands does not hold up the answers behind it
+MAX_TEXTS_AT_ONCE = 16  # of one request in the engine: a list of thousands must not delay other requests
 
 
 @dataclass(frozen=True)
 class EmbeddedText:
-    """One input that was accepted: what the network reads, and which of it counts."""
+    """One accepted input."""
 
     token_ids: tuple[int, ...]
-    counted: range
+    counted: range  # of `token_ids`: those whose hidden states are averaged
 
 
-def prepare(model: RunningModel, inputs: Sequence[str | tuple[int, ...]]) -> list[EmbeddedText]:
-    """Everything that may be refused. Raises PromptError. Pure; any thread."""
+def tokenize(model: RunningModel, inputs: Sequence[str | tuple[int, ...]]) -> list[EmbeddedText]:
+    """Tokenize and check the inputs. Raises PromptError. Pure; any thread."""
     if not model.engine.capabilities.has_embeddings:
-        raise PromptError("The engine of this server has no embeddings.", "input")
-    return [_prepare(model, value, "input" if len(inputs) == 1 else f"input[{i}]") for i, value in enumerate(inputs)]
+        raise PromptError("This server's engine does not support embeddings.", "input")
+    return [_tokenize(model, value, "input" if len(inputs) == 1 else f"input[{i}]") for i, value in enumerate(inputs)]
 
 
 async def embed(model: RunningModel, texts: Sequence[EmbeddedText]) -> list[list[float]]:
@@ -36,9 +39,11 @@ async def embed(model: RunningModel, texts: Sequence[EmbeddedText]) -> list[list
     vectors: list[list[float]] = [[] for _ in texts]
     for first in range(0, len(texts), MAX_TEXTS_AT_ONCE):
         some = texts[first : first + MAX_TEXTS_AT_ONCE]
-        async with model.engine.embed([(text.token_ids, text.counted) for text in some]) as results:
-            async for index, pooled in results:
-                vectors[first + index] = normalized(pooled.vector)
+        with closing(OutputQueue[PoolingOutput]()) as queue:
+            model.engine.embed([(text.token_ids, text.counted) for text in some], queue)
+            while (outputs := await queue.take()) is not None:
+                for index, output in outputs:
+                    vectors[first + index] = normalized(output.vector)
     return vectors
 
 
@@ -48,15 +53,13 @@ def normalized(vector: Sequence[float]) -> list[float]:
     return [value / length for value in vector] if length else list(vector)
 
 
-def _prepare(model: RunningModel, value: str | tuple[int, ...], param: str) -> EmbeddedText:
+def _tokenize(model: RunningModel, value: str | tuple[int, ...], param: str) -> EmbeddedText:
     chat_format = model.chat_format
     if isinstance(value, str):
         token_ids = tuple(chat_format.encode(value))
         counted = _own_tokens(chat_format, token_ids)
     else:
-        unknown = next((i for i in value if not 0 <= i < chat_format.num_tokens), None)
-        if unknown is not None:
-            raise PromptError(f"This model has no token {unknown}.", param)
+        model.check_ids(value, param)
         token_ids, counted = value, range(len(value))
     if not counted:
         raise PromptError("The input must not be empty: it has no token to be embedded.", param)
@@ -66,7 +69,7 @@ def _prepare(model: RunningModel, value: str | tuple[int, ...], param: str) -> E
 
 
 def _own_tokens(chat_format: ChatFormat, token_ids: Sequence[int]) -> range:
-    """A text's tokens without the special ones that the model wants before or behind every text."""
+    """The range of a text's tokens without the special ones that the format adds at either end."""
     first, last = 0, len(token_ids)
     while first < last and not chat_format.token_bytes(token_ids[first]):
         first += 1

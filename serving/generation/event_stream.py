@@ -1,149 +1,144 @@
-"""Reads event generators in tasks of their own: their reader can wait with a limit and take all that is ready."""
+"""Prompts of one request -> chat events of all their answers, with the request's deadline, permit and metrics."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from serving.generation.interface import ChatEvent
-
-Source = AsyncGenerator[tuple[int, ChatEvent], None]
-
-
-class Watcher(Protocol):
-    """Sees every event when it comes, and the end."""
-
-    def push(self, event: ChatEvent) -> None: ...
-
-    def close(self, is_complete: bool) -> None: ...
+from serving import metrics
+from serving.admission.admission_control import Permit
+from serving.engine.interface import TokenOutput
+from serving.engine.output_queue import OutputQueue
+from serving.generation.interface import Finished, IndexedEvent
+from serving.generation.output_processor import OutputProcessor
+from serving.generation.pipeline import Prompt, RunningModel
+from serving.http.request_context import RequestContext
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """When the sources are given up (time.monotonic(), or infinity), and what the reader is told then."""
+    """When a request is given up (time.monotonic(), or infinity), and what its reader then gets."""
 
     at: float
     failure: Exception
 
 
 class EventStream:
-    """Events of several generators in the order of arrival, source s's choice i as (s * stride + i).
+    """Events as (index, event); prompt p's answer i has the index p * n + i. For one event loop and one reader.
 
-    Holds at most `max_ready` events: past that the sources wait for the reader. Must be closed; closing closes the
-    sources, which is how a generation is cancelled. For one event loop, one reader.
+    Must be closed, which cancels what still runs and releases the permit. Closing does not wait, so a cancelled
+    request cannot be interrupted in it.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        stride: int,
-        max_ready: int,
-        watcher: Watcher | None = None,
-        deadline: Deadline | None = None,
+        model: RunningModel,
+        prompts: Sequence[Prompt],
+        permit: Permit,
+        context: RequestContext,
+        deadline: Deadline,
     ) -> None:
-        self._ready: list[tuple[int, ChatEvent]] = []
-        self._max_ready = max_ready
-        self._reader: asyncio.Future[None] | None = None  # what the reader waits for
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_at = 0.0  # in the loop's time, of the wait that goes on now
-        self._room = asyncio.Event()
-        self._room.set()
-        self._failure: Exception | None = None
-        self._running = len(sources)
-        self._watcher = watcher
-        self._timer: asyncio.TimerHandle | None = None
-        if deadline is not None and deadline.at < math.inf:
+        """Starts the generation. Raises EngineError, and has released the permit then."""
+        self._queue = OutputQueue[TokenOutput]()
+        self._processors: list[OutputProcessor] = []
+        self._num_open = sum(prompt.n for prompt in prompts)  # answers that are not over
+        self._failure: Exception | None = None  # of a processor
+        self._metrics = RequestMetrics(context, permit, sum(len(prompt.token_ids) for prompt in prompts))
+        self._loop = self._queue.loop
+        self._timer = None
+        if deadline.at < math.inf:
             seconds = max(0.0, deadline.at - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, deadline.failure)
-        self._tasks = [asyncio.create_task(self._read(source, s * stride)) for s, source in enumerate(sources)]
+            self._timer = self._loop.call_later(seconds, self._queue.fail, deadline.failure)
+        try:
+            for prompt in prompts:
+                self._processors += model.start(prompt, self._queue, len(self._processors), permit.priority)
+        except BaseException:
+            self.close()
+            raise
 
-    async def take(self, timeout_seconds: float | None = None) -> list[tuple[int, ChatEvent]] | None:
-        """Everything ready, waiting for the first. None at the end, [] when nothing came in time.
+    async def take(self, timeout_seconds: float | None = None) -> list[IndexedEvent] | None:
+        """Every event that is ready, waiting for the first. None at the end, [] when none came in time.
 
-        Raises what a source raised, once the events before it were taken.
+        Raises EngineError or the deadline's failure, once the events before it were taken.
         """
-        if not self._ready and self._failure is None and self._running:
-            await self._wait(timeout_seconds)
-            if not self._ready and self._failure is None and self._running:
-                return []
-        if self._ready:
-            events, self._ready = self._ready, []
-            self._room.set()
-            return events
-        if self._failure is not None:
-            raise self._failure
-        return None
+        until = None if timeout_seconds is None else self._loop.time() + timeout_seconds
+        while self._failure is None:
+            outputs = await self._queue.take(until)
+            if not outputs:
+                return None if outputs is None else []
+            events = self._process(outputs)
+            if events:
+                return events
+        raise self._failure
 
-    async def _wait(self, timeout_seconds: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        self._reader = loop.create_future()
-        if timeout_seconds is not None:
-            self._alarm_at = loop.time() + timeout_seconds
-            if self._alarm is None:
-                self._alarm = loop.call_at(self._alarm_at, self._ring)
-        await self._reader
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    def _ring(self) -> None:
-        """One timer serves many waits, since a timer for each token costs more than the token: ringing for a wait that
-        is over, it is set again for the one that goes on."""
-        self._alarm = None
-        if self._reader is None or self._reader.done():
-            return
-        loop = self._reader.get_loop()
-        if loop.time() < self._alarm_at:
-            self._alarm = loop.call_at(self._alarm_at, self._ring)
-        else:
-            self._wake()
-
-    async def take_all(self) -> list[tuple[int, ChatEvent]]:
-        """Every event up to the end."""
-        events: list[tuple[int, ChatEvent]] = []
-        while (some := await self.take()) is not None:
-            events.extend(some)
+    def _process(self, outputs: list[tuple[int, TokenOutput]]) -> list[IndexedEvent]:
+        events: list[IndexedEvent] = []
+        try:
+            for index, output in outputs:
+                processor = self._processors[index]
+                if processor.is_over:  # by a stop string in an output before this one
+                    continue
+                events += [(index, event) for event in processor.push(output)]
+                if processor.is_over:
+                    self._queue.cancel(index)
+                    self._num_open -= 1
+        except Exception as error:  # noqa: BLE001
+            self._failure = error  # `take` raises it after these events
+        if events:
+            self._metrics.record(events)
         return events
 
-    async def close(self) -> None:
-        """Stop every source and wait until it is closed. May be called twice."""
-        for timer in (self._timer, self._alarm):
-            if timer:
-                timer.cancel()
-        is_complete = self._running == 0 and self._failure is None
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._watcher:
-            self._watcher.close(is_complete)
+    async def take_all(self) -> list[IndexedEvent]:
+        """Every event up to the end. Raises as `take` does."""
+        events: list[IndexedEvent] = []
+        while (some := await self.take()) is not None:
+            events += some
+        return events
 
-    def _expire(self, failure: Exception) -> None:
-        if self._running:
-            self._failure = self._failure or failure
-            for task in self._tasks:
-                task.cancel()
-            self._wake()
+    def close(self) -> None:
+        """Cancel what still runs and release the permit. May be called twice."""
+        self._metrics.close(is_complete=self._num_open == 0)
+        self._queue.close()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    async def _read(self, source: Source, first_index: int) -> None:
-        try:
-            async with aclosing(source):
-                async for index, event in source:
-                    if self._watcher:
-                        self._watcher.push(event)
-                    while len(self._ready) >= self._max_ready:
-                        self._room.clear()
-                        await self._room.wait()
-                    self._ready.append((first_index + index, event))
-                    self._wake()
-        except Exception as error:  # noqa: BLE001
-            # the reader raises it in its own task, where the request's answer is made
-            self._failure = self._failure or error
-        finally:
-            self._running -= 1
-            self._wake()
+
+class RequestMetrics:
+    """Counts one request's events into its context, its permit and the metrics."""
+
+    def __init__(self, context: RequestContext, permit: Permit, num_prompt_tokens: int) -> None:
+        self._context = context
+        self._permit = permit
+        self._is_closed = False
+        context.prompt_tokens = num_prompt_tokens
+
+    def record(self, events: list[IndexedEvent]) -> None:
+        context = self._context
+        if context.first_token_at is None:
+            context.first_token_at = time.monotonic()
+            self._permit.started()
+            metrics.TIME_TO_FIRST_TOKEN.observe(context.first_token_at - context.begun)
+        for _, event in events:
+            if isinstance(event, Finished):
+                context.completion_tokens += event.usage.completion_tokens
+                context.cached_tokens += event.usage.cached_tokens
+                context.finish_reasons.append(event.reason)
+
+    def close(self, is_complete: bool) -> None:
+        """is_complete: every answer was finished; else the request failed or its client left. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        context = self._context
+        self._permit.close(context.prompt_tokens + context.completion_tokens if is_complete else None)
+        if not is_complete or context.first_token_at is None:
+            return
+        now = time.monotonic()
+        metrics.REQUEST_LATENCY.observe(now - context.begun)
+        for reason in context.finish_reasons:
+            metrics.REQUEST_SUCCESS.labels(reason).inc()
+        num_intervals = context.completion_tokens / max(1, len(context.finish_reasons)) - 1
+        if num_intervals > 0:
+            metrics.TIME_PER_OUTPUT_TOKEN.observe((now - context.first_token_at) / num_intervals)

@@ -1,4 +1,4 @@
-"""A conversation that is too long for the context, without its oldest rounds. Knows messages, no tokens."""
+"""A conversation that is too long for the context -> the same without its oldest rounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def drop_oldest(conversation: Conversation, fits: Callable[[Conversation], bool]
     """The conversation without as few of its oldest rounds as make it fit, and their number; None if none would do.
 
     A round is a question with everything up to the next one: answers, calls of tools and their results. System
-    messages stay, and so does the last question. `fits` renders, so it is asked a logarithmic number of times.
+    messages stay, and so does the last question. `fits` renders, so it is called a logarithmic number of times.
     """
     starts = _round_starts(conversation.messages)
     fewest, most = 1, len(starts) - 1
@@ -29,10 +29,10 @@ def drop_oldest(conversation: Conversation, fits: Callable[[Conversation], bool]
 
 
 def _round_starts(messages: tuple[Message, ...]) -> list[int]:
-    """Where each round begins: at the first message, and at every question that follows something else."""
-    spoken = [i for i, message in enumerate(messages) if message.role != "system"]
-    asked = [j for i, j in pairwise(spoken) if messages[j].role == "user" and messages[i].role != "user"]
-    return [0, *asked]
+    """Where each round begins: at the first message, and at every user message that follows another role's."""
+    turns = [i for i, message in enumerate(messages) if message.role != "system"]
+    questions = [j for i, j in pairwise(turns) if messages[j].role == "user" and messages[i].role != "user"]
+    return [0, *questions]
 
 
 def _without(conversation: Conversation, start: int) -> Conversation:

@@ -1,4 +1,4 @@
-"""The conversation as the server sees it, the events of an answer, and the socket a chat format fits."""
+"""The types of generation: conversations, the events of an answer, and the interface of chat formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `developer` became system and `function` became tool at the edge."""
+    """One turn. The API layer has turned the role `developer` into system and `function` into tool."""
 
     role: Role
     content: str
@@ -40,12 +40,12 @@ class Tool:
     name: str
     description: str
     parameters: Mapping[str, Any]
-    strict: bool = False  # its calls always fit `parameters`, or the request is refused
+    strict: bool = False  # its calls must match `parameters`, or the request is refused
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat format turns into a prompt."""
+    """The input of a chat format."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
@@ -56,8 +56,8 @@ class Conversation:
 class ToolSyntax:
     """How a model writes a call: `opening`, `before`, the arguments as one JSON object, `after`.
 
-    `{name}` in `opening` and `before` stands for the tool's name. Several calls are joined by `separator`. The server
-    holds a model to it with a grammar as soon as `opening` is complete, and reads calls back by it.
+    `{name}` in `opening` and `before` stands for the tool's name. Several calls are joined by `separator`. Once
+    `opening` is complete, a grammar enforces the syntax, and calls are parsed by it.
     """
 
     opening: str
@@ -68,7 +68,7 @@ class ToolSyntax:
 
 
 class PromptError(Exception):
-    """The client's fault: this format cannot hold this conversation. `param` names the field of the request."""
+    """The client's fault: the request cannot become a prompt. `param` names the field of the request."""
 
     def __init__(self, message: str, param: str = "messages") -> None:
         super().__init__(message)
@@ -114,35 +114,36 @@ class Finished:
 
 AnswerPart = TextDelta | ToolCallDelta
 ChatEvent = TextDelta | ToolCallDelta | Finished
+IndexedEvent = tuple[int, ChatEvent]  # (which answer of the request, its event)
 
 
 class AnswerParser(Protocol):
-    """Reads one answer's text as it comes and says what the client gets (the family's post-processing).
+    """Text of one answer in pieces -> what the client gets (the family's post-processing).
 
-    What was returned once is final, so it holds back what later text could still change: trailing white space, the
-    beginning of a placeholder. A plain object, used by one loop.
+    What was returned is final, so text that later text could still change is held back: trailing white space, the
+    beginning of a placeholder.
     """
 
     def push(self, text: str) -> list[AnswerPart]: ...
 
     def flush(self) -> list[AnswerPart]:
-        """The answer is over: everything held back, settled."""
+        """Everything held back, at the end of the answer."""
         ...
 
 
 class ChatFormat(Protocol):
-    """The socket for families: conversation -> prompt ids, ids -> text. Pure; safe to call from any thread.
+    """The interface of families: conversation -> prompt ids, ids -> text. Pure; safe to call from any thread.
 
-    A prompt is a list of ids and never a string that somebody parses: no text of a user can become a special token.
+    A prompt is a list of ids, never a string that is parsed again: no text of a user can become a special token.
     """
 
     stop_token_ids: frozenset[int]
     num_tokens: int  # ids below this have a text (or are known specials)
-    tool_syntax: ToolSyntax | None  # the one that it was trained for; without one, `render` refuses tools
+    tool_syntax: ToolSyntax | None  # the one that the model was trained for; without one, `render` refuses tools
     language: Language  # that instructions to the model are written in
 
     def render(self, conversation: Conversation) -> list[int]:
-        """The complete prompt, special tokens included. Raises PromptError for what the format cannot hold."""
+        """The complete prompt, special tokens included. Raises PromptError for what the format cannot express."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -154,12 +155,12 @@ class ChatFormat(Protocol):
         ...
 
     def parser(self, begun: str = "") -> AnswerParser:
-        """A fresh reader for the text of one answer; calls of tools are read by `tool_syntax`.
+        """A new parser for the text of one answer; calls of tools are parsed by `tool_syntax`.
 
-        begun: what stands in front of that text, for an answer whose beginning the client has: its white space counts.
+        begun: the beginning of the answer that the client gave. The text after it keeps its leading white space.
         """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for inside a text; b'' for specials. For logprobs and grammars."""
+        """The bytes of one token inside a text; b'' for special tokens. For logprobs and grammars."""
         ...

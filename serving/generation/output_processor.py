@@ -1,4 +1,4 @@
-"""One answer being read: tokens in, events out. The one loop that streaming and not streaming share."""
+"""Token outputs of one answer -> chat events: detokenizing, parsing, stop strings and counting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving.generation.stop_strings import StopStrings
 
 
 class PlainTextParser:
-    """Leaves a text as it is; for raw completions."""
+    """Returns the text unchanged; for raw completions."""
 
     def push(self, text: str) -> list[AnswerPart]:
         return [TextDelta(text)] if text else []
@@ -29,47 +29,47 @@ class PlainTextParser:
 
 
 class OutputProcessor:
-    """Reads the steps of one choice. `is_over` becomes true when a stop string was found, too."""
+    """Processes the outputs of one choice. `is_over` also becomes true when a stop string was found."""
 
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        reader: AnswerParser,
+        parser: AnswerParser,
         stop: tuple[str, ...],
         num_prompt_tokens: int,
-        ends: frozenset[int],
+        stop_token_ids: frozenset[int],
         before: Sequence[int] = (),
     ) -> None:
-        """ends: the token ids that end the answer and have no text; before: the ids that its text goes on from."""
+        """stop_token_ids: they end the answer and have no text. before: the ids whose text the answer continues."""
         self._detokenizer = Detokenizer(decode, before)
-        self._reader = reader
+        self._parser = parser
         self._stop = StopStrings(stop)
-        self._ends = ends
+        self._stop_token_ids = stop_token_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
-        self._num_told = 0  # of them, those that deltas have counted
+        self._num_reported = 0  # of them, those that deltas have counted
         self._num_cached_tokens = 0
         self._called_tools = False
         self._logprobs: list[TokenLogprob] = []
         self.is_over = False
 
-    def push(self, step: TokenOutput) -> list[ChatEvent]:
-        """The events that this step brings; the last of them is Finished when the answer is over."""
+    def push(self, output: TokenOutput) -> list[ChatEvent]:
+        """The events of this token; the last of them is Finished when the answer is over."""
         self._num_tokens += 1
-        self._num_cached_tokens = step.num_cached_tokens
-        ended_by_token = step.finish_reason == "stop" and step.token_id in self._ends
+        self._num_cached_tokens = output.num_cached_tokens
+        ended_by_token = output.finish_reason == "stop" and output.token_id in self._stop_token_ids
         events: list[ChatEvent] = []
         if not ended_by_token:
-            if step.logprob:
-                self._logprobs.append(step.logprob)
-            events += self._show(self._reader.push(self._detokenizer.push(step.token_id)))
-        if step.finish_reason and not self._stop.hit:
-            events += self._show(self._reader.push(self._detokenizer.flush()))
-            events += self._show(self._reader.flush())
-        if step.finish_reason and not self._stop.hit and (rest := self._stop.flush()):
+            if output.logprob:
+                self._logprobs.append(output.logprob)
+            events += self._show(self._parser.push(self._detokenizer.push(output.token_id)))
+        if output.finish_reason and not self._stop.hit:
+            events += self._show(self._parser.push(self._detokenizer.flush()))
+            events += self._show(self._parser.flush())
+        if output.finish_reason and not self._stop.hit and (rest := self._stop.flush()):
             events.append(self._text(rest))
-        if step.finish_reason or self._stop.hit:
-            events += self._finish("length" if step.finish_reason == "length" and not self._stop.hit else "stop")
+        if output.finish_reason or self._stop.hit:
+            events += self._finish("length" if output.finish_reason == "length" and not self._stop.hit else "stop")
         return events
 
     def _show(self, parts: list[AnswerPart]) -> list[ChatEvent]:
@@ -88,8 +88,8 @@ class OutputProcessor:
         return events
 
     def _text(self, text: str) -> TextDelta:
-        delta = TextDelta(text, tuple(self._logprobs), self._num_tokens - self._num_told)
-        self._num_told = self._num_tokens
+        delta = TextDelta(text, tuple(self._logprobs), self._num_tokens - self._num_reported)
+        self._num_reported = self._num_tokens
         self._logprobs.clear()
         return delta
 

@@ -1,14 +1,15 @@
-"""From a job to events: render, refuse, generate, read. Knows words and tokens, not HTTP and not the model."""
+"""A chat or completion job -> a checked prompt of token ids -> its answers started in the engine."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from serving.engine.interface import Engine, SamplingParams
+from serving.engine.interface import Engine, SamplingParams, TokenOutput
+from serving.engine.output_queue import OutputQueue
 from serving.generation import history
 from serving.generation.detokenizer import WINDOW
-from serving.generation.interface import ChatEvent, ChatFormat, Conversation, PromptError
+from serving.generation.interface import ChatFormat, Conversation, PromptError
 from serving.generation.output_processor import OutputProcessor, PlainTextParser
 from serving.generation.structured.answer_spec import AnswerSpec, build_answer_spec
 from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
@@ -18,10 +19,10 @@ from serving.generation.tools import prompt as tool_prompt
 
 @dataclass(frozen=True)
 class ChatJob:
-    """A conversation to be continued by `n` answers."""
+    """A conversation and what its `n` answers must be like."""
 
     conversation: Conversation
-    sampling: SamplingParams  # stop_token_ids are added in `prepare`
+    sampling: SamplingParams  # `build_prompt` adds the stop_token_ids
     stop: tuple[str, ...] = ()
     n: int = 1
     max_tokens_is_default: bool = False
@@ -31,18 +32,18 @@ class ChatJob:
 
     @property
     def begun(self) -> str:
-        """The beginning of the answers, if the client gave one."""
+        """The beginning of the answers that the client gave; '' if it gave none."""
         return self.conversation.messages[-1].content if self.conversation.continue_final else ""
 
     @property
     def needs_grammar(self) -> bool:
-        """Whether `prepare` may have to compile, and therefore belongs into a worker thread."""
+        """Whether `build_prompt` may have to compile a grammar, and should run in a worker thread."""
         return self.constraint is not None or bool(self.conversation.tools)
 
 
 @dataclass(frozen=True)
 class CompletionJob:
-    """A raw prompt to be continued by `n` answers; token ids are taken as they are."""
+    """A raw prompt to be continued by `n` answers; token ids are used as they are."""
 
     prompt: str | tuple[int, ...]
     sampling: SamplingParams
@@ -56,14 +57,14 @@ class CompletionJob:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A job that was accepted: nothing in it can be the client's fault any more."""
+    """An accepted job: everything that can be the client's fault has been checked."""
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop: tuple[str, ...]
     n: int
-    plan: AnswerSpec
-    before: tuple[int, ...] = ()  # the last of `token_ids` whose text the answers go on from
+    answer: AnswerSpec
+    before: tuple[int, ...] = ()  # the last of `token_ids`, if the answers continue their text
     num_dropped_rounds: int = 0
 
 
@@ -94,38 +95,48 @@ class RunningModel:
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grammars", Grammars(self.chat_format))  # frozen for everybody else
+        object.__setattr__(self, "grammars", Grammars(self.chat_format))  # the dataclass is frozen
 
-    def prepare(self, job: ChatJob | CompletionJob) -> Prompt:
-        """Everything that may be refused, before anything is sent. Raises PromptError. Pure; any thread."""
+    def build_prompt(self, job: ChatJob | CompletionJob) -> Prompt:
+        """Tokenize and check a job. Raises PromptError. Pure; any thread."""
         match job:
             case ChatJob(conversation=conversation):
                 token_ids, param = self.render(conversation), "messages"
             case CompletionJob(prompt=str(text)):
                 token_ids, param = self.chat_format.encode(text), "prompt"
             case CompletionJob(prompt=tuple(ids)):
-                token_ids, param = self._checked(ids), "prompt"
+                token_ids, param = list(ids), "prompt"
+                self.check_ids(ids, param)
         if not token_ids:
             raise PromptError("The prompt must hold at least one token.", param)
-        self._check_bias(job.sampling)
+        if (unknown := self._unknown_id([i for i, _ in job.sampling.logit_bias])) is not None:
+            raise PromptError(f"Invalid key in 'logit_bias': {unknown}. This model has no such token.", "logit_bias")
         num_dropped = 0
         if self.drops_oldest_rounds and isinstance(job, ChatJob):
             token_ids, num_dropped = self._without_oldest_rounds(job, token_ids)
-        room = self.context_length - len(token_ids)
+        num_left = self.context_length - len(token_ids)
         max_tokens = job.sampling.max_tokens
         if job.max_tokens_is_default:
-            max_tokens = max(1, min(max_tokens, room))
-        if max_tokens > room:
+            max_tokens = max(1, min(max_tokens, num_left))
+        if max_tokens > num_left:
             raise ContextOverflow(len(token_ids), max_tokens, self.context_length, param)
-        ends = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
-        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=ends)
+        stop_token_ids = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
+        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
         n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
         before = self._before(job, token_ids)
-        return Prompt(tuple(token_ids), sampling, job.stop, n, self._plan(job), before, num_dropped)
+        return Prompt(tuple(token_ids), sampling, job.stop, n, self._answer_spec(job), before, num_dropped)
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises PromptError for ids that have no text."""
+        if (unknown := self._unknown_id(token_ids)) is not None:
+            raise PromptError(f"This model has no token {unknown}.", param)
+
+    def _unknown_id(self, token_ids: Sequence[int]) -> int | None:
+        return next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
 
     def _without_oldest_rounds(self, job: ChatJob, token_ids: list[int]) -> tuple[list[int], int]:
-        """(the prompt, rounds left out of it). A length that the client did not name is worth leaving rounds out for
-        up to a quarter of the context: else the answers of a long conversation would shrink to one token first."""
+        """(the prompt, the number of rounds dropped from it). Where the client named no length, rounds are dropped
+        until a quarter of the context is left: else the answers of a long conversation would shrink to one token."""
         wanted = job.sampling.max_tokens
         if job.max_tokens_is_default:
             wanted = min(wanted, self.context_length // 4)
@@ -137,7 +148,7 @@ class RunningModel:
         return (token_ids, 0) if shorter is None else (self.render(shorter[0]), shorter[1])
 
     def _before(self, job: ChatJob | CompletionJob, token_ids: list[int]) -> tuple[int, ...]:
-        """The text tokens at the prompt's end, if the answer goes on from their text: its first space counts then."""
+        """The text tokens at the prompt's end, if the answer continues their text: its first space counts then."""
         if isinstance(job, ChatJob) and not job.begun:
             return ()
         count = 0
@@ -149,45 +160,31 @@ class RunningModel:
         """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
         return tool_prompt.render(self.chat_format, conversation)
 
-    async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
-        """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only.
+    def start(
+        self, prompt: Prompt, queue: OutputQueue[TokenOutput], first_index: int, priority: int
+    ) -> list[OutputProcessor]:
+        """Start a prompt's answers in the engine; the i-th one's outputs come into `queue` as first_index + i.
 
-        priority: smaller goes first where requests wait.
+        Returns the processors of each answer's outputs. Raises EngineError.
         """
-        answers = [self._answer(prompt) for _ in range(prompt.n)]
         samplings = [_nth(prompt.sampling, choice) for choice in range(prompt.n)]
-        masks = [prompt.plan.mask() if prompt.plan.mask else None for _ in range(prompt.n)]
-        async with self.engine.generate(prompt.token_ids, samplings, priority, masks=masks) as steps:
-            async for choice, step in steps:
-                answer = answers[choice]
-                for event in answer.push(step):
-                    yield choice, event
-                if answer.is_over and step.finish_reason is None:
-                    steps.cancel(choice)
+        answer = prompt.answer
+        masks = [answer.mask() if answer.mask else None for _ in range(prompt.n)]
+        self.engine.generate(prompt.token_ids, samplings, queue, first_index, priority, masks)
+        num_prompt_tokens, ends = len(prompt.token_ids), prompt.sampling.stop_token_ids
+        return [
+            OutputProcessor(answer.decode, answer.parser(), prompt.stop, num_prompt_tokens, ends, prompt.before)
+            for _ in range(prompt.n)
+        ]
 
-    def _answer(self, prompt: Prompt) -> OutputProcessor:
-        plan, ends = prompt.plan, prompt.sampling.stop_token_ids
-        return OutputProcessor(plan.decode, plan.parser(), prompt.stop, len(prompt.token_ids), ends, prompt.before)
-
-    def _plan(self, job: ChatJob | CompletionJob) -> AnswerSpec:
+    def _answer_spec(self, job: ChatJob | CompletionJob) -> AnswerSpec:
         if isinstance(job, CompletionJob):
             return AnswerSpec(PlainTextParser, self.chat_format.decode)
         tools = job.conversation.tools
         if job.needs_grammar and not self.engine.capabilities.has_masks:
             param = "tools" if job.constraint is None else job.constraint.param
-            raise PromptError("The engine of this server cannot hold answers to a form.", param)
+            raise PromptError("The engine of this server does not support structured outputs.", param)
         return build_answer_spec(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
-
-    def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
-        unknown = next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
-        if unknown is not None:
-            raise PromptError(f"This model has no token {unknown}.", "prompt")
-        return list(token_ids)
-
-    def _check_bias(self, sampling: SamplingParams) -> None:
-        unknown = next((i for i, _ in sampling.logit_bias if not 0 <= i < self.chat_format.num_tokens), None)
-        if unknown is not None:
-            raise PromptError(f"Invalid key in 'logit_bias': {unknown}. This model has no such token.", "logit_bias")
 
 
 def _nth(sampling: SamplingParams, choice: int) -> SamplingParams:

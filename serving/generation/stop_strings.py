@@ -1,10 +1,10 @@
-"""Stop strings, found across token borders and never shown."""
+"""Text in pieces -> the text before the first stop string, which may be split over several pieces."""
 
 from __future__ import annotations
 
 
 class StopStrings:
-    """Lets text through up to the stop string that is complete first; holds back what could be the beginning of one."""
+    """Returns text up to the stop string that is complete first; holds back what could be the beginning of one."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
@@ -12,12 +12,12 @@ class StopStrings:
         self.hit = False
 
     def push(self, text: str) -> str:
-        """The text that may be shown. After a hit, nothing more comes."""
+        """The text that may be shown; '' after a hit."""
         if self.hit or not self._stop:
             return "" if self.hit else text
         self._held += text
         # the first to be complete, not the first to begin: the same text then, however it is cut
-        found = [(place + len(word), place) for word in self._stop if (place := self._held.find(word)) >= 0]
+        found = [(start + len(word), start) for word in self._stop if (start := self._held.find(word)) >= 0]
         if found:
             self.hit = True
             shown, self._held = self._held[: min(found)[1]], ""
@@ -28,7 +28,7 @@ class StopStrings:
         return shown
 
     def flush(self) -> str:
-        """The answer ended without a stop string: what was held back belongs to it."""
+        """The held text, for an answer that ended without a stop string."""
         shown, self._held = self._held, ""
         return shown
 

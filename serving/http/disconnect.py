@@ -1,4 +1,4 @@
-"""Notices that a client has left while its answer is being made. Knows nothing of the answer."""
+"""A coroutine and its client's connection -> the coroutine's result, unless the client disconnects or stops reading."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """Nobody is there to read the answer."""
+    """The client has disconnected, or reads no more of the answer."""
 
 
 class WriteTimeout:
-    """Sends on, and knows since when the reader has let a send wait."""
+    """An ASGI `send` that measures how long its present message has been waiting for the client."""
 
-    def __init__(self, send: Send, seconds: float) -> None:
+    def __init__(self, send: Send, max_seconds: float) -> None:
         self._send = send
-        self._seconds = seconds
+        self._max_seconds = max_seconds
         self._since: float | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -29,37 +29,34 @@ class WriteTimeout:
         await self._send(message)
         self._since = None
 
-    async def run_out(self) -> None:
-        """Returns when one send has waited too long."""
-        while self._since is None or time.monotonic() - self._since < self._seconds:
-            await asyncio.sleep(self._seconds / 4)
+    async def expired(self) -> None:
+        """Returns when one message has waited too long. Polls: a timer for each message costs more than the message."""
+        while self._since is None or time.monotonic() - self._since < self._max_seconds:
+            await asyncio.sleep(self._max_seconds / 4)
 
 
 async def unless_disconnected(
-    receive: Receive, work: Coroutine[Any, Any, T], patience: WriteTimeout | None = None
+    receive: Receive, work: Coroutine[Any, Any, T], write_timeout: WriteTimeout | None = None
 ) -> T:
-    """The result of `work`, which is cancelled when the client leaves first or does not read. Raises ClientLeft then.
+    """The result of `work`, which is cancelled when the client leaves or stops reading. Raises ClientLeft then.
 
     `receive` must have delivered the whole request body before.
     """
     working = asyncio.create_task(work)
-    watching = [asyncio.create_task(wait_for_disconnect(receive))]
-    if patience is not None:
-        watching.append(asyncio.create_task(patience.run_out()))
+    watching = [asyncio.create_task(_disconnected(receive))]
+    if write_timeout is not None:
+        watching.append(asyncio.create_task(write_timeout.expired()))
     try:
         await asyncio.wait((working, *watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientLeft
         return working.result()
     finally:
-        working.cancel()
-        for task in watching:
+        for task in (working, *watching):
             task.cancel()
-        # cancelled work still has to give back what it holds
         await asyncio.gather(working, *watching, return_exceptions=True)
 
 
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Returns when the client has left."""
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

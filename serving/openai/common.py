@@ -24,7 +24,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from serving.engine.interface import SamplingParams
-from serving.generation.interface import AnswerPart, ChatEvent, Conversation, Finished, PromptError
+from serving.generation.interface import AnswerPart, Conversation, Finished, IndexedEvent, PromptError
 from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
 from serving.http.errors import invalid
 from serving.http.json_body import parse_object, read_body
@@ -38,7 +38,6 @@ from serving.registry import ModelRegistry
 INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
 INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
 
-IndexedEvent = tuple[int, ChatEvent]  # (index of the choice, its event)
 TokenBytes = Callable[[int], bytes]
 
 REFUSED = {
@@ -301,8 +300,8 @@ async def build_prompt(
     """
     try:
         if _num_characters(job) > INLINE_PROMPT_CHARACTERS or (isinstance(job, ChatJob) and job.needs_grammar):
-            return await asyncio.to_thread(model.prepare, job)
-        return model.prepare(job)
+            return await asyncio.to_thread(model.build_prompt, job)
+        return model.build_prompt(job)
     except ContextOverflow as error:
         failure = errors.context_overflow(error, job.max_tokens_is_default)
         raise replace(failure, param=_param(error, conversation_param)) from None

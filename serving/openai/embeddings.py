@@ -73,7 +73,7 @@ async def create(api: Api, request: Request) -> Response:
     model = api.running_model(body.model)
     _check_dimensions(body.dimensions, model.engine.shape.hidden_size)
     try:
-        texts = await asyncio.to_thread(embedding.prepare, model, to_prompts(body.input))
+        texts = await asyncio.to_thread(embedding.tokenize, model, to_prompts(body.input))
     except ContextOverflow as error:
         raise context_overflow(error, is_default=True) from None
     num_tokens = sum(len(text.token_ids) for text in texts)

@@ -14,6 +14,5 @@ class ApiLimits:
     max_json_depth: int = 64
     max_n: int = 128  # answers of one request, over all its prompts
     ping_seconds: float = 15.0  # silence after which a stream sends a comment
-    max_ready_events: int = 256  # events of one stream held for a slow client
     stall_seconds: float = 60.0  # a client that reads nothing for this long counts as disconnected
     timeout_seconds: float = math.inf  # from a request's arrival to the end of its answer

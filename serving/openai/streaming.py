@@ -1,4 +1,4 @@
-"""One answer as a server-sent event stream, sent as it comes. Knows neither chat nor tokens: chunks are text here."""
+"""An event stream -> one response: all its events for a whole answer, or server-sent events as they come."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.generation.event_stream import EventStream
-from serving.generation.interface import ChatEvent
+from serving.generation.interface import ChatEvent, IndexedEvent
 from serving.http import server_sent_events as sse
 from serving.http.disconnect import ClientLeft, WriteTimeout, unless_disconnected
 from serving.http.errors import APIError, traceback_for_log
 from serving.http.request_context import RequestContext, request_context
-from serving.openai.common import IndexedEvent
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Chunks(Protocol):
-    """Folds the events of an answer into the text of server-sent events."""
+    """The events of an answer -> the text of server-sent events."""
 
     def push(self, index: int, event: ChatEvent) -> list[str]: ...
 
@@ -32,75 +31,64 @@ class Chunks(Protocol):
     def fail(self, failure: APIError) -> list[str]: ...
 
 
-async def collect(feed: EventStream, request: Request) -> list[IndexedEvent]:
-    """Every event of the answer. Closes the feed; raises ClientLeft as soon as nobody waits for the answer."""
+async def collect(stream: EventStream, request: Request) -> list[IndexedEvent]:
+    """Every event of the answer. Closes the stream. Raises ClientLeft as soon as the client has disconnected."""
     try:
-        return await unless_disconnected(request.receive, feed.take_all())
+        return await unless_disconnected(request.receive, stream.take_all())
     finally:
-        await feed.close()
+        stream.close()
 
 
-async def begin_stream(feed: EventStream, chunks: Chunks, request: Request, limits: ApiLimits) -> Response:
-    """The response, once its first event is there: what fails before is an HTTP error and not an event."""
+async def begin_stream(stream: EventStream, chunks: Chunks, request: Request, limits: ApiLimits) -> Response:
+    """The response, once its first events are there: a failure before them is an HTTP error and not an event."""
     try:
-        first = await unless_disconnected(request.receive, feed.take())
+        first = await unless_disconnected(request.receive, stream.take())
     except BaseException:
-        await feed.close()
+        stream.close()
         raise
-    return EventStreamResponse(feed, first, chunks, limits)
+    return EventStreamResponse(stream, first, chunks, limits)
 
 
 class EventStreamResponse(Response):
-    """Sends the events of a feed until it ends, fails, or the client leaves; then closes the feed."""
+    """Sends events until the stream ends or fails or the client leaves; then closes the stream."""
 
-    def __init__(self, feed: EventStream, first: list[IndexedEvent] | None, chunks: Chunks, limits: ApiLimits) -> None:
+    def __init__(
+        self, stream: EventStream, first: list[IndexedEvent] | None, chunks: Chunks, limits: ApiLimits
+    ) -> None:
         super().__init__(headers=sse.HEADERS)
         del self.headers["content-length"]
-        self._feed = feed
-        self._first = first
-        self._chunks = chunks
-        self._ping_seconds = limits.ping_seconds
-        self._stall_seconds = limits.stall_seconds
+        self._stream, self._first, self._chunks, self._limits = stream, first, chunks, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = request_context(scope)
-        record.is_stream = True
-        patience = WriteTimeout(send, self._stall_seconds)
+        context = request_context(scope)
+        context.is_stream = True
+        timed_send = WriteTimeout(send, self._limits.stall_seconds)
         try:
-            await unless_disconnected(receive, self._send(patience, record), patience)
+            await unless_disconnected(receive, self._send(timed_send, context), timed_send)
         except (ClientLeft, OSError):
-            record.is_aborted = True
-            logger.info("request %s: the client left in the middle of the answer", record.request_id)
+            context.is_aborted = True
+            logger.info("request %s: the client left in the middle of the answer", context.request_id)
         finally:
-            await self._feed.close()
+            self._stream.close()
 
-    async def _send(self, send: Send, record: RequestContext) -> None:
+    async def _send(self, send: Send, context: RequestContext) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         events = self._first
         try:
             while events is not None:
                 data = [chunk for index, event in events for chunk in self._chunks.push(index, event)]
-                if data:
-                    await _send_part(send, "".join(data).encode())
-                elif not events:
-                    await _send_part(send, sse.PING)
-                events = await self._feed.take(self._ping_seconds)
+                if data or not events:  # events may have no chunks; no events: the stream was silent for ping_seconds
+                    body = "".join(data).encode() if data else sse.PING
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                events = await self._stream.take(self._limits.ping_seconds)
             last = self._chunks.end()
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001
             # the status line is gone: the failure has to travel in the stream, which then ends without [DONE]
             failure = from_exception(error)
-            record.error_code = failure.code
-            logger.error(
-                "request %s failed in its stream with %s%s",
-                record.request_id,
-                failure,
-                traceback_for_log(error, failure),
-            )
+            context.error_code = failure.code
+            where = traceback_for_log(error, failure)
+            logger.error("request %s failed in its stream with %s%s", context.request_id, failure, where)
             last = self._chunks.fail(failure)
         await send({"type": "http.response.body", "body": "".join(last).encode(), "more_body": False})
-
-
-async def _send_part(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -41,7 +41,7 @@ async def generate_text(
             if text:
                 yield text
     finally:
-        await stream.close()
+        stream.close()
 
 
 def _start(generations: GenerationStarter, request: Request, model: RunningModel, body: GenerateRequest) -> EventStream:
@@ -51,7 +51,7 @@ def _start(generations: GenerationStarter, request: Request, model: RunningModel
     conversation = Conversation((*system, Message("user", body.prompt)))
     sampling = SamplingParams(max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p)
     try:
-        prompt = model.prepare(ChatJob(conversation, sampling, max_tokens_is_default=True))
+        prompt = model.build_prompt(ChatJob(conversation, sampling, max_tokens_is_default=True))
         return generations.open(request, model, [prompt])
     except PromptError as error:
         raise InvalidArgument(error.message) from None

@@ -59,7 +59,7 @@ class WorkerRuntime:
 
         def every_second() -> None:
             server.close_idle_connections()
-            self.admission.accounts.look()
+            self.admission.usage_table.refresh()
 
         monitoring = asyncio.create_task(self.monitor.run(every_second))
         try:
@@ -83,7 +83,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
             settings.client_tokens_per_minute,
             settings.client_max_concurrent,
         ),
-        accounts=UsageTable(_usage_folder(), 2 * settings.workers) if settings.workers > 1 else UsageTable(),
+        usage_table=UsageTable(_usage_folder(), 2 * settings.workers) if settings.workers > 1 else UsageTable(),
     )
 
     def abort() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from serving.engine.interface import CausalLM, EngineLimits
 from serving.engine.native.attention import KVMemory
-from serving.engine.native.cuda_graphs import CudaRecorder
+from serving.engine.native.cuda_graphs import CudaCapture
 from serving.engine.native.device import (
     GIB,
     cache_tokens,
@@ -86,7 +86,7 @@ def start_model(
             kv_tokens=kv_tokens,
             kv_dtype=dtype,
         ),
-        record=CudaRecorder(device) if device.type == "cuda" and not settings.quick_start else None,
+        capture=CudaCapture(device) if device.type == "cuda" and not settings.quick_start else None,
     )
     engine.start()
     logger.info(

@@ -75,7 +75,7 @@ def content(response: httpx2.Response) -> str:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[str]:
-    """What the same network says without the broken row."""
+    """The answers of the same network without the broken row."""
     with serving(folder) as app:
         return [content(post(app, "/chat/completions", question(text))) for text in HEALTHY]
 
@@ -102,11 +102,11 @@ def test_nothing_of_a_broken_prompt_is_left_for_those_who_begin_alike() -> None:
     """A kernel multiplies what a row may not see by 0, and 0 * NaN is NaN: in the chunk of the broken token the tokens
     before it are spoiled too. Who shared that beginning, while the rest of the prompt went through, failed with it."""
     beginning, broken, num_tokens = list(range(20, 60)), 7, 300
-    steps, gate = itertools.count(1), threading.Event()
+    steps, released = itertools.count(1), threading.Event()
 
     def before() -> None:
         if next(steps) == 4:  # the chunk behind the broken one, if there is still a use for it
-            gate.wait(5)
+            released.wait(5)
 
     def engine_with(value: float, hook: Callable[[], None]) -> NativeEngine:
         model = random_glm(num_tokens)
@@ -120,7 +120,7 @@ def test_nothing_of_a_broken_prompt_is_left_for_those_who_begin_alike() -> None:
             await asyncio.sleep(0.01)
         healthy = asyncio.create_task(tokens(engine, [*beginning, 99], greedy(8)))
         await asyncio.sleep(0.05)
-        gate.set()
+        released.set()
         with pytest.raises(NotFinite):
             await sick
         return await healthy

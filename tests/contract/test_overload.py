@@ -1,4 +1,4 @@
-"""More requests than there is room for: who is refused, who is served, how long anybody waits."""
+"""More requests than the server can take: which are refused, which are served, how long they wait."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import json
 import threading
 import time
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import httpx2
 import pytest
 import torch
@@ -17,7 +19,7 @@ from starlette.requests import Request
 
 from serving.admission.admission_control import AdmissionLimits
 from serving.engine.interface import EngineLimits
-from serving.engine.native.engine import MAX_UNREAD
+from serving.engine.output_queue import MAX_UNREAD
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
@@ -27,11 +29,11 @@ from tests.contract.tiny import assert_openai_error
 SMALL = EngineLimits(max_sequences=2, kv_tokens=4096)
 
 
-def test_past_the_queue_is_a_429_with_the_time_to_wait_and_everybody_else_is_answered(folder: Path) -> None:
-    gate = threading.Event()
+def test_past_the_queue_is_a_429_with_the_time_to_wait_and_all_others_are_answered(folder: Path) -> None:
+    released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, gate.wait, SMALL, AdmissionLimits(max_queued_requests=2)) as worker:
+        with guarded(folder, released.wait, SMALL, AdmissionLimits(max_queued_requests=2)) as worker:
             async with client(worker) as http, client(worker, "bob") as other:
                 waiting = [asyncio.create_task(http.post(CHAT, json=body(max_tokens=4))) for _ in range(3)]
                 await asyncio.sleep(0.2)
@@ -41,7 +43,7 @@ def test_past_the_queue_is_a_429_with_the_time_to_wait_and_everybody_else_is_ans
                 assert refused.headers["x-ratelimit-remaining-requests"] == "0"
                 waiting.append(asyncio.create_task(other.post(CHAT, json=body(max_tokens=4))))
                 await asyncio.sleep(0.1)
-                gate.set()
+                released.set()
                 replies = await asyncio.gather(*waiting)
                 assert [reply.status_code for reply in replies] == [200] * 4
                 assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
@@ -51,7 +53,7 @@ def test_past_the_queue_is_a_429_with_the_time_to_wait_and_everybody_else_is_ans
     asyncio.run(run())
 
 
-def test_one_request_does_not_stand_behind_a_hundred_of_another_client(folder: Path) -> None:
+def test_a_hundred_requests_of_one_client_do_not_delay_another_client(folder: Path) -> None:
     async def run() -> None:
         with guarded(folder, lambda: time.sleep(0.001), SMALL) as worker:
             finished: list[str] = []
@@ -75,32 +77,32 @@ def test_one_request_does_not_stand_behind_a_hundred_of_another_client(folder: P
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_clients_own_deadline_is_a_408_and_the_slot_is_free(stream: bool, folder: Path) -> None:
-    gate = threading.Event()
+    released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, gate.wait, SMALL) as worker:
+        with guarded(folder, released.wait, SMALL) as worker:
             async with client(worker) as http:
                 reply = await http.post(
                     CHAT, json=body(max_tokens=8, stream=stream), headers={"x-request-timeout": "0.3"}
                 )
-                assert not gate.is_set()  # the network is still in its first step
+                assert not released.is_set()  # the network is still in its first step
                 assert assert_openai_error(reply, 408)["code"] == "request_timeout"
                 assert reply.headers["x-should-retry"] == "false"
-                gate.set()
+                released.set()
                 await at_rest(worker)
 
     asyncio.run(run())
 
 
 def test_the_servers_deadline_is_a_504_and_cannot_be_lengthened(folder: Path) -> None:
-    gate = threading.Event()
+    released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, gate.wait, SMALL, limits=ApiLimits(timeout_seconds=0.3)) as worker:
+        with guarded(folder, released.wait, SMALL, limits=ApiLimits(timeout_seconds=0.3)) as worker:
             async with client(worker) as http:
                 reply = await http.post(CHAT, json=body(max_tokens=8), headers={"x-request-timeout": "60"})
                 assert_openai_error(reply, 504)
-                gate.set()
+                released.set()
                 await at_rest(worker)
 
     asyncio.run(run())
@@ -150,7 +152,7 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
     asyncio.run(run())
 
 
-def test_the_native_route_comes_through_the_same_door(folder: Path) -> None:
+def test_the_native_route_has_the_same_admission(folder: Path) -> None:
     async def run() -> None:
         with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
@@ -166,7 +168,27 @@ def test_the_native_route_comes_through_the_same_door(folder: Path) -> None:
     asyncio.run(run())
 
 
-def test_out_of_memory_says_that_trying_again_is_useless(folder: Path) -> None:
+def test_the_native_route_releases_its_permit_however_early_its_client_leaves(folder: Path) -> None:
+    """BentoML cancels with anyio, whose scopes cancel again at every wait: releasing must not wait for anything."""
+    never = threading.Event()
+
+    async def run() -> None:
+        with guarded(folder, lambda: never.wait(0.2)) as worker:
+            generations = GenerationStarter(worker.admission, ApiLimits())
+            request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
+            for seconds in (0.0, 0.001, 0.02):
+                with anyio.move_on_after(seconds):
+                    texts = generate_text(generations, request, worker.model, GenerateRequest("你好", "", 0.0, 1.0, 64))
+                    async with aclosing(texts):
+                        async for _ in texts:
+                            pass
+                assert worker.admission.num_answers == 0
+            await at_rest(worker)
+
+    asyncio.run(run())
+
+
+def test_out_of_memory_is_not_to_be_tried_again(folder: Path) -> None:
     failing = {2}
     count = 0
 
@@ -207,8 +229,8 @@ async def _all(http: httpx2.AsyncClient, bodies: list[dict[str, object]]) -> lis
     return list(await asyncio.gather(*(http.post(CHAT, json=each) for each in bodies)))
 
 
-def test_a_reader_that_stops_reading_disturbs_nobody_and_is_dropped_in_the_end(folder: Path) -> None:
-    limits = ApiLimits(max_ready_events=16, stall_seconds=1.5)
+def test_a_reader_that_stops_reading_delays_no_other_request_and_is_dropped(folder: Path) -> None:
+    limits = ApiLimits(stall_seconds=1.5)
 
     async def run() -> None:
         with guarded(folder, engine_limits=replace(SMALL, kv_tokens=8192), limits=limits) as worker:

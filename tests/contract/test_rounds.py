@@ -74,13 +74,13 @@ def test_the_oldest_rounds_are_dropped_and_the_reply_says_how_many(dropping: Sta
     short = post(dropping, "/chat/completions", {**ANSWER, "messages": kept})
     assert DROPPED_ROUNDS_HEADER not in short.headers
     if stream:
-        told = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks(response))
+        answer = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks(response))
     else:
-        told = response.json()["choices"][0]["message"]["content"]
-    assert told == short.json()["choices"][0]["message"]["content"]
+        answer = response.json()["choices"][0]["message"]["content"]
+    assert answer == short.json()["choices"][0]["message"]["content"]
 
 
-def test_a_length_that_nobody_named_gets_a_quarter_of_the_context(dropping: Starlette) -> None:
+def test_a_default_length_gets_a_quarter_of_the_context(dropping: Starlette) -> None:
     response = post(dropping, "/chat/completions", {"model": NAME, "messages": long_talk(8), "seed": 1})
     assert int(response.headers[DROPPED_ROUNDS_HEADER]) > 0
     assert response.json()["usage"]["prompt_tokens"] <= CONTEXT - CONTEXT // 4
@@ -118,7 +118,7 @@ def test_the_operators_setting_reaches_the_model(tmp_path: Path) -> None:
 
 
 def talk(letters: str) -> Conversation:
-    return Conversation(tuple(Message(ROLES[letter], str(place)) for place, letter in enumerate(letters)))
+    return Conversation(tuple(Message(ROLES[letter], str(i)) for i, letter in enumerate(letters)))
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,11 @@ from starlette.applications import Starlette
 from starlette.types import Message
 
 from serving.engine.native.engine import NativeEngine
-from serving.generation.event_stream import EventStream
 from serving.openai.limits import ApiLimits
 from serving.registry import ModelRegistry
-from tests.contract.tiny import NAME, USER, assert_openai_error, post, sdk, send, serving
+from tests.contract.tiny import NAME, USER, assert_openai_error, chunks, post, sdk, send, serving
 
-ASKED: Any = USER
+MESSAGES: Any = USER
 LONG: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 200, "ignore_eos": True, "seed": 1}
 
 
@@ -54,20 +53,20 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 async def leave(app: Starlette, body: dict[str, Any], after: Callable[[list[Message]], bool]) -> list[Message]:
-    """Speak ASGI to the application and hang up as soon as `after` says so of what it has sent."""
+    """Sends one request over ASGI and disconnects as soon as `after` is true of the messages sent back."""
     sent: list[Message] = []
-    asked = False
+    is_sent = False
 
     async def receive() -> Message:
-        nonlocal asked
-        if not asked:
-            asked = True
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True
             return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
         while not after(sent):
             await asyncio.sleep(0.005)
         return {"type": "http.disconnect"}
 
-    async def record(message: Message) -> None:
+    async def keep(message: Message) -> None:
         sent.append(message)
         await asyncio.sleep(0)
 
@@ -81,7 +80,7 @@ async def leave(app: Starlette, body: dict[str, Any], after: Callable[[list[Mess
         "server": ("test", 80),
         "scheme": "http",
     }
-    await asyncio.wait_for(app(scope, receive, record), 20)
+    await asyncio.wait_for(app(scope, receive, keep), 20)
     return sent
 
 
@@ -107,12 +106,12 @@ def test_generation_stops_when_the_client_leaves(folder: Path, stream: bool) -> 
 
 
 def test_every_choice_stops_when_the_client_leaves_before_the_first_token(folder: Path) -> None:
-    gate = threading.Event()
-    with serving(folder, before=lambda: gate.wait(5)) as app:
+    released = threading.Event()
+    with serving(folder, before=lambda: released.wait(5)) as app:
         engine = engine_of(app)
         begun = lambda sent: engine.stats().num_running > 0  # noqa: E731
         sent = asyncio.run(leave(app, {**LONG, "n": 8, "stream": True}, begun))
-        gate.set()
+        released.set()
         assert [message["status"] for message in sent if message["type"] == "http.response.start"] == [499]
         assert wait_until(lambda: engine.stats().num_running + engine.stats().num_waiting == 0)
 
@@ -124,13 +123,13 @@ def test_a_silent_stream_sends_comments(folder: Path) -> None:
         assert ": ping\n\n" in response.text
         assert response.text.endswith("data: [DONE]\n\n")
 
-        async def ask(client: AsyncOpenAI) -> int:
+        async def complete(client: AsyncOpenAI) -> int:
             stream = await client.chat.completions.create(
-                model=NAME, messages=ASKED, max_tokens=4, stream=True, extra_body={"ignore_eos": True}
+                model=NAME, messages=MESSAGES, max_tokens=4, stream=True, extra_body={"ignore_eos": True}
             )
             return len([part async for part in stream])
 
-        assert sdk(app, ask) >= 2
+        assert sdk(app, complete) >= 2
 
 
 def test_a_fault_before_the_first_token_is_a_500_without_details(folder: Path) -> None:
@@ -153,12 +152,12 @@ def test_a_fault_in_a_stream_is_an_event_that_the_sdk_raises(folder: Path) -> No
         assert "[DONE]" not in response.text
     with serving(folder, before=FailsAt(6)) as app:
 
-        async def ask(client: AsyncOpenAI) -> None:
-            async for _ in await client.chat.completions.create(model=NAME, messages=ASKED, stream=True):
+        async def complete(client: AsyncOpenAI) -> None:
+            async for _ in await client.chat.completions.create(model=NAME, messages=MESSAGES, stream=True):
                 pass
 
         with pytest.raises(openai.APIError, match="The server had an error"):
-            sdk(app, ask)
+            sdk(app, complete)
 
 
 def test_a_fault_while_collecting_is_a_500(folder: Path) -> None:
@@ -191,24 +190,9 @@ def test_headers_of_a_stream_keep_proxies_from_holding_it_back(app: Starlette) -
     assert not any(line.startswith(("id:", "retry:", "event:")) for line in response.text.splitlines())
 
 
-def test_a_feed_holds_no_more_than_its_reader_lets_it() -> None:
-    made = 0
-
-    async def endless() -> Any:
-        nonlocal made
-        while True:
-            made += 1
-            yield 0, made
-            await asyncio.sleep(0)
-
-    async def run() -> list[Any]:
-        feed = EventStream([endless()], 1, max_ready=5)
-        await asyncio.sleep(0.05)
-        assert made <= 6
-        first = await feed.take()
-        await asyncio.sleep(0.05)
-        second = await feed.take()
-        await feed.close()
-        return [*(first or []), *(second or [])]
-
-    assert [event for _, event in asyncio.run(run())] == list(range(1, 11))
+def test_tokens_without_text_send_nothing(app: Starlette) -> None:
+    """Bytes of an incomplete character give no event, and no comment as a silent stream does."""
+    response = post(app, "/chat/completions", {**LONG, "stream": True, "stream_options": {"include_usage": True}})
+    parts = chunks(response)
+    assert len(parts) < parts[-1]["usage"]["completion_tokens"]
+    assert ": ping" not in response.text

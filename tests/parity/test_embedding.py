@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import closing
 
 import pytest
 import torch
 
-from serving.engine.interface import EngineLimits, RequestTooLarge
+from serving.engine.interface import EngineLimits, PoolingOutput, RequestTooLarge
 from serving.engine.native.engine import NativeEngine
-from tests.tiny import VOCABULARY, TinyModel, greedy, running, settled, tiny_model, tokens
+from serving.engine.output_queue import OutputQueue
+from tests.tiny import VOCABULARY, TinyModel, greedy, outputs_of, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(4)
 
@@ -27,8 +29,9 @@ def mean_of_oracle(model: TinyModel, ids: list[int], counted: range) -> torch.Te
 
 async def embedded(engine: NativeEngine, texts: list[tuple[list[int], range]]) -> list[torch.Tensor]:
     vectors = [torch.empty(0)] * len(texts)
-    async with engine.embed(texts) as results:
-        async for index, pooled in results:
+    with closing(OutputQueue[PoolingOutput]()) as queue:
+        engine.embed(texts, queue)
+        async for index, pooled in outputs_of(queue):
             vectors[index] = torch.tensor(pooled.vector)
     return vectors
 
@@ -90,11 +93,12 @@ def test_a_text_that_was_embedded_is_no_prefix_of_anything() -> None:
 def test_leaving_frees_everything_and_too_long_a_text_is_refused() -> None:
     async def main() -> None:
         with running(MODEL.network, EngineLimits(kv_tokens=512, max_batch_tokens=8)) as engine:
-            async with engine.embed([(text(300, s), range(300)) for s in range(4)]):
+            with closing(OutputQueue[PoolingOutput]()) as queue:
+                engine.embed([(text(300, s), range(300)) for s in range(4)], queue)
                 await asyncio.sleep(0.01)
             await settled(engine)
             assert engine.stats().kv_tokens_used == 0
             with pytest.raises(RequestTooLarge, match="513 tokens of cache, and there are 512"):
-                engine.embed([(text(512, 1), range(512))])
+                engine.embed([(text(512, 1), range(512))], OutputQueue[PoolingOutput]())
 
     asyncio.run(main())

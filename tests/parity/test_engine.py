@@ -1,4 +1,4 @@
-"""The engine says what `model.generate` says, token for token, whatever shares the batch, the cache or the step."""
+"""The engine gives the tokens of `model.generate`, whatever shares the batch, the cache or the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serving.engine.interface import (
     RequestTooLarge,
     SamplingParams,
 )
-from tests.tiny import VOCABULARY, TinyModel, generate, greedy, running, settled, tiny_model, tokens
+from tests.tiny import VOCABULARY, TinyModel, generate, generating, greedy, running, settled, tiny_model, tokens
 
 MODELS = {
     "grouped": tiny_model(1),
@@ -46,7 +46,7 @@ def prompt(length: int, seed: int) -> list[int]:
     kv_tokens=st.sampled_from([192, 320, 4096]),
     max_batch_tokens=st.sampled_from([8, 33, 512]),
 )
-def test_greedy_equals_generate_in_any_company(
+def test_greedy_equals_generate_beside_any_other_requests(
     name: str, jobs: list[tuple[int, int, int, int, int]], kv_tokens: int, max_batch_tokens: int
 ) -> None:
     """Shared beginnings (prefix hits), small budgets (chunks), small caches (preemption), arrivals at any time."""
@@ -80,8 +80,8 @@ def test_a_full_cache_preempts_and_the_answers_stay_the_same() -> None:
     assert asyncio.run(main()) > 0
 
 
-def test_keys_and_values_in_16_bits_change_no_answer_by_company_or_prefix() -> None:
-    """Rounded keys may say something else than exact ones, but the same thing alone, in a batch and after a hit."""
+def test_keys_and_values_in_16_bits_change_no_answer_by_other_requests_or_prefixes() -> None:
+    """Rounded keys may give other tokens than exact ones, but the same alone, in a batch and after a prefix hit."""
     limits = EngineLimits(max_sequences=6, max_batch_tokens=64, kv_tokens=2048, kv_dtype=torch.bfloat16)
     prompts = [prompt(length, length) for length in (5, 40, 90)]
     network = MODELS["grouped"].network
@@ -98,7 +98,7 @@ def test_keys_and_values_in_16_bits_change_no_answer_by_company_or_prefix() -> N
     asyncio.run(main())
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_company() -> None:
+def test_a_seed_gives_the_same_text_alone_and_beside_other_requests() -> None:
     model = MODELS["grouped"]
     sampling = SamplingParams(max_tokens=40, temperature=1.3, top_p=0.9, seed=7)
 
@@ -106,8 +106,8 @@ def test_a_seed_gives_the_same_text_alone_and_in_company() -> None:
         with running(model.network, EngineLimits(max_sequences=8, kv_tokens=4096)) as engine:
             alone = await tokens(engine, prompt(20, 1), sampling)
             others = [tokens(engine, prompt(30, s), SamplingParams(max_tokens=60, seed=s)) for s in range(2, 7)]
-            company, *_ = await asyncio.gather(tokens(engine, prompt(20, 1), sampling), *others)
-            assert company == alone
+            together, *_ = await asyncio.gather(tokens(engine, prompt(20, 1), sampling), *others)
+            assert together == alone
             other_seed = await tokens(engine, prompt(20, 1), SamplingParams(max_tokens=40, temperature=1.3, seed=8))
             assert other_seed != alone
 
@@ -121,11 +121,11 @@ def test_a_second_round_reuses_the_first_and_counts_it() -> None:
     async def main() -> None:
         with running(model.network, EngineLimits(kv_tokens=4096)) as engine:
             first = await generate(engine, history, greedy(10))
-            assert {step.num_cached_tokens for step in first} == {0}
-            longer = [*history, *(step.token_id for step in first[:-1]), *prompt(20, 2)]
+            assert {output.num_cached_tokens for output in first} == {0}
+            longer = [*history, *(output.token_id for output in first[:-1]), *prompt(20, 2)]
             second = await generate(engine, longer, greedy(10))
             assert second[0].num_cached_tokens == len(history) + 9
-            assert [step.token_id for step in second] == model.greedy(longer, 10)
+            assert [output.token_id for output in second] == model.greedy(longer, 10)
 
     asyncio.run(main())
 
@@ -138,9 +138,9 @@ def test_several_answers_compute_their_prompt_once() -> None:
             ids = prompt(150, 4)
             samplings = [SamplingParams(max_tokens=5, seed=s) for s in range(6)]
             by_choice: dict[int, list[int]] = {}
-            async with engine.generate(ids, samplings) as steps:
-                async for choice, step in steps:
-                    by_choice.setdefault(choice, []).append(step.token_id)
+            async with generating(engine, ids, samplings) as outputs:
+                async for choice, output in outputs:
+                    by_choice.setdefault(choice, []).append(output.token_id)
             assert {choice: len(answer) for choice, answer in by_choice.items()} == dict.fromkeys(range(6), 5)
             stats = engine.stats()
             assert stats.prompt_tokens - stats.cached_tokens <= 150 + 5 * 16
@@ -157,12 +157,12 @@ def test_a_stop_token_ends_an_answer_and_is_reported() -> None:
     async def main() -> None:
         with running(model.network, EngineLimits(kv_tokens=1024)) as engine:
             sampling = SamplingParams(max_tokens=20, temperature=0, stop_token_ids=frozenset([stop]))
-            steps = await generate(engine, ids, sampling)
-            assert [step.token_id for step in steps] == expected[: expected.index(stop) + 1]
-            assert [step.finish_reason for step in steps][-1] == "stop"
+            outputs = await generate(engine, ids, sampling)
+            assert [output.token_id for output in outputs] == expected[: expected.index(stop) + 1]
+            assert [output.finish_reason for output in outputs][-1] == "stop"
             later = SamplingParams(max_tokens=9, temperature=0, stop_token_ids=frozenset([stop]), min_tokens=8)
             longer = await generate(engine, ids, later)
-            assert stop not in [step.token_id for step in longer[:8]]
+            assert stop not in [output.token_id for output in longer[:8]]
 
     asyncio.run(main())
 
@@ -173,9 +173,9 @@ def test_leaving_frees_everything(read_first: int) -> None:
 
     async def main() -> None:
         with running(model.network, EngineLimits(kv_tokens=2048)) as engine:
-            async with engine.generate(prompt(300, 5), [greedy(1000), greedy(1000)]) as steps:
+            async with generating(engine, prompt(300, 5), [greedy(1000), greedy(1000)]) as outputs:
                 for _ in range(read_first):
-                    await anext(steps)
+                    await anext(outputs)
             await settled(engine)
             assert engine.stats().kv_tokens_used == 0
 
@@ -193,7 +193,7 @@ def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     asyncio.run(main())
 
 
-def test_stopping_the_engine_answers_everyone() -> None:
+def test_stopping_the_engine_ends_every_request() -> None:
     async def main() -> None:
         with running(MODELS["grouped"].network, EngineLimits(kv_tokens=8192, max_sequences=2)) as engine:
             waiting = [asyncio.create_task(tokens(engine, prompt(5, s), greedy(1500))) for s in range(4)]
@@ -214,14 +214,14 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     async def main() -> None:
         with running(model.network, EngineLimits(kv_tokens=1024)) as engine:
             sampling = SamplingParams(max_tokens=1, temperature=0.3, presence_penalty=1.5, seed=1, num_top_logprobs=4)
-            (step,) = await generate(engine, ids, sampling)
+            (output,) = await generate(engine, ids, sampling)
             with torch.inference_mode():
                 expected = model.oracle(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            assert step.logprob is not None
-            assert step.logprob.logprob == pytest.approx(float(expected[step.token_id]), abs=1e-4)
+            assert output.logprob is not None
+            assert output.logprob.logprob == pytest.approx(float(expected[output.token_id]), abs=1e-4)
             values, best = expected.topk(4)
-            assert [token for token, _ in step.logprob.top] == best.tolist()
-            assert [value for _, value in step.logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert [token for token, _ in output.logprob.top] == best.tolist()
+            assert [value for _, value in output.logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
 
     asyncio.run(main())
 
@@ -233,8 +233,8 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     ),
     st.sampled_from([256, 2048]),
 )
-def test_guessing_never_changes_a_greedy_answer(jobs: list[tuple[int, int, int, int]], kv_tokens: int) -> None:
-    """Repetitive prompts invite guesses; stop tokens, limits and a small cache cut into them."""
+def test_speculation_never_changes_a_greedy_answer(jobs: list[tuple[int, int, int, int]], kv_tokens: int) -> None:
+    """Repetitive prompts lead to drafts; stop tokens, limits and a small cache end them early."""
     model = MODELS["grouped"]
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""A fault stays where it belongs, and nobody waits for ever: faults are put into a real engine at each point."""
+"""A fault fails its own requests only, and no request waits for ever: faults injected into a real engine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from serving.engine.interface import (
     RequestFailed,
     SamplingParams,
 )
-from serving.engine.native.engine import MAX_UNREAD, NativeEngine
+from serving.engine.native.engine import NativeEngine
+from serving.engine.output_queue import MAX_UNREAD
 from tests.contract.tiny import Meddled
-from tests.tiny import VOCABULARY, generate, greedy, running, settled, tiny_model, tokens
+from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 
 PROMPT = [7, 8, 9, 10, 11]
 OTHER = [30, 31, 32]
@@ -85,7 +86,7 @@ def test_two_failures_apart_do_not_end_the_engine_but_three_in_a_row_do() -> Non
     asyncio.run(run())
 
 
-def test_out_of_memory_is_told_as_such_and_the_engine_goes_on() -> None:
+def test_out_of_memory_is_reported_as_such_and_the_engine_continues() -> None:
     async def run() -> None:
         with meddled(Failing({2}, lambda: torch.OutOfMemoryError("injected"))) as engine:
             with pytest.raises(OutOfMemory):
@@ -121,31 +122,31 @@ def test_a_prompt_whose_layout_raises_fails_alone() -> None:
     asyncio.run(run())
 
 
-def test_a_reader_that_stops_reading_is_paused_and_disturbs_nobody() -> None:
+def test_a_reader_that_stops_reading_is_paused_and_delays_no_other_request() -> None:
     length = 3 * MAX_UNREAD
 
     async def run() -> None:
         with meddled(lambda: None) as engine:
-            async with engine.generate(PROMPT, [greedy(length)]) as steps:
-                first = await anext(steps)
+            async with generating(engine, PROMPT, [greedy(length)]) as outputs:
+                first = await anext(outputs)
                 before = -1
                 while engine.num_steps != before or engine.is_busy:
                     before = engine.num_steps
                     await asyncio.sleep(0.3)
                 assert engine.stats().generated_tokens <= MAX_UNREAD + 60  # what was under way when it was paused
                 assert await tokens(engine, OTHER, greedy(5)) == tiny_model().greedy(OTHER, 5)
-                got = [first, *[item async for item in steps]]
-            assert [step.token_id for _, step in got] == tiny_model().greedy(PROMPT, length)
+                got = [first, *[item async for item in outputs]]
+            assert [output.token_id for _, output in got] == tiny_model().greedy(PROMPT, length)
             await settled(engine)
 
     asyncio.run(run())
 
 
-def test_a_paused_reader_that_leaves_frees_its_places() -> None:
+def test_a_paused_reader_that_leaves_frees_its_slots() -> None:
     async def run() -> None:
         with meddled(lambda: None) as engine:
-            async with engine.generate(PROMPT, [greedy(3 * MAX_UNREAD)]) as steps:
-                await anext(steps)
+            async with generating(engine, PROMPT, [greedy(3 * MAX_UNREAD)]) as outputs:
+                await anext(outputs)
                 while engine.stats().generated_tokens < MAX_UNREAD:
                     await asyncio.sleep(0.05)
             await settled(engine)
@@ -154,11 +155,11 @@ def test_a_paused_reader_that_leaves_frees_its_places() -> None:
     asyncio.run(run())
 
 
-def test_whoever_waits_for_a_hanging_step_is_told_and_the_engine_may_come_back() -> None:
-    gate = threading.Event()
+def test_requests_in_a_hanging_step_fail_and_the_engine_may_continue() -> None:
+    released = threading.Event()
 
     async def run() -> None:
-        with meddled(gate.wait) as engine:
+        with meddled(released.wait) as engine:
             try:
                 waiting = asyncio.create_task(tokens(engine, PROMPT, greedy(4)))
                 while not engine.is_busy:
@@ -167,14 +168,14 @@ def test_whoever_waits_for_a_hanging_step_is_told_and_the_engine_may_come_back()
                 with pytest.raises(EngineStopped):
                     await asyncio.wait_for(waiting, 5)
             finally:
-                gate.set()
+                released.set()
             assert await tokens(engine, PROMPT, greedy(4)) == tiny_model().greedy(PROMPT, 4)
             await settled(engine)
 
     asyncio.run(run())
 
 
-def test_a_broken_scheduler_ends_the_engine_and_nobody_waits_for_ever() -> None:
+def test_a_broken_scheduler_ends_the_engine_and_its_requests() -> None:
     async def run() -> None:
         with running(MisleadingLayout(tiny_model().network, lambda: None), EngineLimits(kv_tokens=4096)) as engine:
             with pytest.raises(EngineStopped):

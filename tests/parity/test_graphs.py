@@ -1,4 +1,4 @@
-"""The GPU's way through a step, carried out on the CPU: buckets, fixed buffers, padding rows, packed attention."""
+"""A GPU's step, run on the CPU: buckets, fixed buffers, padding rows, packed attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.networks.transformers_decoder import TransformersDecoder
 from serving.engine.interface import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
 from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
 from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, flash, step_attention
-from serving.engine.native.cuda_graphs import bucket_sizes, play_eagerly
+from serving.engine.native.cuda_graphs import bucket_sizes, run_eagerly
 from serving.engine.native.engine import NativeEngine
 from tests.reference_attention import dense_attention, visible
 from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens
@@ -27,31 +27,31 @@ def prompt(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(3, VOCABULARY), k=length)
 
 
-class Watched:
-    """Plays eagerly and counts: recordings made, steps played."""
+class CountingCapture:
+    """Runs eagerly and counts captures and replays."""
 
     def __init__(self) -> None:
-        self.num_recorded = self.num_played = 0
+        self.num_captured = self.num_replayed = 0
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.num_recorded += 1
-        again = play_eagerly(run)
+        self.num_captured += 1
+        again = run_eagerly(run)
 
-        def play() -> None:
-            self.num_played += 1
+        def replay() -> None:
+            self.num_replayed += 1
             again()
 
-        return play
+        return replay
 
 
 def answers(
     network: TransformersDecoder,
     limits: EngineLimits,
     jobs: list[tuple[list[int], SamplingParams]],
-    record: object = None,
+    capture: object = None,
 ) -> list[list[int]]:
     async def main() -> list[list[int]]:
-        engine = NativeEngine(network, limits, record)
+        engine = NativeEngine(network, limits, capture)
         engine.start()
         try:
             found = await asyncio.gather(*(tokens(engine, *job) for job in jobs))
@@ -69,21 +69,21 @@ def answers(
     kv_tokens=st.sampled_from([192, 2048]),
     max_batch_tokens=st.sampled_from([8, 64]),
 )
-def test_recorded_steps_say_what_generate_says(
+def test_captured_steps_give_what_generate_gives(
     jobs: list[tuple[int, int]], kv_tokens: int, max_batch_tokens: int
 ) -> None:
-    """Chunks between the decode steps, preemption, guesses (several rows of one answer), sizes between the buckets."""
+    """Chunks between the decode steps, preemption, drafts (several rows of one answer), sizes between the buckets."""
     limits = EngineLimits(max_sequences=6, max_batch_tokens=max_batch_tokens, kv_tokens=kv_tokens)
-    watched = Watched()
+    capture = CountingCapture()
     prompts = [prompt(length, 7 * length + i) if i % 2 else [5, 6, 7] * length for i, (length, _) in enumerate(jobs)]
     wanted = [(ids[:70], greedy(count)) for ids, (_, count) in zip(prompts, jobs, strict=True)]
     expected = [MODEL.greedy(ids, sampling.max_tokens) for ids, sampling in wanted]
-    assert answers(MODEL.network, limits, wanted, watched) == expected
-    assert watched.num_recorded == len(bucket_sizes(20))
-    assert watched.num_played > 0 or all(count == 1 for _, count in jobs)
+    assert answers(MODEL.network, limits, wanted, capture) == expected
+    assert capture.num_captured == len(bucket_sizes(20))
+    assert capture.num_replayed > 0 or all(count == 1 for _, count in jobs)
 
 
-def test_dice_penalties_and_logprobs_come_out_the_same_with_and_without_recording() -> None:
+def test_sampling_penalties_and_logprobs_are_the_same_with_and_without_graphs() -> None:
     limits = EngineLimits(max_sequences=8, kv_tokens=4096)
     samplings = [
         SamplingParams(30, temperature=1.2, top_p=0.9, seed=1),
@@ -93,17 +93,17 @@ def test_dice_penalties_and_logprobs_come_out_the_same_with_and_without_recordin
         ),
     ]
     jobs = [(prompt(20 + i, i), sampling) for i, sampling in enumerate(samplings)]
-    assert answers(MODEL.network, limits, jobs, play_eagerly) == answers(MODEL.network, limits, jobs)
+    assert answers(MODEL.network, limits, jobs, run_eagerly) == answers(MODEL.network, limits, jobs)
 
 
-def test_where_recording_fails_the_engine_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_capturing_fails_steps_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     ids = prompt(20, 1)
     assert answers(MODEL.network, EngineLimits(kv_tokens=1024), [(ids, greedy(12))], refuse) == [MODEL.greedy(ids, 12)]
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "decode steps cannot be recorded; the engine goes on without"
+        "decode steps cannot be captured as graphs; they run eagerly"
     ]
 
 
@@ -137,13 +137,15 @@ def test_packed_attention_is_attention_sequence_by_sequence(
     takes_chunks: bool, window: int | None, num_two_way: int, kept: torch.dtype
 ) -> None:
     shape = NetworkShape(1, 8, 2, 16, 128, 10, 10, 64)
-    spans = (  # two answers, one with three guesses; a beginning (two-way, perhaps), a chunk in the middle
+    spans = (  # two answers, one with three draft tokens; a beginning (perhaps two-way), a chunk in the middle
         AttentionSpan(0, 1, 96, 30, CAUSAL),
         AttentionSpan(1, 5, 10, 9, CAUSAL),
         AttentionSpan(5, 20, 64, 15, PromptLayout(num_two_way, 0)),
         AttentionSpan(20, 24, 32, 20, CAUSAL),
     )
-    places = torch.tensor([p for s in spans for p in range(s.place + s.length - s.num_rows, s.place + s.length)])
+    slots = torch.tensor(
+        [slot for s in spans for slot in range(s.first_slot + s.length - s.num_rows, s.first_slot + s.length)]
+    )
     torch.manual_seed(0)
     query, key, value = torch.randn(24, 8, 16), torch.randn(24, 2, 16), torch.randn(24, 2, 16)
     memories = [KVMemory(shape, 128, torch.device("cpu"), kept) for _ in range(2)]
@@ -151,9 +153,9 @@ def test_packed_attention_is_attention_sequence_by_sequence(
         torch.manual_seed(1)
         memory.keys.normal_()
         memory.values.normal_()
-    expected = StepAttention(memories[0], spans, places)(0, query, key, value, 0.25, window)
+    expected = StepAttention(memories[0], spans, slots)(0, query, key, value, 0.25, window)
     kernel = Kernel(_packed_reference, True) if takes_chunks else PADDED
-    got = step_attention(memories[1], spans, 2, places, kernel)(0, query, key, value, 0.25, window)
+    got = step_attention(memories[1], spans, 2, slots, kernel)(0, query, key, value, 0.25, window)
     assert got.dtype == torch.float32
     assert torch.allclose(got, expected, atol=1e-5 if kept == torch.float32 else 3e-2)
     assert torch.equal(memories[0].keys, memories[1].keys)
@@ -162,7 +164,7 @@ def test_packed_attention_is_attention_sequence_by_sequence(
 @pytest.mark.parametrize("max_rows", [1, 4])
 @pytest.mark.parametrize("window", [None, 7])
 def test_the_flash_operator_takes_what_it_is_given(max_rows: int, window: int | None) -> None:
-    """Without a GPU only its signature and shapes can be asked."""
+    """Without a GPU only its signature and shapes can be checked."""
     meta = torch.device("meta")
     numbers = torch.zeros(4, dtype=torch.int32, device=meta)
     packed = Packed(numbers, numbers, numbers[:3], max_rows, 100)
@@ -171,9 +173,9 @@ def test_the_flash_operator_takes_what_it_is_given(max_rows: int, window: int | 
     assert flash(query, kept, kept, packed, 0.1, window).shape == query.shape
 
 
-def test_a_model_that_is_not_causal_is_not_recorded() -> None:
+def test_a_model_that_is_not_causal_is_not_captured() -> None:
     class TwoWay:
-        """MODEL, whose prompts see themselves both ways."""
+        """MODEL with bidirectional prompts."""
 
         def __init__(self, inner: TinyModel) -> None:
             self.inner = inner.network
@@ -183,11 +185,11 @@ def test_a_model_that_is_not_causal_is_not_recorded() -> None:
         def layout(self, prompt_ids: list[int]) -> PromptLayout:
             return PromptLayout(num_two_way=len(prompt_ids))
 
-    watched = Watched()
+    capture = CountingCapture()
     ids = prompt(20, 1)
     jobs = [(ids, greedy(8))]
     network = TwoWay(MODEL)
-    assert answers(network, EngineLimits(kv_tokens=512), jobs, watched) == answers(
+    assert answers(network, EngineLimits(kv_tokens=512), jobs, capture) == answers(
         network, EngineLimits(kv_tokens=512), jobs
     )
-    assert watched.num_recorded == 0
+    assert capture.num_captured == 0

@@ -1,4 +1,4 @@
-"""Masks in the engine: every row its own, kept through preemption, and a mask that fails fails alone."""
+"""Masks in the engine: one for each row, kept through preemption; a mask that raises fails its own request only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from serving.engine.interface import EngineLimits, RequestFailed, SamplingParams, TokenMask
 from serving.engine.native.engine import NativeEngine
-from tests.tiny import VOCABULARY, generate, greedy, running, settled, tiny_model, tokens
+from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(1)
 NUM_WORDS = (VOCABULARY + 31) // 32
@@ -40,7 +40,7 @@ class Congruent:
 
 
 class Everything:
-    """Lets every token pass."""
+    """Allows every token."""
 
     specification = ""
 
@@ -55,8 +55,8 @@ def sampled(seed: int, max_tokens: int = 40) -> SamplingParams:
 
 
 async def masked(engine: NativeEngine, prompt: list[int], sampling: SamplingParams, mask: TokenMask) -> list[int]:
-    async with engine.generate(prompt, [sampling], masks=[mask]) as steps:
-        return [step.token_id async for _, step in steps]
+    async with generating(engine, prompt, [sampling], [mask]) as outputs:
+        return [output.token_id async for _, output in outputs]
 
 
 def test_masked_and_unmasked_rows_share_a_batch_and_keep_their_texts() -> None:
@@ -122,8 +122,8 @@ def test_log_probabilities_are_those_of_the_unmasked_distribution() -> None:
         with running(MODEL.network, EngineLimits(kv_tokens=1024)) as engine:
             (free,) = await generate(engine, prompt, sampling)
             other = Congruent(VOCABULARY, (free.token_id + 1) % VOCABULARY)
-            async with engine.generate(prompt, [sampling], masks=[other]) as steps:
-                ((_, forced),) = [item async for item in steps]
+            async with generating(engine, prompt, [sampling], [other]) as outputs:
+                ((_, forced),) = [item async for item in outputs]
             assert forced.token_id == (free.token_id + 1) % VOCABULARY
             assert forced.logprob is not None
             assert free.logprob is not None

@@ -1,10 +1,11 @@
-"""The door: what is refused, for how long, and who goes first."""
+"""Which requests are refused, for how long, and in which order the others are served."""
 
 from __future__ import annotations
 
 import pytest
 
-from serving.admission.admission_control import Admission, AdmissionLimits, Capacity, Permit, duration
+from serving.admission.admission_control import Admission, AdmissionLimits, Capacity, Permit
+from serving.admission.rate_limits import duration
 from serving.http.errors import APIError
 
 CAPACITY = Capacity(max_sequences=4, kv_tokens=1000)
@@ -18,7 +19,7 @@ class Clock:
         return self.now
 
 
-def door(**limits: int) -> tuple[Admission, Clock]:
+def new_admission(**limits: int) -> tuple[Admission, Clock]:
     clock = Clock()
     return Admission(AdmissionLimits(**limits), clock), clock
 
@@ -37,65 +38,65 @@ def refusal(admission: Admission, client: str, answers: int = 1, tokens: int = 1
 
 
 def test_the_queue_is_bounded_in_answers() -> None:
-    admission, _ = door(max_queued_requests=2)
-    tickets = fill(admission, 6)
+    admission, _ = new_admission(max_queued_requests=2)
+    permits = fill(admission, 6)
     assert refusal(admission, "late").type == "requests"
-    tickets[0].close(10)
+    permits[0].close(10)
     admission.admit("late", 1, 10, CAPACITY)
 
 
 def test_the_queue_is_bounded_in_tokens() -> None:
-    admission, _ = door(max_queued_tokens=500)
+    admission, _ = new_admission(max_queued_tokens=500)
     fill(admission, 3, tokens=500)
     assert refusal(admission, "late").type == "tokens"
 
 
 def test_an_idle_server_takes_a_request_of_any_size() -> None:
-    admission, _ = door(max_queued_requests=0, max_queued_tokens=0)
+    admission, _ = new_admission(max_queued_requests=0, max_queued_tokens=0)
     admission.admit("one", 128, 100_000, CAPACITY)
-    assert (admission.num_answers, admission.num_tokens) == (128, 100_000)
+    assert admission.usage_table.in_flight() == (128, 100_000)
 
 
 def test_retry_after_is_the_time_that_the_present_rate_needs() -> None:
-    admission, clock = door(max_queued_requests=0)
+    admission, clock = new_admission(max_queued_requests=0)
     for _ in range(120):  # one answer every half second, for a minute
-        ticket = admission.admit("a", 1, 10, CAPACITY)
+        permit = admission.admit("a", 1, 10, CAPACITY)
         clock.now += 0.5
-        ticket.close(10)
+        permit.close(10)
     fill(admission, 4)
     assert refusal(admission, "late", answers=1).headers["retry-after"] == "1"
     assert 4 <= int(refusal(admission, "late", answers=10).headers["retry-after"]) <= 6
 
 
 def test_headers_tell_the_limit_what_remains_and_when_it_is_free_again() -> None:
-    admission, _ = door(max_queued_requests=4)
-    ticket = admission.admit("a", 2, 100, CAPACITY)
-    assert ticket.headers["x-ratelimit-limit-requests"] == "6"  # three quarters of eight
-    assert ticket.headers["x-ratelimit-remaining-requests"] == "4"
-    assert set(ticket.headers) == {
+    admission, _ = new_admission(max_queued_requests=4)
+    permit = admission.admit("a", 2, 100, CAPACITY)
+    assert permit.headers["x-ratelimit-limit-requests"] == "6"  # three quarters of eight
+    assert permit.headers["x-ratelimit-remaining-requests"] == "4"
+    assert set(permit.headers) == {
         f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
     }
 
 
 def test_one_client_cannot_fill_the_queue() -> None:
-    admission, _ = door(max_queued_requests=4)
+    admission, _ = new_admission(max_queued_requests=4)
     fill(admission, 6, client="greedy")
     refusal(admission, "greedy")
     assert admission.admit("modest", 1, 10, CAPACITY).priority == 0
 
 
-def test_two_hundred_requests_of_one_client_stand_behind_one_of_another() -> None:
-    admission, _ = door(max_queued_requests=1000)
+def test_two_hundred_requests_of_one_client_do_not_delay_another_client() -> None:
+    admission, _ = new_admission(max_queued_requests=1000)
     many = fill(admission, 200, client="greedy")
-    for ticket in many[:10]:
-        ticket.started()
+    for permit in many[:10]:
+        permit.started()
     (one,) = fill(admission, 1, client="modest")
-    assert sum(ticket.priority < one.priority for ticket in many) <= 10  # only those that run already
+    assert sum(permit.priority < one.priority for permit in many) <= 10  # only those that run already
 
 
-def test_nobody_waits_for_ever_behind_newcomers() -> None:
-    """With a priority that only counts a client's waiting requests, its second request would never come to its turn."""
-    admission, _ = door(max_queued_requests=10_000)
+def test_no_request_waits_for_ever_behind_new_clients() -> None:
+    """With a priority that only counts a client's waiting requests, its second request would never be served."""
+    admission, _ = new_admission(max_queued_requests=10_000)
     patient = fill(admission, 2, client="patient")[1]
     for i in range(10):
         (newcomer,) = fill(admission, 1, client=f"newcomer-{i}")
@@ -109,9 +110,9 @@ def test_nobody_waits_for_ever_behind_newcomers() -> None:
 
 
 def test_requests_per_minute_of_one_client() -> None:
-    admission, clock = door(requests_per_minute=3)
-    for ticket in fill(admission, 3, client="a"):
-        ticket.close(10)
+    admission, clock = new_admission(requests_per_minute=3)
+    for permit in fill(admission, 3, client="a"):
+        permit.close(10)
     error = refusal(admission, "a")
     assert error.headers["retry-after"] == "20"
     assert error.headers["x-ratelimit-remaining-requests"] == "0"
@@ -121,39 +122,40 @@ def test_requests_per_minute_of_one_client() -> None:
 
 
 def test_unused_tokens_of_a_minute_are_given_back() -> None:
-    admission, _ = door(tokens_per_minute=1000)
-    (ticket,) = fill(admission, 1, client="a", tokens=900)
+    admission, _ = new_admission(tokens_per_minute=1000)
+    (permit,) = fill(admission, 1, client="a", tokens=900)
     refusal(admission, "a", tokens=500)
-    ticket.close(100)
+    permit.close(100)
     fill(admission, 1, client="a", tokens=500)
 
 
 def test_a_request_larger_than_a_minutes_tokens_is_not_to_be_tried_again() -> None:
-    admission, _ = door(tokens_per_minute=1000)
+    admission, _ = new_admission(tokens_per_minute=1000)
     error = refusal(admission, "a", tokens=1001)
     assert error.headers["x-should-retry"] == "false"
     assert "retry-after" not in error.headers
 
 
 def test_requests_of_one_client_at_once() -> None:
-    admission, _ = door(max_concurrent=2)
-    tickets = fill(admission, 2, client="a")
+    admission, _ = new_admission(max_concurrent=2)
+    permits = fill(admission, 2, client="a")
     refusal(admission, "a")
-    tickets[0].close(None)
-    tickets[0].close(None)  # twice is once
+    permits[0].close(None)
+    permits[0].close(None)  # twice is once
     fill(admission, 1, client="a")
     refusal(admission, "a")
 
 
-def test_clients_who_are_gone_are_forgotten() -> None:
-    admission, clock = door(requests_per_minute=60)
+def test_idle_clients_are_forgotten() -> None:
+    admission, clock = new_admission(requests_per_minute=60)
     for i in range(10_000):
-        ticket = admission.admit(f"address-{i}", 1, 10, CAPACITY)
-        ticket.started()
-        ticket.close(10)
+        permit = admission.admit(f"address-{i}", 1, 10, CAPACITY)
+        permit.started()
+        permit.close(10)
         clock.now += 1
     assert len(admission._clients) < 5000  # private: what is remembered shows nowhere else but in the memory used
-    assert admission.num_answers == admission.num_tokens == 0
+    assert admission.num_answers == 0
+    assert admission.usage_table.in_flight() == (0, 0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0ms"), (0.12, "120ms"), (6, "6s"), (59.2, "1m0s"), (360, "6m0s")])

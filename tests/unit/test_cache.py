@@ -1,4 +1,4 @@
-"""The token space never loses, doubles or overlaps a place; the prefix index never lies."""
+"""The allocator never loses or shares a slot; the prefix index never finds what is not there."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def sequence(
     return made
 
 
-def check_disjoint(extents: list[SlotRange]) -> None:
-    ordered = sorted(extents, key=lambda extent: extent.start)
-    ends = [0, *(extent.start + extent.capacity for extent in ordered)]
-    assert all(extent.start >= end for extent, end in zip(ordered, ends, strict=False))
+def check_disjoint(ranges: list[SlotRange]) -> None:
+    ordered = sorted(ranges, key=lambda slots: slots.start)
+    ends = [0, *(slots.start + slots.capacity for slots in ordered)]
+    assert all(slots.start >= end for slots, end in zip(ordered, ends, strict=False))
     assert ends[-1] <= SIZE
 
 
@@ -34,41 +34,41 @@ def largest_gap(extents: list[SlotRange]) -> int:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "grow", "shrink", "free", "rearrange"]), st.integers(1, 300))))
-def test_extents_stay_disjoint_and_their_content_survives_every_move(steps: list[tuple[str, int]]) -> None:
-    space = SlotAllocator(SIZE)
-    places: list[int | None] = [None] * SIZE  # whose token lies where: what the device memory would hold
+def test_ranges_stay_disjoint_and_their_content_survives_every_move(steps: list[tuple[str, int]]) -> None:
+    allocator = SlotAllocator(SIZE)
+    memory: list[int | None] = [None] * SIZE  # the owner of each slot's content, as the device's memory would have it
     live: list[tuple[int, SlotRange]] = []
     for number, (action, amount) in enumerate(steps):
         chosen = live[amount % len(live)] if live else None
         if action == "allocate":
-            free = largest_gap([extent for _, extent in live])
-            extent = space.allocate(amount)
-            assert (extent is not None) == (free >= round_up(amount))
-            if extent is not None:
-                live.append((number, extent))
+            free = largest_gap([slots for _, slots in live])
+            slots = allocator.allocate(amount)
+            assert (slots is not None) == (free >= round_up(amount))
+            if slots is not None:
+                live.append((number, slots))
         elif chosen is None:
             continue
         elif action == "grow":
-            if space.grow(chosen[1], amount):
+            if allocator.grow(chosen[1], amount):
                 assert chosen[1].capacity >= amount
         elif action == "shrink":
-            space.shrink(chosen[1], amount)
+            allocator.shrink(chosen[1], amount)
         elif action == "free":
-            space.free(chosen[1])
+            allocator.free(chosen[1])
             live.remove(chosen)
         else:
-            wanted = min(round_up(amount), space.num_free)
-            for move in space.rearrange([extent for _, extent in live[::2]], chosen[1], wanted):
-                places[move.target : move.target + move.length] = places[move.source : move.source + move.length]
-            assert space.grow(chosen[1], chosen[1].capacity + wanted // GRANULE * GRANULE)
-        check_disjoint([extent for _, extent in live])
-        assert space.num_used + space.num_free == space.size == SIZE
+            wanted = min(round_up(amount), allocator.num_free)
+            for move in allocator.rearrange([slots for _, slots in live[::2]], chosen[1], wanted):
+                memory[move.target : move.target + move.length] = memory[move.source : move.source + move.length]
+            assert allocator.grow(chosen[1], chosen[1].capacity + wanted // GRANULE * GRANULE)
+        check_disjoint([slots for _, slots in live])
+        assert allocator.num_used + allocator.num_free == allocator.size == SIZE
         if action == "rearrange":
-            for owner, extent in live:
-                held = places[extent.start : extent.start + extent.capacity]
-                assert {place for place in held if place is not None} <= {owner} or extent is chosen[1]
-        for owner, extent in live:
-            places[extent.start : extent.start + extent.capacity] = [owner] * extent.capacity
+            for owner, slots in live:
+                held = memory[slots.start : slots.start + slots.capacity]
+                assert {one for one in held if one is not None} <= {owner} or slots is chosen[1]
+        for owner, slots in live:
+            memory[slots.start : slots.start + slots.capacity] = [owner] * slots.capacity
 
 
 def test_the_longest_computed_beginning_is_found_and_compared_token_by_token() -> None:

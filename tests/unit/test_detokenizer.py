@@ -50,8 +50,8 @@ def test_what_goes_on_from_other_text_keeps_its_first_space(before: list[bytes],
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[str], data: st.DataObject) -> None:
-    places = [(place + len(word), place) for word in stop if (place := text.find(word)) >= 0]
-    expected = text[: min(places)[1]] if places else text
+    found = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
+    expected = text[: min(found)[1]] if found else text
     checker = StopStrings(tuple(stop))
     shown = ""
     rest = text
@@ -63,4 +63,4 @@ def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[s
     if not checker.hit:
         shown += checker.flush()
     assert shown == expected
-    assert checker.hit == bool(places)
+    assert checker.hit == bool(found)

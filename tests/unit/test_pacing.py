@@ -1,10 +1,10 @@
-"""Prompts are cut so that running answers keep their rhythm, and not cut when nobody is waiting for a token."""
+"""Prompts are cut into chunks beside running answers, and not cut when nothing is decoding."""
 
 from __future__ import annotations
 
-from serving.engine.native.prefill_pacing import MIN_ROWS, STRETCH, PrefillPacer
+from serving.engine.native.scheduler import MIN_PROMPT_ROWS, STRETCH, PrefillPacer
 
-STEP, ROW = 0.100, 0.002  # seconds of the machine that these tests imagine: of a step's weights, and of each row
+STEP, ROW = 0.100, 0.002  # seconds for a step's weights and for each row, on the machine of these tests
 
 
 def step_seconds(num_decoding: int, num_rows: int) -> float:
@@ -26,7 +26,7 @@ def test_alone_a_prompt_takes_the_whole_step() -> None:
 def test_a_step_is_stretched_no_further_than_allowed() -> None:
     for num_decoding in (4, 16, 64):
         rows = learned().num_prompt_rows(num_decoding)
-        assert rows > MIN_ROWS
+        assert rows > MIN_PROMPT_ROWS
         assert step_seconds(num_decoding, rows) <= 1.1 * (1 + STRETCH) * step_seconds(num_decoding, 0)
 
 
@@ -55,4 +55,4 @@ def test_prompts_always_move() -> None:
     pacer = learned()
     for _ in range(50):
         pacer.observe(0, 10, 60.0)  # a machine that was put to sleep in the middle
-    assert pacer.num_prompt_rows(4) == MIN_ROWS
+    assert pacer.num_prompt_rows(4) == MIN_PROMPT_ROWS

@@ -1,4 +1,4 @@
-"""Each row gets the distribution its request asked for."""
+"""Each row is sampled from the distribution of its request's parameters."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_frequencies_are_the_probabilities(top_p: float) -> None:
     drawn = draw_many(logits, sampling, 20_000)
     kept = sorted(allowed_by_sorting(logits, sampling))
     expected = logits[kept].softmax(-1)
-    for place, token in enumerate(kept):
+    for i, token in enumerate(kept):
         share = drawn.count(token) / len(drawn)
-        assert abs(share - float(expected[place])) < 5 * math.sqrt(0.25 / len(drawn))
+        assert abs(share - float(expected[i])) < 5 * math.sqrt(0.25 / len(drawn))
 
 
 def test_a_flat_distribution_reaches_behind_the_first_candidates() -> None:

@@ -1,4 +1,4 @@
-"""Who goes next, and who gives way. No network, no clock."""
+"""Which sequences get rows and slots next, and which are preempted. No network, no clock."""
 
 from __future__ import annotations
 
@@ -22,149 +22,149 @@ def sequence(
     return SequenceState(ids, SamplingParams(max_tokens=max_tokens), layout=layout, priority=priority)
 
 
-def scheduler(max_sequences: int = 8, max_batch_tokens: int = 64, kv_tokens: int = 4096) -> Scheduler:
+def new_scheduler(max_sequences: int = 8, max_batch_tokens: int = 64, kv_tokens: int = 4096) -> Scheduler:
     return Scheduler(max_sequences, max_batch_tokens, kv_tokens)
 
 
-def carry_out(plan: SchedulerOutput, token: int = 9999) -> None:
+def run_step(step: SchedulerOutput, token: int = 9999) -> None:
     """Do what the engine does, with the same token for every sequence that samples."""
-    for work in plan.work:
-        samples = work.samples
-        work.sequence.num_computed += work.num_rows
-        if samples:
-            work.sequence.token_ids.append(token)
+    for each in step.scheduled:
+        is_sampled = each.is_sampled
+        each.sequence.num_computed += each.num_rows
+        if is_sampled:
+            each.sequence.token_ids.append(token)
 
 
-def rows(plan: SchedulerOutput) -> dict[SequenceState, int]:
-    return {work.sequence: work.num_rows for work in plan.work}
+def rows(step: SchedulerOutput) -> dict[SequenceState, int]:
+    return {each.sequence: each.num_rows for each in step.scheduled}
 
 
 def test_a_prompt_is_cut_into_chunks_of_the_budget() -> None:
     one = sequence(150)
-    plans = scheduler()
-    plans.add(one)
+    scheduler = new_scheduler()
+    scheduler.add(one)
     seen = []
     while one.num_generated == 0:
-        plan = plans.schedule()
-        seen.append(rows(plan)[one])
-        carry_out(plan)
+        step = scheduler.schedule()
+        seen.append(rows(step)[one])
+        run_step(step)
     assert seen == [64, 64, 22]
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_read() -> None:
     short, long = sequence(4), sequence(1000, first=5000)
-    plans = scheduler()
-    plans.add(short)
-    carry_out(plans.schedule())
-    plans.add(long)
+    scheduler = new_scheduler()
+    scheduler.add(short)
+    run_step(scheduler.schedule())
+    scheduler.add(long)
     for _ in range(5):
-        plan = plans.schedule()
-        assert rows(plan)[short] == 1
-        assert rows(plan)[long] == 63
-        carry_out(plan)
+        step = scheduler.schedule()
+        assert rows(step)[short] == 1
+        assert rows(step)[long] == 63
+        run_step(step)
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
     long, short = sequence(1000), sequence(20, first=5000)
-    plans = scheduler()
-    plans.add(long)
-    carry_out(plans.schedule())
-    plans.add(short)
-    plan = plans.schedule()
-    assert rows(plan) == {long: 44, short: 20}
+    scheduler = new_scheduler()
+    scheduler.add(long)
+    run_step(scheduler.schedule())
+    scheduler.add(short)
+    step = scheduler.schedule()
+    assert rows(step) == {long: 44, short: 20}
 
 
 def test_two_way_tokens_are_never_split() -> None:
     two_way = sequence(200, two_way=150)
-    plans = scheduler()
-    plans.add(two_way)
-    plan = plans.schedule()
-    assert rows(plan)[two_way] == 150
+    scheduler = new_scheduler()
+    scheduler.add(two_way)
+    step = scheduler.schedule()
+    assert rows(step)[two_way] == 150
 
 
-def test_no_more_run_than_allowed_and_the_oldest_go_first() -> None:
-    plans = scheduler(max_sequences=2)
+def test_no_more_run_than_allowed_and_the_oldest_first() -> None:
+    scheduler = new_scheduler(max_sequences=2)
     all_three = [sequence(4, first=100 * i) for i in range(3)]
     for one in all_three:
-        plans.add(one)
-    assert set(rows(plans.schedule())) == set(all_three[:2])
-    plans.finish(all_three[0])
-    assert plans.schedule().work
+        scheduler.add(one)
+    assert set(rows(scheduler.schedule())) == set(all_three[:2])
+    scheduler.finish(all_three[0])
+    assert scheduler.schedule().scheduled
     assert all_three[2].state == "running"
 
 
 def test_priority_goes_before_age() -> None:
-    plans = scheduler(max_sequences=1)
+    scheduler = new_scheduler(max_sequences=1)
     patient, urgent = sequence(4), sequence(4, first=50, priority=-1)
-    plans.add(patient)
-    plans.add(urgent)
-    assert set(rows(plans.schedule())) == {urgent}
+    scheduler.add(patient)
+    scheduler.add(urgent)
+    assert set(rows(scheduler.schedule())) == {urgent}
 
 
-def test_the_youngest_gives_way_when_the_cache_is_full() -> None:
-    plans = scheduler(kv_tokens=4 * GRANULE, max_batch_tokens=256)
+def test_the_youngest_is_preempted_when_the_cache_is_full() -> None:
+    scheduler = new_scheduler(kv_tokens=4 * GRANULE, max_batch_tokens=256)
     old, young = sequence(GRANULE - 2), sequence(GRANULE - 2, first=500)
-    plans.add(old)
-    plans.add(young)
+    scheduler.add(old)
+    scheduler.add(young)
     while young.state != "waiting" or young.num_preemptions == 0:
-        carry_out(plans.schedule())
+        run_step(scheduler.schedule())
     assert old.state == "running"
-    assert (young.num_computed, young.extent) == (0, None)
-    assert old.extent is not None
-    assert plans.space.num_used == old.extent.capacity
+    assert (young.num_computed, young.slots) == (0, None)
+    assert old.slots is not None
+    assert scheduler.allocator.num_used == old.slots.capacity
 
 
 def test_a_finished_conversation_is_reused_and_not_computed_again() -> None:
-    plans = scheduler(max_batch_tokens=512)
+    scheduler = new_scheduler(max_batch_tokens=512)
     first = sequence(200)
-    plans.add(first)
-    carry_out(plans.schedule())
-    plans.finish(first)
+    scheduler.add(first)
+    run_step(scheduler.schedule())
+    scheduler.finish(first)
     second = sequence(300)
-    plans.add(second)
-    plan = plans.schedule()
-    assert rows(plan)[second] == 100
+    scheduler.add(second)
+    step = scheduler.schedule()
+    assert rows(step)[second] == 100
     assert second.num_cached_tokens == 200
-    assert plans.num_idle_tokens == 0  # taken over, not copied
+    assert scheduler.num_idle_tokens == 0  # taken over, not copied
 
 
 def test_a_shared_beginning_is_copied_and_stays() -> None:
-    plans = scheduler(max_batch_tokens=512)
+    scheduler = new_scheduler(max_batch_tokens=512)
     first = sequence(400)
-    plans.add(first)
-    carry_out(plans.schedule())
-    plans.finish(first)
+    scheduler.add(first)
+    run_step(scheduler.schedule())
+    scheduler.finish(first)
     second = SequenceState([*range(100), 7, 7], SamplingParams(max_tokens=4))
-    plans.add(second)
-    plan = plans.schedule()
+    scheduler.add(second)
+    step = scheduler.schedule()
     assert second.num_cached_tokens == 100
-    assert [move.length for move in plan.moves] == [100]
-    assert plans.num_idle_tokens >= 400
+    assert [move.length for move in step.moves] == [100]
+    assert scheduler.num_idle_tokens >= 400
 
 
 def test_twins_compute_their_prompt_once() -> None:
-    plans = scheduler(max_batch_tokens=64)
+    scheduler = new_scheduler(max_batch_tokens=64)
     twins = [sequence(150) for _ in range(4)]
     for one in twins:
-        plans.add(one)
+        scheduler.add(one)
     total = 0
     while any(one.num_generated == 0 for one in twins):
-        plan = plans.schedule()
-        total += sum(count for one, count in rows(plan).items() if one.num_generated == 0)
-        carry_out(plan)
+        step = scheduler.schedule()
+        total += sum(count for one, count in rows(step).items() if one.num_generated == 0)
+        run_step(step)
     assert total < 150 + 3 * (BLOCK + 1) + 1
 
 
 def test_idle_prefixes_go_least_recently_used_first() -> None:
-    plans = scheduler(kv_tokens=8 * GRANULE, max_batch_tokens=512)
+    scheduler = new_scheduler(kv_tokens=8 * GRANULE, max_batch_tokens=512)
     idle = [sequence(2 * GRANULE, first=1000 * i) for i in range(3)]
     for one in idle:
-        plans.add(one)
-        carry_out(plans.schedule())
-        plans.finish(one)
-    plans.add(sequence(4 * GRANULE - 1, first=9000))
-    plans.schedule()
-    assert [one.extent is None for one in idle] == [True, False, False]
+        scheduler.add(one)
+        run_step(scheduler.schedule())
+        scheduler.finish(one)
+    scheduler.add(sequence(4 * GRANULE - 1, first=9000))
+    scheduler.schedule()
+    assert [one.slots is None for one in idle] == [True, False, False]
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,37 +176,39 @@ def test_idle_prefixes_go_least_recently_used_first() -> None:
     ),
     st.sampled_from([6, 8, 40]),
 )
-def test_everyone_finishes_and_every_place_is_free_again(jobs: list[tuple[int, int, int, int]], granules: int) -> None:
-    """Arrivals at any time, any lengths, shared prompts, too little cache: nobody hangs, nothing leaks."""
-    plans = scheduler(max_sequences=4, kv_tokens=granules * GRANULE)
+def test_every_request_finishes_and_every_slot_is_free_again(
+    jobs: list[tuple[int, int, int, int]], granules: int
+) -> None:
+    """Arrivals at any time, any lengths, shared prompts, too little cache: nothing hangs, nothing leaks."""
+    scheduler = new_scheduler(max_sequences=4, kv_tokens=granules * GRANULE)
     pending = [(arrival, sequence(size, 1000 * group, length)) for size, length, group, arrival in jobs]
     waiting = [one for _, one in pending]
-    for step in range(20_000):
+    for number in range(20_000):
         for arrival, one in pending:
-            if arrival == step:
-                plans.add(one)
-        plan = plans.schedule()
-        assert sum(work.num_rows for work in plan.work) <= 64
-        assert all(work.sequence.state == "running" for work in plan.work)
-        carry_out(plan, token=step + 10_000)
-        for one in list(plans.running):
+            if arrival == number:
+                scheduler.add(one)
+        step = scheduler.schedule()
+        assert sum(each.num_rows for each in step.scheduled) <= 64
+        assert all(each.sequence.state == "running" for each in step.scheduled)
+        run_step(step, token=number + 10_000)
+        for one in list(scheduler.running):
             if one.num_generated >= one.sampling.max_tokens:
-                plans.finish(one, keep_prefix=step % 2 == 0)
+                scheduler.finish(one, keep_prefix=number % 2 == 0)
                 waiting.remove(one)
         if not waiting:
             break
     assert not waiting
-    assert plans.space.num_used == plans.num_idle_tokens
+    assert scheduler.allocator.num_used == scheduler.num_idle_tokens
 
 
 def test_two_gib_carry_64_conversations_of_1000_tokens_of_the_6b_shape() -> None:
     shape = NetworkShape(28, 32, 2, 128, 4096, 65_024, 64_794, 8192)
     per_token = KVMemory.bytes_per_token(shape, kv_dtype(torch.device("cpu"), "bfloat16", torch.float32))
-    plans = scheduler(max_sequences=64, max_batch_tokens=4096, kv_tokens=2 * GIB // per_token)
+    scheduler = new_scheduler(max_sequences=64, max_batch_tokens=4096, kv_tokens=2 * GIB // per_token)
     conversations = [sequence(980, first=10_000 * i) for i in range(64)]
     for one in conversations:
-        plans.add(one)
+        scheduler.add(one)
     while not all(one.num_generated >= 20 for one in conversations):
-        carry_out(plans.schedule())
-    assert plans.counters.preemptions == 0
-    assert len(plans.running) == 64
+        run_step(scheduler.schedule())
+    assert scheduler.counters.preemptions == 0
+    assert len(scheduler.running) == 64

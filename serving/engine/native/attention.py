@@ -1,6 +1,6 @@
-"""The KV memory and attention over it. Knows places and rows; knows no policy and no network.
+"""Queries, keys and values of a step's rows -> attention outputs, over the KV cache's memory; sequence by sequence.
 
-Each sequence's keys and values lie in one contiguous run of places, so attention reads them where they are.
+Each sequence's keys and values are contiguous, so attention reads them where they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FEW_ROWS = 8  # up to this many rows of a sequence share one small matrix with a
 
 
 class KVMemory:
-    """Keys and values of `num_places` tokens, `[layers, kv_heads, places, head_dim]` each, allocated once."""
+    """Keys and values of `num_slots` tokens, `[layers, kv_heads, slots, head_dim]` each, allocated once."""
 
-    def __init__(self, shape: NetworkShape, num_places: int, device: torch.device, dtype: torch.dtype) -> None:
-        size = (shape.num_layers, shape.num_kv_heads, num_places, shape.head_dim)
+    def __init__(self, shape: NetworkShape, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
         self.keys = torch.empty(size, device=device, dtype=dtype)
         self.values = torch.empty(size, device=device, dtype=dtype)
 
@@ -30,8 +30,8 @@ class KVMemory:
     def bytes_per_token(shape: NetworkShape, dtype: torch.dtype) -> int:
         return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
-    def carry_out(self, moves: Iterable[Move]) -> None:
-        """Copy runs of places, in order."""
+    def apply(self, moves: Iterable[Move]) -> None:
+        """Copy ranges of slots, in order."""
         for move in moves:
             overlap = abs(move.target - move.source) < move.length
             for memory in (self.keys, self.values):
@@ -41,12 +41,12 @@ class KVMemory:
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """Rows `first:last` of a batch are tokens `length - (last - first) : length` of the sequence at `place`."""
+    """Rows `first:last` of a batch are tokens `length - (last - first) : length` of the sequence at `first_slot`."""
 
     first: int
     last: int
-    place: int
-    length: int  # tokens of the sequence that these rows may see, themselves included
+    first_slot: int
+    length: int  # tokens of the sequence up to the last of these rows
     layout: PromptLayout
 
     @property
@@ -55,20 +55,20 @@ class AttentionSpan:
 
 
 class StepAttention:
-    """Attention for one forward pass: stores each layer's keys and values, then lets every row see its own sequence.
+    """Attention of one forward pass: stores each layer's keys and values, then attends sequence by sequence.
 
     Implements serving.engine.interface.AttentionFunction.
     """
 
-    def __init__(self, memory: KVMemory, spans: tuple[AttentionSpan, ...], places: Tensor) -> None:
-        """places: [rows] int64, where each row's key and value are stored."""
+    def __init__(self, memory: KVMemory, spans: tuple[AttentionSpan, ...], slots: Tensor) -> None:
+        """slots: [rows] int64, where each row's key and value are stored."""
         self._memory = memory
         self._spans = spans
-        self._places = places
-        # cut out for all layers at once: for a small model, slicing layer by layer takes as long as attending
+        self._slots = slots
+        # sliced for all layers at once: for a small model, slicing layer by layer takes as long as attending
         self._past = [
             tuple(
-                kept[:, None, :, span.place : span.place + span.length].unbind(0)
+                kept[:, None, :, span.first_slot : span.first_slot + span.length].unbind(0)
                 for kept in (memory.keys, memory.values)
             )
             for span in spans
@@ -78,9 +78,9 @@ class StepAttention:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        kept = self._memory.keys.dtype  # narrower than the rows, perhaps: the kernels want one type
-        self._memory.keys[layer].index_copy_(1, self._places, key.transpose(0, 1).to(kept))
-        self._memory.values[layer].index_copy_(1, self._places, value.transpose(0, 1).to(kept))
+        kept = self._memory.keys.dtype  # may be narrower than the rows' type, and the kernels want one type
+        self._memory.keys[layer].index_copy_(1, self._slots, key.transpose(0, 1).to(kept))
+        self._memory.values[layer].index_copy_(1, self._slots, value.transpose(0, 1).to(kept))
         given, query = query.dtype, query.to(kept)
         # the query heads that share a key head become rows of one small matrix, since the kernel would otherwise read
         # the keys once for each query head: [rows, 1, kv_heads, heads of each, head_dim]
@@ -105,12 +105,12 @@ class StepAttention:
         return torch.cat(outs).to(given)
 
     def _mask(self, span: AttentionSpan, window: int | None) -> Tensor | None:
-        """[rows, length] of what each row may see; None where causal attention from the first token on will do."""
+        """[rows, length], true where a row attends; None for causal attention from the first token on."""
         if span.length == span.num_rows and span.layout.num_two_way == 0 and not window:
             return None
         known = self._masks.get((span, window))
         if known is None:
-            known = _visible(span, window, self._places.device)
+            known = _visible(span, window, self._slots.device)
             self._masks[span, window] = known
         return known
 

@@ -1,13 +1,15 @@
-"""Which device, which precision, how many threads, how much cache. Knows hardware, not models."""
+"""Device, memory and cores -> where to run, in which precision, with how much KV cache; copies to the device."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from serving.engine.interface import NetworkShape
 from serving.engine.native.attention import KVMemory
@@ -55,11 +57,11 @@ def _gpu_of(worker: int) -> torch.device:
 def choose_precision(
     device: torch.device, num_parameters: int, free_bytes: int
 ) -> Literal["float32", "bfloat16", "float16", "int8", "int4"]:
-    """What `auto` means: 16 bits, in the kind that the device computes fastest; full precision for small models; fewer
-    bits where 16 would leave no room in `free_bytes` of the device."""
-    room = free_bytes / WEIGHTS_MARGIN / max(num_parameters, 1)  # bytes for each parameter
-    if device.type != "mps" and room < 2:
-        return "int8" if room >= 1.1 else "int4"
+    """What `auto` means: 16 bits, in the type that the device computes fastest; full precision for small models; fewer
+    bits where weights of 16 do not fit into `free_bytes` of the device."""
+    bytes_per_parameter = free_bytes / WEIGHTS_MARGIN / max(num_parameters, 1)
+    if device.type != "mps" and bytes_per_parameter < 2:
+        return "int8" if bytes_per_parameter >= 1.1 else "int4"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "mps":
@@ -81,10 +83,10 @@ def num_usable_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what steps give back. Linux with glibc only; elsewhere nothing happens.
+    """Let the C library keep memory that steps free. Linux with glibc only; no effect elsewhere.
 
-    By default it returns every large block to the system at once, and each temporary tensor of a step is paid for in
-    page faults: a quarter of the time of a prompt's rows.
+    By default it returns every large block to the system at once, and each temporary tensor of a step costs page
+    faults: a quarter of the time of a prompt's rows.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -116,8 +118,8 @@ def _meminfo_available() -> int:
 
 
 def kv_dtype(device: torch.device, precision: str, dtype: torch.dtype) -> torch.dtype:
-    """The type to keep keys and values in: 16 bits beside weights of 16 bits or less, though a CPU without bfloat16
-    products computes in float32. float32 and float16 weights keep what they compute in."""
+    """The type of stored keys and values: 16 bits with weights of 16 bits or less, though a CPU without bfloat16
+    products computes in float32; with float32 and float16 weights, the type that they compute in."""
     if device.type == "cpu" and precision in ("bfloat16", "int8", "int4"):
         return torch.bfloat16
     return dtype
@@ -125,7 +127,7 @@ def kv_dtype(device: torch.device, precision: str, dtype: torch.dtype) -> torch.
 
 def cache_tokens(shape: NetworkShape, device: torch.device, dtype: torch.dtype, gib: float, max_sequences: int) -> int:
     """Tokens the KV cache will hold. `gib` 0 takes a share of what is free now, after the weights were loaded; never
-    more than max_sequences full contexts, and room for one full context only if the budget has it."""
+    more than max_sequences full contexts, and less than one if the budget is too small."""
     per_token = KVMemory.bytes_per_token(shape, dtype)
     budget = int(gib * GIB)
     if not budget:
@@ -139,3 +141,18 @@ def cache_tokens(shape: NetworkShape, device: torch.device, dtype: torch.dtype, 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that the device or the host has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a host tensor in stream order. Plain `.to` would first wait for everything that a GPU has to do.
+
+    The copy is made from pinned memory, which torch keeps until the copy is done.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def numbers_to_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[numbers] on `device`."""
+    return to_device(torch.tensor(numbers, dtype=dtype), device)

@@ -1,144 +1,202 @@
-"""One step on the device: cache moves, forward pass, sampling, pooling. Knows tensors; decides nothing.
+"""Scheduled rows -> sampled tokens and pooled vectors: one step's cache moves, forward pass and sampling.
 
-A step waits for a GPU once, when the sampled tokens are copied to the host. Everything else is told to the device
-before, and what is read after that copy is there already.
+A step waits for a GPU once, when the sampled tokens are copied to the host. Everything else is enqueued before, and
+what is read after that copy is there already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.engine.interface import CAUSAL, CanPrepare, CausalLM, PoolingOutput, PromptLayout
-from serving.engine.native import batch
-from serving.engine.native.attention import KVMemory, StepAttention
+from serving.engine.interface import CAUSAL, CausalLM, PoolingOutput, PromptLayout, RaggedBatch, Span, SupportsWarmUp
+from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
 from serving.engine.native.attention_cuda import FLASH, choose_kernel, step_attention
-from serving.engine.native.cuda_graphs import DecodeGraphs, Recorder
-from serving.engine.native.isolation import sample_isolated
+from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs, Rows
+from serving.engine.native.device import numbers_to_device, to_device
 from serving.engine.native.kv_cache import GRANULE
 from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
 from serving.engine.native.sequence import SequenceState
-from serving.engine.native.transfer import send_numbers
+
+
+@dataclass(frozen=True)
+class PooledRows:
+    """Rows `first:last` of a batch belong to the mean of this sequence."""
+
+    scheduled: ScheduledSequence
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rows of one forward pass and which of them are sampled."""
+
+    rows: Rows
+    spans: tuple[AttentionSpan, ...]
+    sampled_rows: list[int]  # the last row of every sequence in `sampled`, and its draft's
+    sampled: tuple[ScheduledSequence, ...]
+    pooled: tuple[PooledRows, ...]
 
 
 class ModelRunner:
-    """Owns the network, the KV memory and the sampler. Called by the engine thread only, but for `prepare`."""
+    """Owns the network, the KV memory and the sampler. Called by the engine thread only, but for `warm_up`."""
 
     def __init__(
         self,
         network: CausalLM,
         kv_tokens: int,
         max_sequences: int = 1,
-        record: Recorder | None = None,
+        capture: CaptureFunction | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """record: how decode steps of up to `max_sequences` answers are recorded; None computes each step anew."""
+        """capture: how decode steps of up to `max_sequences` answers are captured; None runs each step eagerly."""
         self._network = network
         self._memory = KVMemory(
-            network.shape, kv_tokens + GRANULE * bool(record), network.device, kv_dtype or network.dtype
+            network.shape, kv_tokens + GRANULE * bool(capture), network.device, kv_dtype or network.dtype
         )
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[SequenceState, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
         self._kernel = choose_kernel(network.device, self._memory.keys.dtype)
-        self._is_packed = record is not None or network.device.type == "cuda"
+        self._is_packed = capture is not None or network.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
-        can_record = self._kernel is FLASH or network.device.type != "cuda"
-        if record and can_record and network.layout((0, 0)) == CAUSAL:
+        can_capture = self._kernel is FLASH or network.device.type != "cuda"
+        if capture and can_capture and network.layout((0, 0)) == CAUSAL:
             max_rows = max(max_sequences, min(max_sequences, MAX_DECODING) * (1 + MAX_DRAFT))
-            self.graphs = DecodeGraphs(network, self._memory, self._kernel, record, max_rows, scratch=kv_tokens)
+            self.graphs = DecodeGraphs(network, self._memory, self._kernel, capture, max_rows, scratch=kv_tokens)
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return self._network.layout(prompt_ids)
 
     @torch.inference_mode()
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Everything that can be done before the first request. Returns within a minute."""
         if self.graphs:
-            if isinstance(self._network, CanPrepare):
-                self._network.prepare()
-            self.graphs.prepare()
+            if isinstance(self._network, SupportsWarmUp):
+                self._network.warm_up()
+            self.graphs.capture_all()
 
     @torch.inference_mode()
-    def run(self, plan: SchedulerOutput) -> list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]]:
-        """Carry out a plan; for every work item that reaches its sequence's end or fails, a vector, or the token after
-        it and those after each token of its draft."""
-        self._memory.carry_out(plan.moves)
-        step = batch.build(plan.work)
-        hidden, logits = self._forward(plan, step)
-        sums = self._pool(hidden, step.pooled)
-        parts, finite = _unfinished(hidden, plan.work)
-        owners = [work.sequence for work in step.sampled for _ in range(1 + len(work.draft))]
-        sampled = iter(sample_isolated(self._sampler, logits, owners) if owners else [])
-        done: list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]] = [
-            (work, [next(sampled) for _ in range(1 + len(work.draft))]) for work in step.sampled
+    def run(
+        self, scheduler_output: SchedulerOutput
+    ) -> list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]]:
+        """Run a step. For every sequence that reaches its end or fails: a vector, or the token after its rows and those
+        after each token of its draft."""
+        self._memory.apply(scheduler_output.moves)
+        batch = build_batch(scheduler_output.scheduled)
+        hidden, logits = self._forward(scheduler_output, batch)
+        means = self._pool(hidden, batch.pooled)
+        chunks, is_finite = _unfinished(hidden, scheduler_output.scheduled)
+        owners = [each.sequence for each in batch.sampled for _ in range(1 + len(each.draft))]
+        tokens = iter(self._sampler.sample(logits, owners) if owners else [])
+        results: list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]] = [
+            (each, [next(tokens) for _ in range(1 + len(each.draft))]) for each in batch.sampled
         ]
-        done += [(work, PoolingOutput(tuple(mean.tolist()))) for work, mean in sums]
-        if finite is not None:
-            done += [
-                (part, [SampledToken(None)]) for part, good in zip(parts, finite.tolist(), strict=True) if not good
-            ]
-        return done
+        results += [(each, PoolingOutput(tuple(mean.tolist()))) for each, mean in means]
+        if is_finite is not None:
+            pairs = zip(chunks, is_finite.tolist(), strict=True)
+            results += [(chunk, [SampledToken(None)]) for chunk, good in pairs if not good]
+        return results
 
     def forget(self, sequence: SequenceState) -> None:
         self._sampler.forget(sequence)
         self._sums.pop(sequence, None)
 
     def recover(self) -> None:
-        """Give unused memory back to the device after a step that failed."""
+        """Free unused device memory after a step that failed."""
         self._sums.clear()
         if self._network.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, plan: SchedulerOutput, step: batch.StepBatch) -> tuple[Tensor, Tensor]:
+    def _forward(self, scheduler_output: SchedulerOutput, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Hidden states of all rows, logits of the sampled ones."""
-        device = self._network.device
-        all_sampled = len(step.sampled_rows) == len(step.rows.token_ids)
-        sampled_rows = None if all_sampled else send_numbers(step.sampled_rows, device)
-        if self.graphs and not plan.chunks and self.graphs.can_run(step.rows):
-            decoded = self.graphs.run(step.rows)
-            if decoded is not None:
-                return decoded.hidden, decoded.logits if sampled_rows is None else decoded.logits[sampled_rows]
-        ragged, places = step.on(device)
+        device, rows = self._network.device, batch.rows
+        all_sampled = len(batch.sampled_rows) == len(rows.token_ids)
+        sampled_rows = None if all_sampled else numbers_to_device(batch.sampled_rows, device)
+        if self.graphs and not scheduler_output.chunks and self.graphs.can_run(rows):
+            results = self.graphs.run(rows)
+            if results is not None:
+                hidden, logits = results
+                return hidden, logits if sampled_rows is None else logits[sampled_rows]
+        numbers = to_device(torch.tensor((rows.token_ids, rows.indices, rows.slots), dtype=torch.int64), device)
+        token_ids, indices, slots = numbers.unbind(0)
+        ragged = RaggedBatch(token_ids, indices, tuple(Span(s.first, s.last, s.layout) for s in batch.spans))
         if self._is_packed:
-            attend = step_attention(self._memory, step.spans, len(plan.decoding), places, self._kernel)
+            attend = step_attention(self._memory, batch.spans, len(scheduler_output.decoding), slots, self._kernel)
         else:
-            attend = StepAttention(self._memory, step.spans, places)
+            attend = StepAttention(self._memory, batch.spans, slots)
         hidden = self._network.forward(ragged, attend)
-        if not step.sampled_rows:
+        if not batch.sampled_rows:
             return hidden, hidden[:0]
         return hidden, self._network.logits(hidden if sampled_rows is None else hidden[sampled_rows])
 
-    def _pool(self, hidden: Tensor, pooled: tuple[batch.PooledRows, ...]) -> list[tuple[ScheduledSequence, Tensor]]:
+    def _pool(self, hidden: Tensor, pooled: tuple[PooledRows, ...]) -> list[tuple[ScheduledSequence, Tensor]]:
         """Add a step's rows to their texts' sums; the mean of every text that is complete, still on the device."""
-        done: list[tuple[ScheduledSequence, Tensor]] = []
+        means: list[tuple[ScheduledSequence, Tensor]] = []
         for rows in pooled:
-            sequence = rows.work.sequence
+            sequence = rows.scheduled.sequence
             total = hidden[rows.first : rows.last].float().sum(dim=0)
             if sequence.num_computed > 0:  # else the first chunk, perhaps again after a preemption
                 total += self._sums[sequence]
             self._sums[sequence] = total
-            if rows.work.samples and sequence.pooled is not None:
-                done.append((rows.work, total / len(sequence.pooled)))
-        return done
+            if rows.scheduled.is_sampled and sequence.pooled is not None:
+                means.append((rows.scheduled, total / len(sequence.pooled)))
+        return means
 
 
-def _unfinished(hidden: Tensor, work: tuple[ScheduledSequence, ...]) -> tuple[list[ScheduledSequence], Tensor | None]:
-    """The chunks of unfinished prompts, and whether the numbers after each are finite.
+def build_batch(scheduled: tuple[ScheduledSequence, ...]) -> StepBatch:
+    """Concatenate the rows of all scheduled sequences."""
+    rows = Rows([], [], [], [], all(each.sequence.layout == CAUSAL for each in scheduled))
+    spans: list[AttentionSpan] = []
+    sampled_rows: list[int] = []
+    pooled: list[PooledRows] = []
+    for each in scheduled:
+        sequence, first = each.sequence, len(rows.token_ids)
+        begin = sequence.num_computed
+        end = begin + each.num_rows + len(each.draft)
+        assert sequence.slots is not None, "the scheduler has assigned them"
+        start = sequence.slots.start
+        rows.token_ids.extend(sequence.token_ids[begin : begin + each.num_rows])
+        rows.token_ids.extend(each.draft)
+        rows.indices.extend(range(begin, end))
+        rows.slots.extend(range(start + begin, start + end))
+        rows.first_slots.extend([start] * (end - begin))
+        last = len(rows.token_ids)
+        spans.append(AttentionSpan(first, last, start, end, sequence.layout))
+        if sequence.pooled is not None:
+            counted = max(begin, sequence.pooled.start)
+            stop = max(counted, min(end, sequence.pooled.stop))
+            pooled.append(PooledRows(each, first + counted - begin, first + stop - begin))
+        elif each.is_sampled:
+            sampled_rows += range(first + each.num_rows - 1, last)
+    return StepBatch(
+        rows=rows,
+        spans=tuple(spans),
+        sampled_rows=sampled_rows,
+        sampled=tuple(each for each in scheduled if each.is_sampled and each.sequence.pooled is None),
+        pooled=tuple(pooled),
+    )
 
-    Where they are not, the chunk fails here, before other requests can take over what it left in the cache: where a
-    later token is NaN, attention kernels give NaN for earlier ones too (0 * NaN), and those may be a beginning that
-    others share.
+
+def _unfinished(
+    hidden: Tensor, scheduled: tuple[ScheduledSequence, ...]
+) -> tuple[list[ScheduledSequence], Tensor | None]:
+    """The chunks of unfinished prompts, and whether the hidden states after each are finite.
+
+    Where they are not, the chunk fails here, before other requests can reuse its keys and values: where a later token
+    is NaN, attention kernels give NaN for earlier ones too (0 * NaN), and those may be a prefix that others share.
     """
-    rows, parts, stop = list[int](), list[ScheduledSequence](), 0
-    for item in work:
-        stop += item.num_rows + len(item.draft)
-        if not item.samples:
+    rows, chunks, stop = list[int](), list[ScheduledSequence](), 0
+    for each in scheduled:
+        stop += each.num_rows + len(each.draft)
+        if not each.is_sampled:
             rows.append(stop - 1)
-            parts.append(item)
-    if not parts:
+            chunks.append(each)
+    if not chunks:
         return [], None
-    return parts, torch.isfinite(hidden[send_numbers(rows, hidden.device)]).all(dim=-1)
+    return chunks, torch.isfinite(hidden[numbers_to_device(rows, hidden.device)]).all(dim=-1)

@@ -1,9 +1,9 @@
-"""From logits to tokens, vectorised over the batch. Every row keeps its own settings and its own random numbers.
+"""Logits -> one token a row, vectorised over the batch, with each row's own sampling parameters and random numbers.
 
 A row's random number is a function of its seed and of the position it is drawn for, so the same request gives the same
 text whatever else is in the batch, and again after a preemption.
 
-Everything is told to the device before anything is asked of it: a batch waits for a GPU once, when its tokens are read.
+All work is enqueued before anything is read back: a batch waits for a GPU once, when its tokens are read.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from serving.engine.interface import TokenLogprob
+from serving.engine.native.device import is_out_of_memory, numbers_to_device, to_device
 from serving.engine.native.sequence import SequenceState
-from serving.engine.native.transfer import send, send_numbers
 from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)
 
-NUM_CANDIDATES = 256  # most likely tokens looked at first; rows whose top_p or top_k needs more take the full sort
+NUM_CANDIDATES = 256  # most likely tokens considered first; rows whose top_p or top_k needs more use the whole row
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """What came out for one row. `token_id` is None if the logits were not finite or the row failed."""
+    """The result of one row. `token_id` is None if the logits were not finite or the row failed."""
 
     token_id: int | None
     logprob: TokenLogprob | None = None
-    is_fault: bool = False  # the row's own settings made the sampler raise
+    is_fault: bool = False  # sampling raised for this row alone
 
 
 class TokenCounts:
@@ -48,8 +48,8 @@ class TokenCounts:
         split = max(0, self._num_prompt_tokens - self._num_counted)
         for counts, ids in ((self.prompt, fresh[:split]), (self.answer, fresh[split:])):
             if known := [token_id for token_id in ids if token_id < counts.shape[0]]:
-                places = send_numbers(known, counts.device)
-                counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+                indices = numbers_to_device(known, counts.device)
+                counts.index_add_(0, indices, torch.ones_like(indices, dtype=torch.int32))
         self._num_counted = len(token_ids)
 
 
@@ -65,27 +65,51 @@ class Sampler:
         self._counts.pop(sequence, None)
 
     def sample(self, logits: Tensor, sequences: list[SequenceState]) -> list[SampledToken]:
-        """logits: [rows, at least num_tokens], any float type; row i belongs to sequences[i]."""
+        """logits: [rows, at least num_tokens], any float type; row i belongs to sequences[i].
+
+        If sampling raises, the rows are sampled one by one, and only those that raise alone fail. Raises if no row of
+        several can be sampled: then it is not the rows' fault.
+        """
+        try:
+            return self._sample(logits, sequences)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            logger.error("sampling %d rows failed; each is sampled alone: %s", len(sequences), where_from(error))
+            sampled = [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+            if len(sampled) > 1 and all(item.is_fault for item in sampled):
+                raise
+            return sampled
+
+    def _sample_alone(self, logits: Tensor, sequence: SequenceState) -> SampledToken:
+        try:
+            return self._sample(logits, [sequence])[0]
+        except Exception as error:  # noqa: BLE001
+            # the row's request fails; the traceback of the whole batch is in the log already
+            logger.error("sequence %d cannot be sampled: %s", sequence.id, type(error).__name__)
+            return SampledToken(None, is_fault=True)
+
+    def _sample(self, logits: Tensor, sequences: list[SequenceState]) -> list[SampledToken]:
         raw = logits[:, : self.num_tokens].float()  # ids behind num_tokens are padding of the embedding: no text
         finite = torch.isfinite(raw.sum(dim=-1))
         adjusted, failed = self._masked(self._adjust(raw, sequences), raw, sequences)
         chosen = torch.argmax(adjusted, dim=-1)
         drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-        dice = (
+        draw = (
             Draw(
-                adjusted if len(drawn) == len(sequences) else adjusted[send_numbers(drawn, self._device)],
+                adjusted if len(drawn) == len(sequences) else adjusted[numbers_to_device(drawn, self._device)],
                 [sequences[row] for row in drawn],
             )
             if drawn
             else None
         )
         logprobs = Logprobs(raw, sequences)
-        parts = [chosen, finite] if dice is None else [chosen, finite, dice.chosen, dice.is_settled]
+        parts = [chosen, finite] if draw is None else [chosen, finite, draw.chosen, draw.is_settled]
         read: list[list[int]] = [part.tolist() for part in torch.cat(parts).cpu().split([len(part) for part in parts])]
         token_ids, is_finite = read[:2]
-        if dice is not None:
+        if draw is not None:
             unsettled = [at for at, row in enumerate(drawn) if is_finite[row] and not read[3][at]]
-            for at, token_id in dice.settle(unsettled).items():
+            for at, token_id in draw.settle(unsettled).items():
                 read[2][at] = token_id
             for row, token_id in zip(drawn, read[2], strict=True):
                 token_ids[row] = token_id
@@ -98,7 +122,7 @@ class Sampler:
         ]
 
     def _adjust(self, raw: Tensor, sequences: list[SequenceState]) -> Tensor:
-        """Penalties, bias and the ban on early stop tokens, for the rows that have any."""
+        """Logits with penalties, bias and the ban on early stop tokens, for the rows that have any."""
         adjusted = raw
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
@@ -114,11 +138,11 @@ class Sampler:
                 adjusted[row, token_id] += bias
             if bans_stop:
                 for token_id in sampling.stop_token_ids:
-                    adjusted[row, token_id : token_id + 1] = -torch.inf  # nothing, behind the vocabulary
+                    adjusted[row, token_id : token_id + 1] = -torch.inf  # no-op behind the vocabulary
         return adjusted
 
     def _masked(self, adjusted: Tensor, raw: Tensor, sequences: list[SequenceState]) -> tuple[Tensor, set[int]]:
-        """Without what the sequences' masks forbid; and the rows whose masks failed. Other rows are not touched."""
+        """Logits without the tokens that the sequences' masks forbid, and the rows whose masks failed."""
         words: dict[int, Tensor] = {}
         failed: set[int] = set()
         for row, sequence in enumerate(sequences):
@@ -133,10 +157,10 @@ class Sampler:
             if allowed is not None:
                 words[row] = allowed
         if words:
-            banned = send(banned_tokens(torch.stack([*words.values()]), self.num_tokens), self._device)
+            banned = to_device(banned_tokens(torch.stack([*words.values()]), self.num_tokens), self._device)
             adjusted = raw.clone() if adjusted is raw else adjusted
-            for place, row in enumerate(words):
-                adjusted[row].masked_fill_(banned[place], -torch.inf)
+            for i, row in enumerate(words):
+                adjusted[row].masked_fill_(banned[i], -torch.inf)
         return adjusted, failed
 
     def _penalise(self, row: Tensor, sequence: SequenceState) -> None:
@@ -162,23 +186,23 @@ def banned_tokens(words: Tensor, num_tokens: int) -> Tensor:
 
 
 class Draw:
-    """One token a row by its temperature, top_k, top_p and min_p; from the most likely ones if they hold all it takes,
-    which a row's `is_settled` says."""
+    """One random token a row by its temperature, top_k, top_p and min_p. It is drawn from the most likely tokens;
+    `is_settled` says for which rows those are enough to know the result."""
 
     def __init__(self, logits: Tensor, sequences: list[SequenceState]) -> None:
         """logits: [rows, vocabulary] float32."""
         self._sequences, vocabulary = sequences, logits.shape[-1]
         self._settings = [_settings(sequence, vocabulary) for sequence in sequences]
-        settings = send(torch.tensor(self._settings, dtype=torch.float64), logits.device)
+        settings = to_device(torch.tensor(self._settings, dtype=torch.float64), logits.device)
         # relative to the maximum, so that a tiny temperature cannot overflow
         self._scaled = (logits - logits.amax(dim=-1, keepdim=True)) / settings[:, :1].to(logits.dtype)
         weights = self._scaled.exp()
         candidates, token_ids = weights.topk(min(NUM_CANDIDATES, vocabulary), dim=-1)
-        places, self.is_settled = _choose(candidates, weights.sum(dim=-1, dtype=torch.float64), settings, vocabulary)
-        self.chosen = token_ids.gather(1, places[:, None])[:, 0]
+        positions, self.is_settled = _choose(candidates, weights.sum(dim=-1, dtype=torch.float64), settings, vocabulary)
+        self.chosen = token_ids.gather(1, positions[:, None])[:, 0]
 
     def settle(self, rows: list[int]) -> dict[int, int]:
-        """The tokens of these rows, looking at the whole vocabulary."""
+        """The tokens of these rows, drawn from the whole vocabulary."""
         if not rows:
             return {}
         if self._scaled.device.type == "cuda":
@@ -186,12 +210,12 @@ class Draw:
         return {row: _from_whole_row(RankedRow(self._scaled[row]), self._settings[row]) for row in rows}
 
     def _sorted(self, rows: list[int]) -> list[int]:
-        """The same by sorting whole rows: what a GPU does at once, while each of RankedRow's questions waits for it."""
-        chosen = send_numbers(rows, self._scaled.device)
+        """The same by sorting whole rows: one operation for a GPU, while each query of RankedRow would wait for it."""
+        chosen = numbers_to_device(rows, self._scaled.device)
         weights, token_ids = self._scaled[chosen].exp().sort(dim=-1, descending=True, stable=True)
-        settings = send(torch.tensor([self._settings[row] for row in rows], dtype=torch.float64), weights.device)
-        places, _ = _choose(weights, weights.sum(dim=-1, dtype=torch.float64), settings, weights.shape[-1])
-        drawn: list[int] = token_ids.gather(1, places[:, None])[:, 0].tolist()
+        settings = to_device(torch.tensor([self._settings[row] for row in rows], dtype=torch.float64), weights.device)
+        positions, _ = _choose(weights, weights.sum(dim=-1, dtype=torch.float64), settings, weights.shape[-1])
+        drawn: list[int] = token_ids.gather(1, positions[:, None])[:, 0].tolist()
         return drawn
 
 
@@ -214,7 +238,7 @@ def _choose(weights: Tensor, total: Tensor, settings: Tensor, vocabulary: int) -
     weights: [rows, candidates], descending, 1 for the most likely token; total: [rows], the sum over the whole row;
     settings: [rows, 5], see `_settings`.
     top_k comes first, top_p is a share of what top_k left, min_p is relative to the most likely token.
-    Returns [rows] places among the candidates, and whether the candidates held all that it takes to choose.
+    Returns [rows] positions among the candidates, and whether the candidates are enough to know them.
     """
     _, top_p, min_p, top_k, uniform = settings.unbind(dim=1)
     weights = weights.double()
@@ -226,18 +250,18 @@ def _choose(weights: Tensor, total: Tensor, settings: Tensor, vocabulary: int) -
     kept = in_top_k & (before < (top_p * mass)[:, None]) & (weights >= min_p[:, None])
     kept[:, 0] = True
     cumulative = (weights * kept).cumsum(dim=-1)
-    # where nothing is left out, the mass is known, and most draws fall among the candidates
+    # where no token is excluded, the mass is known, and most draws fall among the candidates
     is_whole = (top_p >= 1) & (min_p <= 0) & (top_k >= vocabulary) & ~has_top_k
     target = uniform * torch.where(is_whole, total, cumulative[:, -1])
-    places = (cumulative <= target[:, None]).sum(dim=-1)
-    # between the candidates and the vocabulary, top_k changes what top_p is a share of: only the full row can tell
+    positions = (cumulative <= target[:, None]).sum(dim=-1)
+    # a top_k between the candidates and the vocabulary changes what top_p is a share of: that takes the whole row
     is_settled = has_top_k | (~kept[:, -1] & (top_k >= vocabulary)) | (is_whole & (target < cumulative[:, -1]))
-    return torch.minimum(places, kept.sum(dim=-1) - 1), is_settled
+    return torch.minimum(positions, kept.sum(dim=-1) - 1), is_settled
 
 
 class RankedRow:
     """A whole row in order of likelihood, without sorting it: tokens are counted into bins by their log-weight, and
-    only the bin that a question leads to is sorted. The answers of a full sort of the row, in a tenth of its time.
+    only the bin that a query needs is sorted. The results of a full sort of the row in a tenth of its time.
     """
 
     BINS_PER_NAT = 64
@@ -273,8 +297,8 @@ class RankedRow:
             int(torch.searchsorted(self._masses, mass, right=True)), int(torch.searchsorted(self._counts, count))
         )
         num_before, mass_before, weights, token_ids = self._sorted(bin_number)
-        place = int((mass_before + weights.cumsum(0) <= mass).sum())
-        return int(token_ids[min(place, count - num_before - 1, len(token_ids) - 1)])
+        position = int((mass_before + weights.cumsum(0) <= mass).sum())
+        return int(token_ids[min(position, count - num_before - 1, len(token_ids) - 1)])
 
     def _sorted(self, bin_number: int) -> tuple[int, float, Tensor, Tensor]:
         """(tokens before the bin, their mass, the bin's weights in descending order, their token ids)"""
@@ -286,7 +310,7 @@ class RankedRow:
 
 
 def _uniform(sequence: SequenceState) -> float:
-    """A number in [0, 1) from the request's seed and the position to be filled (splitmix64)."""
+    """A number in [0, 1) from the request's seed and the position of the next token (splitmix64)."""
     mask = (1 << 64) - 1
     state = (sequence.seed * 0x9E3779B97F4A7C15 + (sequence.num_generated + 1) * 0xD1B54A32D192ED03) & mask
     for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
@@ -303,14 +327,14 @@ class Logprobs:
         }
         if not self._counts:
             return
-        self._all = raw[send_numbers(list(self._counts), raw.device)].log_softmax(dim=-1)
+        self._all = raw[numbers_to_device(list(self._counts), raw.device)].log_softmax(dim=-1)
         self._values, self._token_ids = self._all.topk(max(self._counts.values()), dim=-1)
 
     def of(self, token_ids: list[int]) -> dict[int, TokenLogprob]:
         """For the rows that want them, given every row's token."""
         if not self._counts:
             return {}
-        chosen = send_numbers([token_ids[row] for row in self._counts], self._all.device)
+        chosen = numbers_to_device([token_ids[row] for row in self._counts], self._all.device)
         own: list[float] = self._all.gather(1, chosen[:, None])[:, 0].tolist()
         values, best = self._values.tolist(), self._token_ids.tolist()
         return {

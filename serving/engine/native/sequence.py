@@ -1,4 +1,4 @@
-"""One request's tokens and how far they are computed. Mutable; only the engine thread touches it."""
+"""The state of one sequence: its tokens, how many are computed, its cache slots. Changed by the engine thread only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ids = count()
 
 @dataclass(eq=False)
 class SlotRange:
-    """A run of neighbouring cache places. A sequence's token i lies at `start + i`."""
+    """Contiguous KV-cache slots. The keys and values of a sequence's token i are in slot `start + i`."""
 
     start: int
     capacity: int
@@ -22,7 +22,7 @@ class SlotRange:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A prompt and its answer so far."""
+    """A prompt and the tokens generated after it, or a text whose hidden states are averaged."""
 
     token_ids: list[int]  # prompt, then answer
     sampling: SamplingParams
@@ -30,16 +30,16 @@ class SequenceState:
     priority: int = 0  # smaller goes first
     seed: int = 0
     mask: TokenMask | None = None
-    pooled: range | None = None  # the tokens whose hidden states are averaged; nothing is sampled then
+    pooled: range | None = None  # the tokens whose hidden states are averaged; then nothing is sampled
     id: int = field(default_factory=lambda: next(_ids))
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that did not have to be computed at first admission
     num_preemptions: int = 0
-    is_paused: bool = False  # its reader is far behind: it keeps its places and gets no rows
+    is_paused: bool = False  # its reader is far behind: it keeps its slots and gets no rows
     queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
-    lookup: PromptLookup | None = None  # made when guessing is tried first
-    extent: SlotRange | None = None
+    lookup: PromptLookup | None = None  # made for the first draft
+    slots: SlotRange | None = None  # None while waiting
     state: Literal["waiting", "running", "finished"] = "waiting"
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class SequenceState:
 
     @property
     def num_uncomputed(self) -> int:
-        """Rows that must go through the network before the next token can be sampled."""
+        """Rows to compute before the next token can be sampled."""
         return len(self.token_ids) - self.num_computed
 
     @property

@@ -1,7 +1,7 @@
-"""The engine's port on vLLM: its scheduling, kernels and parallelism behind our token ids. Knows no text, no model.
+"""Implements `Engine` on vLLM's AsyncLLM: token ids in, token outputs into the request's queue.
 
-Prompts go in as ids and tokens come out one by one; vLLM's tokenizer, detokenizer, stop strings and chat templates are
-not used. Imports vllm, which has an environment of its own (requirements-vllm.txt).
+vLLM's tokenizer, detokenizer, stop strings and chat templates are not used. Imports vllm, which has an environment of
+its own (requirements-vllm.txt).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Self, cast
+from typing import Any, cast
 from uuid import uuid4
 
 from vllm import SamplingParams as VllmSampling
@@ -27,7 +27,6 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from serving.engine.interface import (
     EngineCapabilities,
-    EngineError,
     EngineLimits,
     EngineStats,
     EngineStopped,
@@ -36,18 +35,17 @@ from serving.engine.interface import (
     RequestFailed,
     RequestTooLarge,
     SamplingParams,
-    Steps,
     TokenLogprob,
     TokenMask,
     TokenOutput,
 )
+from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.vllm.known_tokens import KNOWN_TOKENS, NUM_TOKENS, SPECIFICATION, MaskMaker
 from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)
 
 MAX_TOP_LOGPROBS = 20
-MAX_UNREAD = 64  # steps of one request that wait for a reader; vLLM joins further ones into one
 
 
 def engine_arguments(
@@ -58,7 +56,8 @@ def engine_arguments(
     options: Mapping[str, Any],
     masks: MaskMaker,
 ) -> AsyncEngineArgs:
-    """What vLLM is told. options: vLLM's own arguments, which go before ours. Raises TypeError for unknown names."""
+    """The engine's configuration. options: vLLM's own arguments, which override ours. Raises TypeError for unknown
+    names."""
     arguments: dict[str, Any] = {
         "model": folder,
         "skip_tokenizer_init": True,
@@ -75,8 +74,8 @@ def engine_arguments(
     return AsyncEngineArgs(**{**arguments, **options})
 
 
-class Watch(StatLoggerBase):
-    """What vLLM says of itself, added up. vLLM makes one for each of its engines and calls it in the event loop."""
+class Statistics(StatLoggerBase):
+    """Sums of what vLLM reports. vLLM makes one for each of its engine cores and calls it in the event loop."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.num_steps = 0
@@ -105,7 +104,7 @@ class Watch(StatLoggerBase):
             self.queue_seconds.extend(request.queued_time for request in iteration_stats.finished_requests)
 
     def log_engine_initialized(self) -> None:
-        """vLLM's own loggers say it already."""
+        """vLLM's own loggers do that."""
 
 
 class VllmEngine:
@@ -114,175 +113,147 @@ class VllmEngine:
     capabilities = EngineCapabilities(has_embeddings=False)
 
     def __init__(self, arguments: AsyncEngineArgs, limits: EngineLimits, shape: NetworkShape) -> None:
-        """Load the weights: minutes for big ones. limits.kv_tokens is what vLLM then says. Any thread."""
-        self._watch: list[Watch] = []
+        """Load the weights, which takes minutes for large models. limits.kv_tokens is replaced by vLLM's own number.
+        Any thread."""
+        self._statistics: list[Statistics] = []
         config = arguments.create_engine_config()
-        self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[self._new_watch])
+        self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[self._new_statistics])
         cache = config.cache_config
         kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         self.limits = EngineLimits(limits.max_sequences, limits.max_batch_tokens, kv_tokens)
         self.shape = shape
         self.max_model_len: int = config.model_config.max_model_len
-        self.open: set[VllmSteps] = set()
-        self._stopped = False
+        self._queues: dict[asyncio.Task[None], OutputQueue[TokenOutput]] = {}  # of the requests in flight
+        self._is_stopped = False
 
-    def _new_watch(self, vllm_config: VllmConfig, engine_index: int = 0) -> Watch:
-        watch = Watch(vllm_config, engine_index)
-        self._watch.append(watch)
-        return watch
+    def _new_statistics(self, vllm_config: VllmConfig, engine_index: int = 0) -> Statistics:
+        statistics = Statistics(vllm_config, engine_index)
+        self._statistics.append(statistics)
+        return statistics
 
     @property
     def is_alive(self) -> bool:
-        return not (self._stopped or self._llm.errored)
+        return not (self._is_stopped or self._llm.errored)
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.open)
+        return bool(self._queues)
 
     @property
     def num_steps(self) -> int:
-        return sum(watch.num_steps for watch in self._watch)
+        return sum(each.num_steps for each in self._statistics)
 
     @property
     def queue_seconds(self) -> deque[float]:
-        return self._watch[0].queue_seconds if self._watch else deque()
+        return self._statistics[0].queue_seconds if self._statistics else deque()
 
     def stats(self) -> EngineStats:
         kv_tokens = self.limits.kv_tokens
-        usage = max((watch.kv_usage for watch in self._watch), default=0.0)
+        usage = max((each.kv_usage for each in self._statistics), default=0.0)
         return EngineStats(
-            num_running=sum(watch.num_running for watch in self._watch),
-            num_waiting=sum(watch.num_waiting for watch in self._watch),
+            num_running=sum(each.num_running for each in self._statistics),
+            num_waiting=sum(each.num_waiting for each in self._statistics),
             kv_tokens_used=round(usage * kv_tokens),
             kv_tokens_total=kv_tokens,
-            preemptions=sum(watch.preemptions for watch in self._watch),
-            prompt_tokens=sum(watch.prompt_tokens for watch in self._watch),
-            cached_tokens=sum(watch.cached_tokens for watch in self._watch),
-            generated_tokens=sum(watch.generated_tokens for watch in self._watch),
+            preemptions=sum(each.preemptions for each in self._statistics),
+            prompt_tokens=sum(each.prompt_tokens for each in self._statistics),
+            cached_tokens=sum(each.cached_tokens for each in self._statistics),
+            generated_tokens=sum(each.generated_tokens for each in self._statistics),
         )
 
     def generate(
         self,
         prompt_ids: Sequence[int],
         samplings: Sequence[SamplingParams],
+        queue: OutputQueue[TokenOutput],
+        first_index: int = 0,
         priority: int = 0,
         masks: Sequence[TokenMask | None] | None = None,
-    ) -> Steps[TokenOutput]:
-        """See Engine. Raises RequestTooLarge."""
+    ) -> None:
+        """See Engine. Each answer is a request of vLLM's, whose prefix cache computes the prompt once."""
         needed = len(prompt_ids) + max(sampling.max_tokens for sampling in samplings)
-        room = min(self.limits.kv_tokens, self.max_model_len)
-        if needed > room:
+        size = min(self.limits.kv_tokens, self.max_model_len)
+        if needed > size:
             raise RequestTooLarge(
-                f"prompt and answer need {needed} tokens of cache, and there are {room}", needed, room
+                f"prompt and answer need {needed} tokens of cache, and there are {size}", needed, size
             )
-        answers = list(zip(samplings, masks or [None] * len(samplings), strict=True))
-        return VllmSteps(self, self._llm, list(prompt_ids), answers, priority)
+        if not self.is_alive:
+            raise EngineStopped("the engine is not running")
+        for i, (sampling, mask) in enumerate(zip(samplings, masks or [None] * len(samplings), strict=True)):
+            request = VllmRequest(self._llm, list(prompt_ids), sampling, mask, priority, queue, first_index + i)
+            queue.add(first_index + i, request)
+            self._queues[request.task] = queue
+            request.task.add_done_callback(self._queues.pop)
 
-    def embed(self, texts: Sequence[tuple[Sequence[int], range]]) -> Steps[PoolingOutput]:
+    def embed(self, texts: Sequence[tuple[Sequence[int], range]], queue: OutputQueue[PoolingOutput]) -> None:
         raise RequestFailed("vLLM either generates or embeds; this one generates")
 
     def give_up(self) -> None:
-        """End every request in flight; called in the event loop, by whoever sees no progress."""
-        for steps in list(self.open):
-            steps.fail(EngineStopped("the engine makes no progress"))
+        """See Engine. Called in the event loop."""
+        for queue in set(self._queues.values()):
+            queue.fail(EngineStopped("the engine makes no progress"))
 
     def stop(self, max_seconds: float | None = None) -> None:
         """End vLLM's processes; requests in flight get EngineStopped."""
-        self._stopped = True
+        self._is_stopped = True
         self._llm.shutdown(max_seconds)
 
 
-class VllmSteps:
-    """The answers to one prompt, each a request of vLLM's, because they are cancelled separately.
-
-    vLLM's prefix cache lets the second choice reuse the prompt of the first. A reader who is slow holds nothing up:
-    vLLM joins the steps that wait.
-    """
+class VllmRequest:
+    """One answer: a task that reads vLLM's outputs. Implements RunningSequence: vLLM aborts a request whose reader is
+    cancelled, and joins the outputs that wait for a paused one."""
 
     def __init__(
         self,
-        engine: VllmEngine,
         llm: AsyncLLM,
-        prompt: list[int],
-        answers: Sequence[tuple[SamplingParams, TokenMask | None]],
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        mask: TokenMask | None,
         priority: int,
+        queue: OutputQueue[TokenOutput],
+        index: int,
     ) -> None:
-        self._engine = engine
-        self._llm = llm
-        self._prompt = prompt
-        self._answers = answers
-        self._priority = priority
-        self._mailbox: asyncio.Queue[tuple[int, TokenOutput | EngineError]] = asyncio.Queue(MAX_UNREAD)
-        self._open: dict[int, asyncio.Task[None]] = {}
+        self._llm, self._prompt_ids, self._sampling, self._mask = llm, prompt_ids, sampling, mask
+        self._priority, self._queue, self._index = priority, queue, index
+        self._is_resumed = asyncio.Event()
+        self._is_resumed.set()
+        self.task = asyncio.create_task(self._read())
 
-    async def __aenter__(self) -> Self:
-        if not self._engine.is_alive:
-            raise EngineStopped("the engine is not running")
-        self._open = {
-            choice: asyncio.create_task(self._pump(choice, *answer)) for choice, answer in enumerate(self._answers)
-        }
-        self._engine.open.add(self)
-        return self
+    def send(self, command: SequenceCommand) -> None:
+        """See RunningSequence."""
+        match command:
+            case "cancel":
+                self.task.cancel()
+            case "pause":
+                self._is_resumed.clear()
+            case "resume":
+                self._is_resumed.set()
 
-    async def __aexit__(self, *_: object) -> None:
-        self._engine.open.discard(self)
-        tasks = list(self._open.values())
-        self.cancel(*self._open)
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, TokenOutput]:
-        while self._open:
-            choice, step = await self._mailbox.get()
-            if choice not in self._open:
-                continue  # it was cancelled while this was under way
-            if isinstance(step, EngineError):
-                del self._open[choice]
-                raise step
-            if step.finish_reason:
-                del self._open[choice]
-            return choice, step
-        raise StopAsyncIteration
-
-    def cancel(self, *choices: int) -> None:
-        """vLLM aborts a request whose task is cancelled."""
-        for choice in choices:
-            self._open.pop(choice).cancel()
-
-    def fail(self, error: EngineError) -> None:
-        """Tell the reader and stop waiting for vLLM."""
-        for choice, task in self._open.items():
-            task.cancel()
-            if self._mailbox.full():
-                self._mailbox.get_nowait()
-            self._mailbox.put_nowait((choice, error))
-
-    async def _pump(self, choice: int, sampling: SamplingParams, mask: TokenMask | None) -> None:
+    async def _read(self) -> None:
         try:
-            await self._run(choice, sampling, mask)
+            await self._read_outputs()
         except EngineDeadError:
-            await self._mailbox.put((choice, EngineStopped("vLLM's engine process has ended")))
+            self._queue.put([(self._index, EngineStopped("vLLM's engine process has ended"))])
         except Exception as error:
             logger.exception("vLLM could not answer one request")
-            await self._mailbox.put((choice, RequestFailed(f"vLLM could not answer: {type(error).__name__}")))
+            self._queue.put([(self._index, RequestFailed(f"vLLM could not answer: {type(error).__name__}"))])
 
-    async def _run(self, choice: int, sampling: SamplingParams, mask: TokenMask | None) -> None:
-        prompt = TokensPrompt(prompt_token_ids=self._prompt)
-        told = to_vllm(sampling, mask.specification if mask else None)
-        outputs = self._llm.generate(prompt, told, f"{uuid4().hex}-{choice}", priority=self._priority)
+    async def _read_outputs(self) -> None:
+        prompt = TokensPrompt(prompt_token_ids=self._prompt_ids)
+        parameters = to_vllm(self._sampling, self._mask.specification if self._mask else None)
+        outputs = self._llm.generate(prompt, parameters, f"{uuid4().hex}-{self._index}", priority=self._priority)
         async with aclosing(outputs):
             async for output in outputs:
-                for step in to_steps(cast("RequestOutput", output), sampling.num_top_logprobs):
-                    if mask is not None and not _is_accepted(mask, step.token_id):
-                        await self._mailbox.put((choice, RequestFailed("its mask refused a token")))
+                for token in to_token_outputs(cast("RequestOutput", output), self._sampling.num_top_logprobs):
+                    if self._mask is not None and not _is_accepted(self._mask, token.token_id):
+                        self._queue.put([(self._index, RequestFailed("its mask refused a token"))])
                         return
-                    await self._mailbox.put((choice, step))
+                    self._queue.put([(self._index, token)])
+                await self._is_resumed.wait()
 
 
 def _is_accepted(mask: TokenMask, token_id: int) -> bool:
-    """Whether vLLM's processes held to the mask: one that fails there lets everything pass."""
+    """Whether vLLM's processes followed the mask: one that fails there allows every token."""
     try:
         mask.accept(token_id)
     except Exception as error:  # noqa: BLE001
@@ -292,7 +263,7 @@ def _is_accepted(mask: TokenMask, token_id: int) -> bool:
 
 
 def to_vllm(sampling: SamplingParams, specification: str | None = None) -> VllmSampling:
-    """Our settings in vLLM's words; the distribution behind them is the same, the random numbers are not.
+    """Our sampling parameters as vLLM's: the same distribution, other random numbers.
 
     specification: of the answer's mask.
     """
@@ -317,8 +288,8 @@ def to_vllm(sampling: SamplingParams, specification: str | None = None) -> VllmS
     )
 
 
-def to_steps(output: RequestOutput, num_top: int | None) -> list[TokenOutput]:
-    """The tokens that one message of vLLM's brings; several if the reader was slow. Raises EngineStopped."""
+def to_token_outputs(output: RequestOutput, num_top: int | None) -> list[TokenOutput]:
+    """The tokens of one of vLLM's outputs; several if the reader was slow. Raises EngineStopped."""
     answer = output.outputs[0]
     reason = answer.finish_reason
     if reason not in (None, "stop", "length"):

@@ -1,6 +1,6 @@
-"""Keeps vLLM from sampling ids that have no text: the padding of the embedding. Runs inside of vLLM's processes.
+"""A vLLM logits processor that bans ids without a text (the padding of the embedding), and the keys of our settings.
 
-With the words in which the server's process tells these processes what it wants.
+Runs in vLLM's processes, to which the server's process passes our settings under these keys.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SPECIFICATION = "specification"  # the key of a request's extra_args that carrie
 
 @dataclass(frozen=True)
 class MaskMaker:
-    """Who makes masks of recipes inside of vLLM's processes."""
+    """What builds masks from their specifications in vLLM's processes."""
 
     processor: str  # module:class of a vLLM LogitsProcessor
-    config: Mapping[str, Any]  # what it finds in vLLM's additional_config
+    config: Mapping[str, Any]  # its part of vLLM's additional_config
 
 
 class OnlyKnownTokens(LogitsProcessor):
@@ -37,7 +37,7 @@ class OnlyKnownTokens(LogitsProcessor):
         return False  # greedy requests must not get padding either
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Nothing here depends on the request."""
+        """Does nothing: all requests are treated alike."""
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits: [rows, vocabulary], changed in place."""

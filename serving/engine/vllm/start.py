@@ -1,4 +1,4 @@
-"""Brings a stored model up on vLLM: the family gives the chat format, vLLM loads the transformers folder by itself."""
+"""A stored model -> a running model on vLLM, which loads the transformers folder; the family gives the chat format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class CannotStart(Exception):
-    """vLLM cannot serve this; the message is one clear line for a person."""
+    """vLLM cannot serve this model; the message is one line for the operator."""
 
 
 def start_on_vllm(
@@ -35,7 +35,7 @@ def start_on_vllm(
     worker: which of `settings.workers` this is, counted from 0; it gets `settings.gpus_per_worker` GPUs of its own.
     """
     started = time.monotonic()
-    arguments = _arguments(settings)
+    options = _vllm_options(settings)
     take_devices(worker, settings)
     try:
         from serving.engine.vllm.engine import VllmEngine, engine_arguments
@@ -47,10 +47,10 @@ def start_on_vllm(
     config = cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
     context_length = int(metadata["context_length"])
     try:
-        told = engine_arguments(
-            str(folder), limits, chat_format.num_tokens, context_length, arguments, mask_maker(chat_format)
+        arguments = engine_arguments(
+            str(folder), limits, chat_format.num_tokens, context_length, options, mask_maker(chat_format)
         )
-        engine = VllmEngine(told, limits, _shape(config, chat_format.num_tokens, context_length))
+        engine = VllmEngine(arguments, limits, _shape(config, chat_format.num_tokens, context_length))
     except (TypeError, ValueError) as error:
         raise CannotStart(f"vLLM refuses: {str(error).splitlines()[0]}") from error
     logger.info(
@@ -66,18 +66,18 @@ def start_on_vllm(
     return model
 
 
-def _arguments(settings: Settings) -> dict[str, Any]:
-    """What the settings say in vLLM's words."""
-    arguments: dict[str, Any] = {"dtype": settings.precision, "tensor_parallel_size": settings.gpus_per_worker}
-    if "max_batch_tokens" in settings.model_fields_set:  # else vLLM knows better
-        arguments["max_num_batched_tokens"] = settings.max_batch_tokens
+def _vllm_options(settings: Settings) -> dict[str, Any]:
+    """Our settings as vLLM's arguments."""
+    options: dict[str, Any] = {"dtype": settings.precision, "tensor_parallel_size": settings.gpus_per_worker}
+    if "max_batch_tokens" in settings.model_fields_set:  # else vLLM's own default, which depends on the GPU
+        options["max_num_batched_tokens"] = settings.max_batch_tokens
     if settings.kv_cache_gib:
-        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
-    return arguments | settings.vllm_arguments
+        options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    return options | settings.vllm_arguments
 
 
 def take_devices(worker: int, settings: Settings) -> None:
-    """Leave this worker's GPUs visible to vLLM's processes, and no others. BentoML shows all to all workers."""
+    """Make only this worker's GPUs visible to vLLM's processes. BentoML makes all visible to all workers."""
     visible = [name for name in os.environ.get(VISIBLE_DEVICES, "").split(",") if name]
     first, count = worker * settings.gpus_per_worker, settings.gpus_per_worker
     if settings.workers == 1 or not visible:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.generation.interface import IndexedEvent
 from serving.generation.pipeline import CompletionJob, RunningModel
-from serving.openai.common import Api, IndexedEvent, Operation, build_prompt, chunk_options, json_response
+from serving.openai.common import Api, Operation, build_prompt, chunk_options, json_response
 from serving.openai.completions.request import CompletionRequest, to_completion_jobs
 from serving.openai.completions.response import Completion, CompletionStream, PromptChoices, to_text_completion
 from serving.openai.streaming import begin_stream, collect

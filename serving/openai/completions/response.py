@@ -10,12 +10,12 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from serving.engine.interface import TokenLogprob
-from serving.generation.interface import AnswerPart, ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import AnswerPart, ChatEvent, Finished, IndexedEvent, TextDelta, ToolCallDelta, Usage
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.errors import envelope as error_json
 from serving.http.server_sent_events import to_json
-from serving.openai.common import ChunkOptions, Count, Envelope, IndexedEvent, TokenBytes, by_choice
+from serving.openai.common import ChunkOptions, Count, Envelope, TokenBytes, by_choice
 from serving.openai.logprobs import LOWEST_LOGPROB, Logprob
 from serving.openai.usage import CompletionUsage, RunningUsage, to_completion_usage, total_usage
 

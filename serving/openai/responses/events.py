@@ -12,11 +12,11 @@ from typing import Literal
 from typing_extensions import TypeAliasType, TypedDict
 
 from serving.engine.interface import TokenLogprob
-from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta
+from serving.generation.interface import ChatEvent, Finished, IndexedEvent, TextDelta, ToolCallDelta
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.server_sent_events import to_json
-from serving.openai.common import Count, IndexedEvent, TokenBytes
+from serving.openai.common import Count, TokenBytes
 from serving.openai.logprobs import TokenLogprobEntry, to_entries
 from serving.openai.responses.request import Status
 from serving.openai.responses.response import (

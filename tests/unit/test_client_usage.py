@@ -1,4 +1,4 @@
-"""What workers know of each other's clients: nothing is counted twice, lost, or held by the dead."""
+"""Usage over several workers: nothing is counted twice, lost, or held by an ended worker."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from serving.admission import client_usage as accounts
+from serving.admission import client_usage
 from serving.admission.admission_control import Admission, AdmissionLimits, Capacity, Permit
 from serving.admission.client_usage import UsageTable
 from serving.http.errors import APIError
 from tests.golden_data import REPOSITORY
 
 CAPACITY = Capacity(max_sequences=2, kv_tokens=1000)
-HOLDS_AND_WAITS = """
+RESERVES_AND_WAITS = """
 import sys
 from pathlib import Path
 from serving.admission.client_usage import UsageTable
-accounts = UsageTable(Path(sys.argv[1]), 4)
-hold = accounts.hold("alice", 3, 300)
-accounts.remember(hold, 1.0, 5.0, 1000.0)
-print("held", flush=True)
+table = UsageTable(Path(sys.argv[1]), 4)
+reservation = table.reserve("alice", 3, 300)
+table.store_allowance(reservation, 1.0, 5.0, 1000.0)
+print("reserved", flush=True)
 sys.stdin.read()
 """
 
@@ -37,21 +37,21 @@ class Clock:
 
 
 class Workers:
-    """Doors of several workers that share one folder."""
+    """Admission of several workers that share one folder."""
 
     def __init__(self, folder: Path, count: int, limits: AdmissionLimits) -> None:
         self.clock = Clock()
-        self.accounts = [UsageTable(folder, 2 * count) for _ in range(count)]
-        self.doors = [Admission(limits, self.clock, own) for own in self.accounts]
-        self.look()
-        self.look()  # whoever came last was not seen by the first
+        self.tables = [UsageTable(folder, 2 * count) for _ in range(count)]
+        self.admissions = [Admission(limits, self.clock, table) for table in self.tables]
+        self.refresh()
+        self.refresh()  # the first did not see the last one
 
-    def look(self) -> None:
-        for own in self.accounts:
-            own.look()
+    def refresh(self) -> None:
+        for table in self.tables:
+            table.refresh()
 
     def admit(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> Permit:
-        return self.doors[worker].admit(client, answers, tokens, CAPACITY)
+        return self.admissions[worker].admit(client, answers, tokens, CAPACITY)
 
     def refused(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> APIError:
         with pytest.raises(APIError) as caught:
@@ -62,27 +62,27 @@ class Workers:
 
 @pytest.fixture
 def dead_worker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds three answers of alice's, still alive."""
+    """A running process that has three answers of alice's in flight."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS_AND_WAITS, str(tmp_path)],
+        [sys.executable, "-c", RESERVES_AND_WAITS, str(tmp_path)],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "reserved\n"
         yield process
         process.kill()
 
 
 def test_requests_at_once_are_counted_over_all_workers(tmp_path: Path) -> None:
     workers = Workers(tmp_path, 2, AdmissionLimits(max_concurrent=2))
-    tickets = [workers.admit(0), workers.admit(1)]
+    permits = [workers.admit(0), workers.admit(1)]
     for worker in (0, 1):
         workers.refused(worker)
         workers.admit(worker, "bob").close(None)
-    tickets[0].close(10)
+    permits[0].close(10)
     workers.admit(1)
     workers.refused(0)
 
@@ -103,14 +103,14 @@ def test_a_minutes_allowance_is_one_for_all_workers(tmp_path: Path) -> None:
 
 def test_tokens_that_were_not_used_are_given_back_to_all_workers(tmp_path: Path) -> None:
     workers = Workers(tmp_path, 2, AdmissionLimits(tokens_per_minute=1000))
-    ticket = workers.admit(0, tokens=900)
+    permit = workers.admit(0, tokens=900)
     workers.refused(1, tokens=500)
-    ticket.close(100)
+    permit.close(100)
     assert workers.admit(1, tokens=500).headers["x-ratelimit-remaining-tokens"] == "400"
 
 
-def test_a_worker_that_was_idle_for_long_knows_what_others_spent_when(tmp_path: Path) -> None:
-    """What was spent a minute ago is there again, though this worker has not seen it go."""
+def test_a_worker_that_was_idle_for_long_knows_when_others_used_their_allowance(tmp_path: Path) -> None:
+    """What was used a minute ago is available again, though this worker did not see it used."""
     workers = Workers(tmp_path, 2, AdmissionLimits(requests_per_minute=2))
     for _ in range(2):
         workers.admit(0).close(10)
@@ -122,67 +122,67 @@ def test_a_worker_that_was_idle_for_long_knows_what_others_spent_when(tmp_path: 
 
 def test_the_queue_is_as_long_as_all_workers_can_work_on_and_what_may_wait(tmp_path: Path) -> None:
     workers = Workers(tmp_path, 2, AdmissionLimits(max_queued_requests=3))
-    tickets = [workers.admit(i % 2, f"client-{i}") for i in range(7)]  # twice two at once, and three that wait
+    permits = [workers.admit(i % 2, f"client-{i}") for i in range(7)]  # twice two at once, and three that wait
     for worker in (0, 1):
         workers.refused(worker, "late")
-    tickets[0].close(10)
+    permits[0].close(10)
     workers.admit(1, "late")
 
 
-def test_a_refused_request_holds_nothing(tmp_path: Path) -> None:
+def test_a_refused_request_reserves_nothing(tmp_path: Path) -> None:
     workers = Workers(tmp_path, 2, AdmissionLimits(max_concurrent=1))
-    ticket = workers.admit(0)
+    permit = workers.admit(0)
     for _ in range(100):
         workers.refused(1)
-    ticket.close(10)
-    assert workers.accounts[0].in_flight() == workers.accounts[1].in_flight() == (0, 0)
+    permit.close(10)
+    assert workers.tables[0].in_flight() == workers.tables[1].in_flight() == (0, 0)
     workers.admit(1)
 
 
-def test_what_a_killed_worker_held_is_free_and_what_it_spent_is_spent(
+def test_a_killed_workers_requests_count_no_longer_and_its_clients_allowances_stay(
     tmp_path: Path, dead_worker: subprocess.Popen[str]
 ) -> None:
     own = UsageTable(tmp_path, 4)
-    hold = own.hold("alice", 1, 10)
-    own.look()
+    reservation = own.reserve("alice", 1, 10)
+    own.refresh()
     assert (own.num_workers, own.in_flight()) == (2, (4, 310))
-    assert own.standing(hold).num_requests == 2
+    assert own.usage(reservation).num_requests == 2
     dead_worker.kill()
     dead_worker.wait()
-    own.look()
+    own.refresh()
     assert (own.num_workers, own.in_flight()) == (1, (1, 10))
-    standing = own.standing(hold)
-    assert (standing.num_requests, standing.num_answers, standing.num_tokens) == (1, 1, 10)
-    assert (standing.requests_left, standing.tokens_left, standing.at) == (1.0, 5.0, 1000.0)
+    usage = own.usage(reservation)
+    assert (usage.num_requests, usage.num_answers, usage.num_tokens) == (1, 1, 10)
+    assert (usage.requests_left, usage.tokens_left, usage.at) == (1.0, 5.0, 1000.0)
 
 
-def test_whoever_replaces_a_killed_worker_begins_with_empty_hands(
+def test_the_successor_of_a_killed_worker_has_nothing_in_flight(
     tmp_path: Path, dead_worker: subprocess.Popen[str]
 ) -> None:
     dead_worker.kill()
     dead_worker.wait()
     successor = UsageTable(tmp_path, 4)  # the first free page is the dead one's
-    hold = successor.hold("alice", 1, 10)
+    reservation = successor.reserve("alice", 1, 10)
     assert successor.in_flight() == (1, 10)
-    assert successor.standing(hold).num_requests == 1
-    assert successor.standing(hold).tokens_left == 5.0
+    assert successor.usage(reservation).num_requests == 1
+    assert successor.usage(reservation).tokens_left == 5.0
 
 
 def test_more_workers_than_pages_are_refused(tmp_path: Path) -> None:
     taken = [UsageTable(tmp_path, 2) for _ in range(2)]
     assert [own.num_workers for own in taken] == [1, 2]
     with pytest.raises(RuntimeError, match="more than 2 workers"):
-        UsageTable(tmp_path, 2).look()
+        UsageTable(tmp_path, 2).refresh()
 
 
-def test_more_clients_than_places_are_let_in_and_leave_nothing_behind(
+def test_more_clients_than_entries_are_admitted_and_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever finds no place is not told apart from others; whoever has one keeps it while he holds something."""
-    monkeypatch.setattr(accounts, "NUM_PLACES", 4)
+    """A client without an entry has no limits of its own; an entry is kept while its client has requests in flight."""
+    monkeypatch.setattr(client_usage, "NUM_ENTRIES", 4)
     workers = Workers(tmp_path, 2, AdmissionLimits(10_000, 10_000_000, requests_per_minute=3, max_concurrent=1))
-    tickets = {i: workers.admit(i % 2, f"client-{i}") for i in range(300)}
-    assert workers.accounts[0].in_flight() == (300, 3000)
+    permits = {i: workers.admit(i % 2, f"client-{i}") for i in range(300)}
+    assert workers.tables[0].in_flight() == (300, 3000)
     refused = 0
     for i in range(300):
         try:
@@ -190,9 +190,9 @@ def test_more_clients_than_places_are_let_in_and_leave_nothing_behind(
         except APIError:
             refused += 1
     assert 4 <= refused < 300
-    for ticket in tickets.values():
-        ticket.close(10)
-    assert workers.accounts[0].in_flight() == (0, 0)
+    for permit in permits.values():
+        permit.close(10)
+    assert workers.tables[0].in_flight() == (0, 0)
     workers.clock.now += 60
     workers.admit(0, "somebody").close(10)
-    assert workers.accounts[1].in_flight() == (0, 0)
+    assert workers.tables[1].in_flight() == (0, 0)
