@@ -246,7 +246,7 @@ def test_what_tokens_cost_is_worked_out_from_a_result_file() -> None:
 
 
 def test_the_bentocloud_deployment_has_only_fields_that_exist() -> None:
-    """BentoML ignores unknown names, so they are looked up here; in its schemas, which have no public name."""
+    """BentoML ignores unknown names, so they are looked up in its schemas, which have no public name."""
     import attrs
     from bentoml._internal.cloud.schemas.modelschemas import DeploymentServiceConfig, DeploymentTargetHPAConf
     from bentoml._internal.cloud.schemas.schemasv2 import CreateDeploymentSchema

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has it under no public name
 
 from kernels import linears, linears_cuda
 from kernels.linears import TOLERANCE
@@ -84,7 +84,7 @@ def test_the_groups_are_those_of_torchs_own_kernel_for_cpus() -> None:
     weight = layer(outputs=64).weight.detach()
     packed_values, scales = quantize_groups(weight)
     values = torch.stack((packed_values >> 4, packed_values & 15), dim=-1).flatten(1).to(torch.int32)
-    kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)  # the operator's only name
     x = torch.randn(5, 256).bfloat16()
     product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, kernel_weight, GROUP, scales)
     expected = x.float() @ dequantize_groups(packed_values, scales, torch.float32).T
