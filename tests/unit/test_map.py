@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ PYTHON_FOLDERS = ("serving", "models", "kernels", "tests", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_REQUEST_FILES = 42
+# metaphors that stood for an interface, a registry, overload and "does not use": the field has words for them
+HOUSE_WORDS = re.compile(r"\b(?:plugs?|shel(?:f|ves)|siege|Knows|knows no)\b")
 
 
 def python_files() -> list[Path]:
@@ -61,6 +64,18 @@ def test_every_function_is_short_and_every_file_begins_with_what_it_does() -> No
             unexplained.append(name_of(path))
     assert not too_long
     assert not unexplained
+
+
+def test_the_words_are_those_of_the_field() -> None:
+    folders = [REPOSITORY / name for name in ("serving", "models", "kernels", "docs")]
+    files = [path for folder in folders for suffix in ("py", "md") for path in folder.rglob(f"*.{suffix}")]
+    found = [
+        f"{name_of(path)}:{number} {line.strip()}"
+        for path in [*files, REPOSITORY / "service.py", REPOSITORY / "README.md"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if HOUSE_WORDS.search(line)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_a_streamed_chat_request_enters_few_files() -> None:
