@@ -9,8 +9,8 @@ from serving.engine.interface import Engine, SamplingParams
 from serving.generation import history
 from serving.generation.detokenizer import WINDOW
 from serving.generation.interface import ChatEvent, ChatFormat, Conversation, PromptError
-from serving.generation.output_processor import OutputProcessor, PlainTextParser
-from serving.generation.structured.answer_spec import AnswerSpec, build_answer_spec
+from serving.generation.output_processor import AnswerSpec, OutputProcessor, PlainTextParser
+from serving.generation.structured.answer_spec import build_answer_spec
 from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
 from serving.generation.structured.token_masks import Grammars
 from serving.generation.tools import prompt as tool_prompt
@@ -147,7 +147,9 @@ class RunningModel:
 
     def render(self, conversation: Conversation) -> list[int]:
         """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
-        return tool_prompt.render(self.chat_format, conversation)
+        if conversation.uses_tools and self.chat_format.tool_syntax is None:
+            return tool_prompt.render(self.chat_format, conversation)
+        return self.chat_format.render(conversation)
 
     async def complete(self, prompt: Prompt, priority: int = 0) -> AsyncGenerator[tuple[int, ChatEvent], None]:
         """(choice, event) for every answer, as they come. Close it to cancel. Raises EngineError only.
@@ -172,10 +174,12 @@ class RunningModel:
     def _plan(self, job: ChatJob | CompletionJob) -> AnswerSpec:
         if isinstance(job, CompletionJob):
             return AnswerSpec(PlainTextParser, self.chat_format.decode)
-        tools = job.conversation.tools
-        if job.needs_grammar and not self.engine.capabilities.has_masks:
+        if not job.needs_grammar:
+            return AnswerSpec(lambda: self.chat_format.parser(job.begun), self.chat_format.decode)
+        if not self.engine.capabilities.has_masks:
             param = "tools" if job.constraint is None else job.constraint.param
-            raise PromptError("The engine of this server cannot hold answers to a form.", param)
+            raise PromptError("The engine of this server does not support structured outputs.", param)
+        tools = job.conversation.tools
         return build_answer_spec(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
 
     def _checked(self, token_ids: tuple[int, ...]) -> list[int]:
