@@ -94,6 +94,18 @@ def bodies() -> list[dict[str, Any]]:
     return made
 
 
+def fresh_body(number: int) -> dict[str, Any]:
+    """A request with a JSON schema (about 10 KB), or every fourth time with a tool, that no request had before."""
+    body = {"model": "chatglm", "messages": [{"role": "user", "content": f"{number} {QUESTIONS[2]}"}], "max_tokens": 4}
+    if number % 4 == 0:
+        parameters = {"type": "object", "properties": {f"p{number}": {"type": "string"}}, "required": [f"p{number}"]}
+        function = {"name": f"f{number}", "parameters": parameters}
+        return {**body, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    properties = {f"p{i}": {"enum": [f"value {i} {j}" for j in range(6)]} for i in range(100)}
+    schema = {"$comment": f"{number}", "type": "object", "properties": properties, "required": list(properties)}
+    return {**body, "response_format": {"type": "json_schema", "json_schema": {"name": "fresh", "schema": schema}}}
+
+
 def answer_of(completion: dict[str, Any]) -> str:
     """The part of a completion that must be the same every time."""
     choices = sorted(completion["choices"], key=lambda choice: int(choice["index"]))
@@ -103,8 +115,11 @@ def answer_of(completion: dict[str, Any]) -> str:
 class Soak:
     """One run against one server."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, seed: int) -> None:
+    def __init__(self, url: str, http: aiohttp.ClientSession, seed: int, fresh_weight: int = 0) -> None:
+        """fresh_weight: of requests with schemas and tools that are never repeated; the others weigh 100 together."""
         self.tally = Tally()
+        self._weights = [35, 30, 15, 8, 12, fresh_weight]
+        self._num_fresh = 0
         self._chat = f"{url}/v1/chat/completions"
         self._metrics = f"{url}/metrics"
         self._http = http
@@ -123,9 +138,9 @@ class Soak:
 
     async def ask_until(self, end: float) -> None:
         """Sends requests of all kinds, one after another, until time.monotonic() reaches `end`."""
-        kinds = [self._stream, self._whole, self._abort, self._leave_early, self._bad]
+        kinds = [self._stream, self._whole, self._abort, self._leave_early, self._bad, self._fresh]
         while time.monotonic() < end:
-            (kind,) = self._random.choices(kinds, [35, 30, 15, 8, 12])
+            (kind,) = self._random.choices(kinds, self._weights)
             number = self._random.randrange(len(self._bodies))
             try:
                 await kind(number)
@@ -211,6 +226,13 @@ class Soak:
                 self.tally.fault(f"bad body: {reply.status} {error}")
         self.tally.counts["bad body"] += 1
 
+    async def _fresh(self, _: int) -> None:
+        self._num_fresh += 1
+        async with self._posted(fresh_body(self._num_fresh)) as reply:
+            if reply is not None:
+                self.tally.num_tokens += json.loads(await reply.text())["usage"]["completion_tokens"]
+                self.tally.counts["fresh schema or tool"] += 1
+
     def _compare(self, number: int, answer: str, kind: str) -> None:
         self.tally.counts[kind] += 1
         if answer != self._reference[number]:
@@ -243,13 +265,18 @@ class Soak:
 
 
 async def run(
-    server: Server, seconds: float, num_clients: int, seed: int, max_growth_mib: float = MAX_GROWTH_MIB
+    server: Server,
+    seconds: float,
+    num_clients: int,
+    seed: int,
+    max_growth_mib: float = MAX_GROWTH_MIB,
+    fresh_weight: int = 0,
 ) -> Tally:
     """The whole soak against a running server that was started with `settings()`."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        soak = Soak(server.url, http, seed)
+        soak = Soak(server.url, http, seed, fresh_weight)
         await soak.learn()
         started = time.monotonic()
         clients = [asyncio.create_task(soak.ask_until(started + seconds)) for _ in range(num_clients)]
@@ -292,9 +319,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, default=2 * MAX_SEQUENCES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fresh-weight", type=int, default=20, help="of requests with schemas never sent before, against 100 others"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home, serving(Path(home), settings()) as server:
-        tally = asyncio.run(run(server, given.seconds, given.clients, given.seed))
+        tally = asyncio.run(run(server, given.seconds, given.clients, given.seed, fresh_weight=given.fresh_weight))
         print(table(tally, given.seconds))
         for what in tally.wrong[:20]:
             print(what, file=sys.stderr)

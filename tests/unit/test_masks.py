@@ -27,7 +27,14 @@ from serving.generation.structured.grammar import (
     call_grammars,
     forced_grammar,
 )
-from serving.generation.structured.token_masks import Grammar, Grammars, MaskFailed, ToolCallMask
+from serving.generation.structured.token_masks import (
+    MAX_CACHED,
+    MAX_CACHED_BYTES,
+    Grammar,
+    Grammars,
+    MaskFailed,
+    ToolCallMask,
+)
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
 from tests.contract.tiny import chat_format
@@ -319,3 +326,14 @@ def test_compiled_grammars_are_cached_and_masks_do_not_share_their_state(answers
     first.accept(answers.tokens.index(b"a"))
     assert answers.allowed(second).tolist() == before
     assert answers.allowed(first).tolist() != before
+
+
+def test_the_cache_of_grammars_is_bounded_by_their_size_too(answers: Answers) -> None:
+    """64 grammars of the largest schemas would hold a gigabyte."""
+    grammars = Grammars(answers.format)
+    for i in range(MAX_CACHED + 5):
+        grammars.compile(answer_grammar(ChoiceAnswer((f"small {i}",), "c")), "", "")
+    assert grammars.num_cached == MAX_CACHED
+    for i in range(12):
+        grammars.compile(answer_grammar(ChoiceAnswer((f"large {i}", "x" * 30_000), "c")), "", "")
+    assert grammars.num_cached * 30_000 * 100 < MAX_CACHED_BYTES

@@ -116,6 +116,7 @@ class Scheduler:
             else:
                 self._release(sequence)
         sequence.state = "finished"
+        sequence.mask = sequence.lookup = None  # a retained sequence is kept for its cache slots, often for hours
 
     def forget_cache(self) -> None:
         """The cache's content is lost: everything running starts again, nothing idle can be used."""
