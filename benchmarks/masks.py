@@ -48,7 +48,7 @@ PERSON = {
 ENDLESS = {"type": "array", "items": PERSON, "minItems": 100_000}
 
 
-class Words:
+class WordTable:
     """Every byte, then words of letters and Chinese characters: a vocabulary without a file."""
 
     num_tokens = NUM_TOKENS
@@ -68,18 +68,18 @@ class Words:
 def stepper(
     network: FlatDecoder, batch: int, num_tokens: int, grammar: Grammar | None, clock: Callable[[], float]
 ) -> Callable[[], float]:
-    """Prefill `batch` sequences; what comes back carries out one decode step and returns its seconds."""
+    """Prefills `batch` sequences. The function returned carries out one decode step and returns its seconds."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
     runner = ModelRunner(network, scheduler.allocator.size)
     for seed in range(batch):
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # as dear for any logits
-        mask = grammar.walk() if grammar else None
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # the same cost for any logits
+        mask = grammar.new_mask() if grammar else None
         scheduler.add(SequenceState(rng.choices(range(1000, 60_000), k=64), sampling, seed=seed, mask=mask))
 
     def step() -> float:
         plan = scheduler.schedule()
-        begun = clock()
+        started = clock()
         results = runner.run(plan)
         for each in plan.scheduled:
             scheduler.computed(each)
@@ -88,7 +88,7 @@ def stepper(
             if work.sequence.mask is not None:
                 work.sequence.mask.accept(sampled.token_id)
             work.sequence.append(sampled.token_id)
-        return clock() - begun
+        return clock() - started
 
     while scheduler.waiting or not all(s.num_generated for s in scheduler.running):
         step()
@@ -107,8 +107,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1 if arguments.cpu_time else num_usable_cores())
-    spelling = _Pieces(arguments.tokenizer) if arguments.tokenizer else Words()
-    grammar = Grammars(spelling).compile(answer_grammar(JsonAnswer(ENDLESS, "schema")), "schema", "schema")
+    token_table = _SentencePieceTable(arguments.tokenizer) if arguments.tokenizer else WordTable()
+    grammar = Grammars(token_table).compile(answer_grammar(JsonAnswer(ENDLESS, "schema")), "schema", "schema")
     results = [measure(arguments, precision, grammar) for precision in arguments.precision]
     if arguments.json:
         head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, precision: Precision, grammar: Grammar) -> dict[str, object]:
-    """Steps without and with masks in turn; ratios of what a client waits for a token."""
+    """Alternates steps without and with masks; reports the ratios of their times."""
     model = random_model(arguments.shape, torch.bfloat16, arguments.layers)
     network = FlatDecoder(model, precision, NUM_TOKENS, 8192, no_progress)
     del model
@@ -146,8 +146,8 @@ def measure(arguments: argparse.Namespace, precision: Precision, grammar: Gramma
     }
 
 
-class _Pieces:
-    """A ChatGLM2 tokenizer."""
+class _SentencePieceTable:
+    """The tokens of a SentencePiece model."""
 
     stop_token_ids = frozenset({2})
 

@@ -1,8 +1,8 @@
-"""Mixed requests at twice the server's capacity for minutes: nothing may be lost, stuck, wrong or left behind.
+"""Mixed requests at twice the server's capacity for minutes: checks answers, errors, memory and released resources.
 
 `python -m benchmarks.soak --seconds 600` starts a server with the demonstration model and a small cache, asks each
 question once for the reference, and then again and again among streams, aborts, bad bodies and refusals. At the end
-every place must be free and memory flat. Prints a table; exit code 1 if anything was not as it must be.
+every KV slot must be free and memory flat. Prints a table; exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import psutil
 from tests.e2e.server import Server, serving
 
 MAX_SEQUENCES = 8
-MAX_QUEUED = 4  # so small that twice the capacity meets 429s
+MAX_QUEUED = 4  # so few that twice the capacity gets 429s
 MAX_RETRY_SECONDS = 1.0
-MAX_GROWTH_MIB = 48.0  # after the first quarter; a short run is still meeting new shapes, whose kernels torch keeps
+MAX_GROWTH_MIB = 48.0  # after the first quarter; a short run still meets new shapes, whose kernels torch caches
 QUESTIONS = ["你好", "你是谁？", "Hello", "1+1等于几？", "What can you do?", "再见", "介绍一下你自己", "谢谢"]
 BAD_BODIES: list[bytes] = [
     b"", b"{", b"[]", b"nonsense", b'{"model": "chatglm"}', b'{"model": "chatglm", "messages": []}',
@@ -43,7 +43,7 @@ BAD_BODIES: list[bytes] = [
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts and measurements of one run."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
     wrong: list[str] = field(default_factory=list[str])
@@ -56,7 +56,7 @@ class Tally:
 
 
 def settings() -> dict[str, str]:
-    """Of the server that the soak is meant for."""
+    """Environment variables of the server that the soak is meant for."""
     return {
         "CHATGLM_MAX_SEQUENCES": str(MAX_SEQUENCES),
         "CHATGLM_MAX_QUEUED_REQUESTS": str(MAX_QUEUED),
@@ -67,7 +67,7 @@ def settings() -> dict[str, str]:
 
 
 def bodies() -> list[dict[str, Any]]:
-    """Questions whose answers cannot vary: greedy, or with a seed; short, long, several, held to a grammar."""
+    """Requests with deterministic answers, greedy or with a seed: short, long, n > 1, with a JSON schema."""
     made: list[dict[str, Any]] = []
     for i, question in enumerate(QUESTIONS):
         base = {"model": "chatglm", "messages": [{"role": "user", "content": question}], "temperature": 0}
@@ -94,8 +94,20 @@ def bodies() -> list[dict[str, Any]]:
     return made
 
 
+def fresh_body(number: int) -> dict[str, Any]:
+    """A request with a JSON schema (about 10 KB), or every fourth time with a tool, that no request had before."""
+    body = {"model": "chatglm", "messages": [{"role": "user", "content": f"{number} {QUESTIONS[2]}"}], "max_tokens": 4}
+    if number % 4 == 0:
+        parameters = {"type": "object", "properties": {f"p{number}": {"type": "string"}}, "required": [f"p{number}"]}
+        function = {"name": f"f{number}", "parameters": parameters}
+        return {**body, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    properties = {f"p{i}": {"enum": [f"value {i} {j}" for j in range(6)]} for i in range(100)}
+    schema = {"$comment": f"{number}", "type": "object", "properties": properties, "required": list(properties)}
+    return {**body, "response_format": {"type": "json_schema", "json_schema": {"name": "fresh", "schema": schema}}}
+
+
 def answer_of(completion: dict[str, Any]) -> str:
-    """What must be the same every time."""
+    """The part of a completion that must be the same every time."""
     choices = sorted(completion["choices"], key=lambda choice: int(choice["index"]))
     return json.dumps([[choice["message"]["content"], choice["finish_reason"]] for choice in choices])
 
@@ -103,8 +115,11 @@ def answer_of(completion: dict[str, Any]) -> str:
 class Soak:
     """One run against one server."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, seed: int) -> None:
+    def __init__(self, url: str, http: aiohttp.ClientSession, seed: int, fresh_weight: int = 0) -> None:
+        """fresh_weight: of requests with schemas and tools that are never repeated; the others weigh 100 together."""
         self.tally = Tally()
+        self._weights = [35, 30, 15, 8, 12, fresh_weight]
+        self._num_fresh = 0
         self._chat = f"{url}/v1/chat/completions"
         self._metrics = f"{url}/metrics"
         self._http = http
@@ -113,7 +128,7 @@ class Soak:
         self._reference: list[str] = []
 
     async def learn(self) -> None:
-        """Every question once, alone: the reference."""
+        """Sends every request once, alone, for its reference answer."""
         for body in self._bodies:
             async with self._http.post(self._chat, json=body) as reply:
                 text = await reply.text()
@@ -122,10 +137,10 @@ class Soak:
                 self._reference.append(answer_of(json.loads(text)))
 
     async def ask_until(self, end: float) -> None:
-        """One client after another, of all kinds, until the time is over."""
-        kinds = [self._stream, self._whole, self._abort, self._leave_early, self._bad]
+        """Sends requests of all kinds, one after another, until time.monotonic() reaches `end`."""
+        kinds = [self._stream, self._whole, self._abort, self._leave_early, self._bad, self._fresh]
         while time.monotonic() < end:
-            (kind,) = self._random.choices(kinds, [35, 30, 15, 8, 12])
+            (kind,) = self._random.choices(kinds, self._weights)
             number = self._random.randrange(len(self._bodies))
             try:
                 await kind(number)
@@ -134,7 +149,7 @@ class Soak:
 
     @asynccontextmanager
     async def _posted(self, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse | None]:
-        """The accepted reply; None if the door was closed, after the time that the server named."""
+        """The accepted reply; None after a 429 and the time that its Retry-After names."""
         async with self._http.post(self._chat, json=body) as reply:
             if reply.status == 200:
                 yield reply
@@ -157,7 +172,7 @@ class Soak:
         self._compare(number, answer_of(completion), "whole")
 
     async def _stream(self, number: int) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         async with self._posted({**self._bodies[number], "stream": True}) as reply:
             if reply is None:
                 return
@@ -177,14 +192,14 @@ class Soak:
                     return
                 for choice in chunk["choices"]:
                     if not parts:
-                        self.tally.first_token_seconds.append(time.monotonic() - begun)
+                        self.tally.first_token_seconds.append(time.monotonic() - started)
                     parts.setdefault(choice["index"], []).append(choice["delta"].get("content") or "")
                     reasons[choice["index"]] = choice["finish_reason"] or reasons.get(choice["index"], "")
                     self.tally.num_tokens += bool(choice["delta"].get("content"))
         if last != "[DONE]":
             self.tally.fault("a stream ended without [DONE]")
-        told = json.dumps([["".join(parts[index]), reasons[index]] for index in sorted(parts)])
-        self._compare(number, told, "streamed")
+        streamed = json.dumps([["".join(parts[index]), reasons[index]] for index in sorted(parts)])
+        self._compare(number, streamed, "streamed")
 
     async def _abort(self, number: int) -> None:
         async with self._posted({**self._bodies[number], "stream": True}) as reply:
@@ -211,6 +226,13 @@ class Soak:
                 self.tally.fault(f"bad body: {reply.status} {error}")
         self.tally.counts["bad body"] += 1
 
+    async def _fresh(self, _: int) -> None:
+        self._num_fresh += 1
+        async with self._posted(fresh_body(self._num_fresh)) as reply:
+            if reply is not None:
+                self.tally.num_tokens += json.loads(await reply.text())["usage"]["completion_tokens"]
+                self.tally.counts["fresh schema or tool"] += 1
+
     def _compare(self, number: int, answer: str, kind: str) -> None:
         self.tally.counts[kind] += 1
         if answer != self._reference[number]:
@@ -222,7 +244,7 @@ class Soak:
             return {name: float(value) for name, _, value in lines}
 
     async def check_rest(self, seconds: float = 30.0) -> None:
-        """Everything is free in the end."""
+        """Waits until every resource is free; records a fault if one is not after `seconds`."""
         held = {
             "chatglm_num_requests_running": 0.0,
             "chatglm_num_requests_waiting": 0.0,
@@ -243,18 +265,23 @@ class Soak:
 
 
 async def run(
-    server: Server, seconds: float, num_clients: int, seed: int, max_growth_mib: float = MAX_GROWTH_MIB
+    server: Server,
+    seconds: float,
+    num_clients: int,
+    seed: int,
+    max_growth_mib: float = MAX_GROWTH_MIB,
+    fresh_weight: int = 0,
 ) -> Tally:
     """The whole soak against a running server that was started with `settings()`."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        soak = Soak(server.url, http, seed)
+        soak = Soak(server.url, http, seed, fresh_weight)
         await soak.learn()
-        begun = time.monotonic()
-        clients = [asyncio.create_task(soak.ask_until(begun + seconds)) for _ in range(num_clients)]
+        started = time.monotonic()
+        clients = [asyncio.create_task(soak.ask_until(started + seconds)) for _ in range(num_clients)]
         for part in range(1, 5):
-            await asyncio.sleep(max(0.0, begun + seconds * part / 4 - time.monotonic()))
+            await asyncio.sleep(max(0.0, started + seconds * part / 4 - time.monotonic()))
             soak.tally.memory_mib.append(memory_mib(server))
         await asyncio.gather(*clients)
         await soak.check_rest()
@@ -273,7 +300,7 @@ def memory_mib(server: Server) -> float:
 
 
 def table(tally: Tally, seconds: float) -> str:
-    """For people."""
+    """The report as text."""
     first = sorted(tally.first_token_seconds) or [0.0]
     rows = [
         *((name, f"{count}") for name, count in sorted(tally.counts.items())),
@@ -292,9 +319,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, default=2 * MAX_SEQUENCES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fresh-weight", type=int, default=20, help="of requests with schemas never sent before, against 100 others"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home, serving(Path(home), settings()) as server:
-        tally = asyncio.run(run(server, given.seconds, given.clients, given.seed))
+        tally = asyncio.run(run(server, given.seconds, given.clients, given.seed, fresh_weight=given.fresh_weight))
         print(table(tally, given.seconds))
         for what in tally.wrong[:20]:
             print(what, file=sys.stderr)

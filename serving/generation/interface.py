@@ -51,6 +51,11 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
     continue_final: bool = False  # the last message is the beginning of the answer
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it offers tools or holds calls of tools or their results."""
+        return bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in self.messages)
+
 
 @dataclass(frozen=True)
 class ToolSyntax:

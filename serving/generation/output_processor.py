@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from serving.engine.interface import TokenLogprob, TokenOutput
+from serving.engine.interface import TokenLogprob, TokenMask, TokenOutput
 from serving.generation.detokenizer import Detokenizer
 from serving.generation.interface import (
     AnswerParser,
@@ -16,6 +17,15 @@ from serving.generation.interface import (
     Usage,
 )
 from serving.generation.stop_strings import StopStrings
+
+
+@dataclass(frozen=True)
+class AnswerSpec:
+    """How each answer of one prompt is sampled and read. Parsers and masks hold state: one of each for every answer."""
+
+    parser: Callable[[], AnswerParser]
+    decode: Callable[[Sequence[int]], str]
+    mask: Callable[[], TokenMask] | None = None  # None: every token is allowed
 
 
 class PlainTextParser:

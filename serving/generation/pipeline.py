@@ -10,8 +10,8 @@ from serving.engine.output_queue import OutputQueue
 from serving.generation import history
 from serving.generation.detokenizer import WINDOW
 from serving.generation.interface import ChatFormat, Conversation, PromptError
-from serving.generation.output_processor import OutputProcessor, PlainTextParser
-from serving.generation.structured.answer_spec import AnswerSpec, build_answer_spec
+from serving.generation.output_processor import AnswerSpec, OutputProcessor, PlainTextParser
+from serving.generation.structured.answer_spec import build_answer_spec
 from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
 from serving.generation.structured.token_masks import Grammars
 from serving.generation.tools import prompt as tool_prompt
@@ -158,7 +158,9 @@ class RunningModel:
 
     def render(self, conversation: Conversation) -> list[int]:
         """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
-        return tool_prompt.render(self.chat_format, conversation)
+        if conversation.uses_tools and self.chat_format.tool_syntax is None:
+            return tool_prompt.render(self.chat_format, conversation)
+        return self.chat_format.render(conversation)
 
     def start(
         self, prompt: Prompt, queue: OutputQueue[TokenOutput], first_index: int, priority: int
@@ -180,10 +182,12 @@ class RunningModel:
     def _answer_spec(self, job: ChatJob | CompletionJob) -> AnswerSpec:
         if isinstance(job, CompletionJob):
             return AnswerSpec(PlainTextParser, self.chat_format.decode)
-        tools = job.conversation.tools
-        if job.needs_grammar and not self.engine.capabilities.has_masks:
+        if not job.needs_grammar:
+            return AnswerSpec(lambda: self.chat_format.parser(job.begun), self.chat_format.decode)
+        if not self.engine.capabilities.has_masks:
             param = "tools" if job.constraint is None else job.constraint.param
             raise PromptError("The engine of this server does not support structured outputs.", param)
+        tools = job.conversation.tools
         return build_answer_spec(self.chat_format, self.grammars, job.constraint, tools, job.tool_use, job.begun)
 
 

@@ -105,7 +105,7 @@ def start_model(
         time.monotonic() - started,
     )
     model = RunningModel(engine, loaded.chat_format, context_length, settings.drop_oldest_rounds)
-    model.grammars.prepare()  # before the first request needs it
+    model.grammars.build_vocabulary()  # before the first request
     return model
 
 

@@ -27,7 +27,14 @@ from serving.generation.structured.grammar import (
     call_grammars,
     forced_grammar,
 )
-from serving.generation.structured.token_masks import Grammar, Grammars, MaskFailed, ToolCallMask
+from serving.generation.structured.token_masks import (
+    MAX_CACHED,
+    MAX_CACHED_BYTES,
+    Grammar,
+    Grammars,
+    MaskFailed,
+    ToolCallMask,
+)
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
 from tests.contract.tiny import chat_format
@@ -79,12 +86,12 @@ class Answers:
     def texts(self, constraint: AnswerConstraint, count: int) -> list[str]:
         """What clients see of `count` answers, those left out that did not end."""
         grammar, choose = self.compile(constraint), random.Random(1)
-        answers = [self.random(grammar.walk(), choose) for _ in range(count)]
+        answers = [self.random(grammar.new_mask(), choose) for _ in range(count)]
         return [shown(ConstrainedText(), self.text(ids)) for ids in answers if ids is not None]
 
 
-def shown(reader: AnswerParser, text: str) -> str:
-    return "".join(part.text for part in [*reader.push(text), *reader.flush()] if isinstance(part, TextDelta))
+def shown(parser: AnswerParser, text: str) -> str:
+    return "".join(part.text for part in [*parser.push(text), *parser.flush()] if isinstance(part, TextDelta))
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=needs_chatglm2_tokenizer)])
@@ -191,7 +198,7 @@ def test_a_model_that_likes_nothing_but_white_space_cannot_stay_in_it(
     what: str, grammar: str, liked: bytes, answers: Answers
 ) -> None:
     """Between the parts of a document; what stands inside of strings is the model's own."""
-    mask = answers.grammars.compile(grammar, what, "tools").walk()
+    mask = answers.grammars.compile(grammar, what, "tools").new_mask()
     text, longest, run = b"", 0, 0
     for _ in range(200):
         ids = [int(i) for i in answers.allowed(mask)]
@@ -213,20 +220,20 @@ def test_a_model_that_likes_nothing_but_white_space_cannot_stay_in_it(
 
 
 def test_an_answer_may_begin_with_the_space_that_decoding_drops(answers: Answers) -> None:
-    ids = {answers.tokens[i] for i in answers.allowed(answers.compile(ChoiceAnswer(("H",), "c")).walk())}
+    ids = {answers.tokens[i] for i in answers.allowed(answers.compile(ChoiceAnswer(("H",), "c")).new_mask())}
     assert b"H" in ids
     assert ids <= {b"H", b" ", b" H"}
 
 
-def test_every_spelling_of_a_text_is_allowed(answers: Answers) -> None:
-    """A grammar that forces tokens would force the spelling of a greedy tokenizer, which no model was trained on."""
+def test_every_tokenization_of_a_text_is_allowed(answers: Answers) -> None:
+    """A grammar that forces tokens would force the tokens of a greedy tokenizer, which no model was trained on."""
     grammar = answers.compile(ChoiceAnswer(("你好",), "c"))
-    spelled = [answers.tokens.index(bytes([byte])) for byte in "你好".encode()]
-    walk = grammar.walk()
-    for token_id in spelled:
-        assert token_id in answers.allowed(walk)
-        walk.accept(token_id)
-    assert set(answers.allowed(walk)) == answers.format.stop_token_ids
+    byte_tokens = [answers.tokens.index(bytes([byte])) for byte in "你好".encode()]
+    mask = grammar.new_mask()
+    for token_id in byte_tokens:
+        assert token_id in answers.allowed(mask)
+        mask.accept(token_id)
+    assert set(answers.allowed(mask)) == answers.format.stop_token_ids
 
 
 CITY = {
@@ -243,7 +250,7 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
     grammar = answers.grammars.compile(forced_grammar(syntax, TOOLS, ToolUse(is_required=True)), "", "")
     choose, numbers = random.Random(2), set[int]()
     for _ in range(40):
-        ids = answers.random(grammar.walk(), choose, 2000)
+        ids = answers.random(grammar.new_mask(), choose, 2000)
         assert ids is not None
         calls = called(ToolCallParser(syntax, ("weather", "weather_now"), ConstrainedText(), True), answers.text(ids))
         numbers.add(len(calls))
@@ -253,16 +260,16 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
     assert min(numbers) == 1
     assert max(numbers) > 1
     named = forced_grammar(syntax, TOOLS, ToolUse(is_required=True, name="weather", is_parallel=False))
-    ids = answers.random(answers.grammars.compile(named, "", "").walk(), choose)
+    ids = answers.random(answers.grammars.compile(named, "", "").new_mask(), choose)
     assert ids is not None
     assert [
         name for name, _ in called(ToolCallParser(syntax, ("weather",), ConstrainedText(), True), answers.text(ids))
     ] == ["weather"]
 
 
-def called(reader: ToolCallParser, text: str) -> list[tuple[str, str]]:
+def called(parser: ToolCallParser, text: str) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
-    for part in [*reader.push(text), *reader.flush()]:
+    for part in [*parser.push(text), *parser.flush()]:
         assert isinstance(part, ToolCallDelta), part
         if part.name is not None:
             calls.append((part.name, ""))
@@ -278,8 +285,8 @@ def test_a_call_that_the_model_begins_is_held_to_its_schema(answers: Answers, sy
     }
     mask = ToolCallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
     opening = syntax.opening.replace("{name}", "weather_now")
-    begun = " " + opening if syntax.is_at_start else "So: a < b. " + opening
-    token_ids = [answers.tokens.index(bytes([byte])) for byte in begun.encode()]
+    begins = " " + opening if syntax.is_at_start else "So: a < b. " + opening
+    token_ids = [answers.tokens.index(bytes([byte])) for byte in begins.encode()]
     for token_id in token_ids:
         assert token_id in answers.allowed(mask)
         mask.accept(token_id)
@@ -305,16 +312,27 @@ def test_text_without_a_call_is_never_masked(answers: Answers) -> None:
         assert len(answers.allowed(mask)) == len(answers.tokens)
 
 
-def test_a_token_that_was_not_allowed_fails_the_walk(answers: Answers) -> None:
-    walk = answers.compile(ChoiceAnswer(("a",), "c")).walk()
+def test_a_token_that_was_not_allowed_raises(answers: Answers) -> None:
+    mask = answers.compile(ChoiceAnswer(("a",), "c")).new_mask()
     with pytest.raises(MaskFailed):
-        walk.accept(answers.tokens.index(b"z"))
+        mask.accept(answers.tokens.index(b"z"))
 
 
-def test_compiled_grammars_are_kept_and_walks_do_not_share_their_state(answers: Answers) -> None:
+def test_compiled_grammars_are_cached_and_masks_do_not_share_their_state(answers: Answers) -> None:
     one = answers.compile(ChoiceAnswer(("ab", "c"), "c"))
-    first, second = one.walk(), answers.compile(ChoiceAnswer(("ab", "c"), "c")).walk()
+    first, second = one.new_mask(), answers.compile(ChoiceAnswer(("ab", "c"), "c")).new_mask()
     before = answers.allowed(second).tolist()
     first.accept(answers.tokens.index(b"a"))
     assert answers.allowed(second).tolist() == before
     assert answers.allowed(first).tolist() != before
+
+
+def test_the_cache_of_grammars_is_bounded_by_their_size_too(answers: Answers) -> None:
+    """64 grammars of the largest schemas would hold a gigabyte."""
+    grammars = Grammars(answers.format)
+    for i in range(MAX_CACHED + 5):
+        grammars.compile(answer_grammar(ChoiceAnswer((f"small {i}",), "c")), "", "")
+    assert grammars.num_cached == MAX_CACHED
+    for i in range(12):
+        grammars.compile(answer_grammar(ChoiceAnswer((f"large {i}", "x" * 30_000), "c")), "", "")
+    assert grammars.num_cached * 30_000 * 100 < MAX_CACHED_BYTES

@@ -1,4 +1,4 @@
-"""Calls are read out of answers however these are cut, and tools become plain words for models that know none."""
+"""Tool calls are parsed however an answer is cut; tools become text for models that were not trained to call any."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def cuts(text: str, choose: random.Random) -> Iterable[str]:
         text = text[size:]
 
 
-def read(reader: AnswerParser, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+def read(parser: AnswerParser, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
     """What is shown as text, and (name, arguments) of the calls."""
-    parts: list[AnswerPart] = [part for piece in pieces for part in reader.push(piece)] + reader.flush()
+    parts: list[AnswerPart] = [part for piece in pieces for part in parser.push(piece)] + parser.flush()
     calls: list[tuple[str, str]] = []
     for part in parts:
         match part:
@@ -68,16 +68,16 @@ def test_calls_are_read_however_the_answer_is_cut(kind: str, is_forced: bool) ->
     text = syntax.separator.join([call(syntax, "weather_now", ARGUMENTS), call(syntax, "weather", "{}")])
     choose = random.Random(3)
     for _ in range(50):
-        reader = ToolCallParser(syntax, NAMES, TrimmedAnswerParser(), is_forced)
-        assert read(reader, cuts(f" {text}", choose)) == ("", [("weather_now", ARGUMENTS), ("weather", "{}")])
+        parser = ToolCallParser(syntax, NAMES, TrimmedAnswerParser(), is_forced)
+        assert read(parser, cuts(f" {text}", choose)) == ("", [("weather_now", ARGUMENTS), ("weather", "{}")])
 
 
 @pytest.mark.parametrize("syntax", [PLAIN, HERMES])
 def test_text_in_front_of_a_call_is_shown_without_the_white_space_between(syntax: ToolSyntax) -> None:
     choose = random.Random(4)
     for _ in range(50):
-        reader = ToolCallParser(syntax, NAMES, ExactAnswerParser(), is_forced=False)
-        shown = read(reader, cuts(f"a < b, <tool \n\n{call(syntax, 'weather', ARGUMENTS)}", choose))
+        parser = ToolCallParser(syntax, NAMES, ExactAnswerParser(), is_forced=False)
+        shown = read(parser, cuts(f"a < b, <tool \n\n{call(syntax, 'weather', ARGUMENTS)}", choose))
         assert shown == ("a < b, <tool", [("weather", ARGUMENTS)])
 
 
@@ -86,26 +86,26 @@ def test_text_in_front_of_a_call_is_shown_without_the_white_space_between(syntax
 def test_what_is_no_call_is_text_and_nothing_is_lost(kind: str, text: str) -> None:
     choose = random.Random(5)
     for _ in range(20):
-        reader = ToolCallParser(SYNTAXES[kind], NAMES, ExactAnswerParser(), is_forced=False)
-        assert read(reader, cuts(text, choose)) == (text, [])
+        parser = ToolCallParser(SYNTAXES[kind], NAMES, ExactAnswerParser(), is_forced=False)
+        assert read(parser, cuts(text, choose)) == (text, [])
 
 
 def test_text_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
-    reader = ToolCallParser(CALL, NAMES, ExactAnswerParser(), is_forced=False)
-    assert reader.push("wea") == []
-    assert reader.push("ry") == [TextDelta("weary")]
-    reader = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=False)
-    assert reader.push("a <") == [TextDelta("a")]
-    assert reader.push("b") == [TextDelta(" <b")]
+    parser = ToolCallParser(CALL, NAMES, ExactAnswerParser(), is_forced=False)
+    assert parser.push("wea") == []
+    assert parser.push("ry") == [TextDelta("weary")]
+    parser = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=False)
+    assert parser.push("a <") == [TextDelta("a")]
+    assert parser.push("b") == [TextDelta(" <b")]
 
 
 def test_arguments_go_out_as_they_come() -> None:
-    reader = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=True)
-    (begun,) = reader.push('<tool_call>{"name": "weather", "arguments": ')
-    assert isinstance(begun, ToolCallDelta)
-    assert (begun.name, begun.arguments) == ("weather", "")
-    assert reader.push('{"ci') == [ToolCallDelta(0, None, None, '{"ci')]
-    assert reader.push('ty": 1}}') == [ToolCallDelta(0, None, None, 'ty": 1}')]
+    parser = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=True)
+    (first,) = parser.push('<tool_call>{"name": "weather", "arguments": ')
+    assert isinstance(first, ToolCallDelta)
+    assert (first.name, first.arguments) == ("weather", "")
+    assert parser.push('{"ci') == [ToolCallDelta(0, None, None, '{"ci')]
+    assert parser.push('ty": 1}}') == [ToolCallDelta(0, None, None, 'ty": 1}')]
 
 
 @pytest.mark.parametrize("document", [ARGUMENTS, "{}", '{"a": "\\\\"}', '{"a": "\\u0022}"}', "[[], {}]"])
@@ -141,7 +141,7 @@ def test_a_conversation_with_tools_becomes_one_that_alternates(language: str) ->
     assert not plain.tools
     assert [message.role for message in plain.messages] == ["system", "user", "assistant", "user"]
     assert not any(message.tool_calls for message in plain.messages)
-    system, _, asked, told = (message.content for message in plain.messages)
+    system, _, asked, results = (message.content for message in plain.messages)
     assert system.startswith("Be brief.")
     described = next(line for line in system.split("\n") if line.startswith("{"))
     assert json.loads(described)["parameters"] == WEATHER.parameters
@@ -149,11 +149,11 @@ def test_a_conversation_with_tools_becomes_one_that_alternates(language: str) ->
         'Wait.\n<tool_call>{"name": "weather", "arguments": {"city": "x"}}</tool_call>\n'
         '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
     )
-    assert [word for word in told.split() if word in ("sunny", "rainy", "And")] == ["sunny", "rainy", "And"]
+    assert [word for word in results.split() if word in ("sunny", "rainy", "And")] == ["sunny", "rainy", "And"]
     assert "问：" in round_prompt(plain)
 
 
-def test_earlier_calls_are_told_without_tools_too() -> None:
+def test_earlier_calls_become_text_without_tools_too() -> None:
     plain = without_tools(Conversation(HISTORY[1:5]), "en")
     assert [message.role for message in plain.messages] == ["user", "assistant", "user"]
     assert "sunny" in plain.messages[2].content

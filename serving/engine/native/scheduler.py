@@ -121,6 +121,7 @@ class Scheduler:
             else:
                 self._release(sequence)
         sequence.state = "finished"
+        sequence.mask = sequence.lookup = None  # a retained sequence is kept for its cache slots, often for hours
 
     def forget_cache(self) -> None:
         """The content of the cache is lost: everything running starts again, nothing idle can be reused."""

@@ -62,7 +62,7 @@ def start_on_vllm(
     )
     length = min(engine.max_model_len, engine.limits.kv_tokens)
     model = RunningModel(engine, chat_format, length, settings.drop_oldest_rounds)
-    model.grammars.prepare()  # now, while nobody waits for an answer
+    model.grammars.build_vocabulary()  # before the first request
     return model
 
 

@@ -1,6 +1,6 @@
-"""Our masks on vLLM's logits, inside of vLLM's processes: recipes come with the requests, the vocabulary at the start.
+"""A vLLM logits processor: mask specification of a request and its tokens so far -> logits without forbidden tokens.
 
-Composition: knows the grammars of `serving.chat` and the engine's words, no model. Imports vllm.
+Runs in vLLM's processes. The vocabulary comes with the engine's configuration, the specification with each request.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 TOKENS, STOPS = "tokens", "stop_token_ids"  # keys of vLLM's additional_config
 
 
-def mask_maker(spelling: TokenTable) -> MaskMaker:
-    """For the engine's arguments. vLLM writes its configuration as JSON, so bytes go as characters below 256."""
-    tokens = [spelling.token_bytes(i).decode("latin-1") for i in range(spelling.num_tokens)]
-    config = {TOKENS: tokens, STOPS: sorted(spelling.stop_token_ids)}
+def mask_maker(token_table: TokenTable) -> MaskMaker:
+    """For the engine's arguments. vLLM writes its configuration as JSON: bytes become characters below U+0100."""
+    tokens = [token_table.token_bytes(i).decode("latin-1") for i in range(token_table.num_tokens)]
+    config = {TOKENS: tokens, STOPS: sorted(token_table.stop_token_ids)}
     return MaskMaker(f"{__name__}:{Masks.__name__}", config)
 
 
 class ShippedTokenTable:
-    """The part of a chat format that a grammar needs, as it came with the configuration."""
+    """The TokenTable that `mask_maker` wrote into the configuration."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._tokens: list[bytes] = [token.encode("latin-1") for token in config[TOKENS]]
@@ -46,13 +46,13 @@ class ShippedTokenTable:
 
 
 class Masks(AdapterLogitsProcessor):
-    """Holds each request to the mask of its specification. A fault lets everything pass: it is found by whoever reads
-    the tokens, and must not end vLLM's process and with it everybody's requests."""
+    """Applies each request's mask. After a fault every token of that request is allowed: the engine, which checks the
+    tokens again, fails the request. An exception here would end vLLM's process and all of its requests."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
         self._grammars = Grammars(ShippedTokenTable(vllm_config.additional_config))
-        self._grammars.prepare()
+        self._grammars.build_vocabulary()
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -70,7 +70,7 @@ class Masks(AdapterLogitsProcessor):
 
 
 class MaskState:
-    """One answer's way through its mask, as far as its tokens have come."""
+    """The mask of one answer, advanced by the tokens so far."""
 
     def __init__(self, mask: TokenMask) -> None:
         self._mask: TokenMask | None = mask

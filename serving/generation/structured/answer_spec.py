@@ -1,12 +1,12 @@
-"""How one job's answers are held to a form and read: grammar, mask and reader. Decides; the parts do the work."""
+"""Response format, tools and tool choice of one request -> the grammar, mask, parser and decoding of its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from serving.engine.interface import TokenMask
-from serving.generation.interface import AnswerParser, ChatFormat, PromptError, Tool, ToolSyntax
+from serving.generation.interface import ChatFormat, PromptError, Tool, ToolSyntax
+from serving.generation.output_processor import AnswerSpec
 from serving.generation.structured.grammar import (
     AnswerConstraint,
     JsonAnswer,
@@ -22,74 +22,67 @@ from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
 
 
-@dataclass(frozen=True)
-class AnswerSpec:
-    """Makes what each answer needs of its own."""
-
-    parser: Callable[[], AnswerParser]
-    decode: Callable[[Sequence[int]], str]
-    mask: Callable[[], TokenMask] | None = None
-
-
 def build_answer_spec(
     chat_format: ChatFormat,
     grammars: Grammars,
     constraint: AnswerConstraint | None,
     tools: tuple[Tool, ...],
     use: ToolUse,
-    begun: str = "",
+    answer_prefix: str = "",
 ) -> AnswerSpec:
-    """Compiles what has to be compiled: for a worker thread, if there is a constraint or a tool. Raises PromptError.
+    """Compiles the grammars of a request that has a constraint, tools or both. CPU-bound: call it in a worker thread.
 
-    begun: the beginning of the answer, if the client gave one.
+    answer_prefix: the text that the answer continues, if the client gave one.
+    Raises PromptError for a schema, pattern or list of choices that cannot be enforced.
     """
     if constraint is not None:
-        grammar = grammars.compile(answer_grammar(constraint), _what(constraint), constraint.param)
+        grammar = grammars.compile(answer_grammar(constraint), _description(constraint), constraint.param)
         if not tools:
-            return AnswerSpec(ConstrainedText, _decode_bytes(chat_format), grammar.walk)
-    if not tools:
-        return AnswerSpec(lambda: chat_format.parser(begun), chat_format.decode)
+            return AnswerSpec(ConstrainedText, _decode_bytes(chat_format), grammar.new_mask)
     syntax = chat_format.tool_syntax or PLAIN
     names = tuple(tool.name for tool in tools)
-    kept = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
+    enforced = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
     if use.is_required:
-        grammar = _compile(grammars, forced_grammar(syntax, kept, use))
+        grammar = _compile(grammars, forced_grammar(syntax, enforced, use))
         return AnswerSpec(
             lambda: ToolCallParser(syntax, names, ConstrainedText(), is_forced=True),
             _decode_bytes(chat_format),
-            grammar.walk,
+            grammar.new_mask,
         )
     if isinstance(constraint, JsonAnswer):
-        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, kept, use))
+        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, enforced, use))
         at_start = replace(syntax, is_at_start=True)  # an opening inside of a document is its text
         return AnswerSpec(
             lambda: ToolCallParser(at_start, names, ConstrainedText(), is_forced=False),
             _decode_bytes(chat_format),
-            grammar.walk,
+            grammar.new_mask,
         )
-    by_opening = {opening: _compile(grammars, text) for opening, text in call_grammars(syntax, kept, use).items()}
+    by_opening = {opening: _compile(grammars, text) for opening, text in call_grammars(syntax, enforced, use).items()}
     return AnswerSpec(
-        lambda: ToolCallParser(syntax, names, chat_format.parser(begun), is_forced=False),
+        lambda: ToolCallParser(syntax, names, chat_format.parser(answer_prefix), is_forced=False),
         chat_format.decode,
         lambda: ToolCallMask(by_opening, grammars.vocabulary, syntax.is_at_start),
     )
 
 
-def _what(constraint: AnswerConstraint) -> str:
-    """What a refusal calls it."""
+def _description(constraint: AnswerConstraint) -> str:
+    """How error messages call the constraint."""
     if isinstance(constraint, JsonAnswer):
         return f"schema for response_format '{constraint.name}'"
     return f"'{constraint.param}'"
 
 
-def _enforceable(tool: Tool, syntax: ToolSyntax, grammars: Grammars, is_enforced: bool) -> Tool:
-    """The tool, or, if its schema has no grammar and nobody insists on it, the tool with any object for arguments."""
+def _enforceable(tool: Tool, syntax: ToolSyntax, grammars: Grammars, must_enforce: bool) -> Tool:
+    """The tool; with any object for arguments if its schema cannot be compiled and the request allows that.
+
+    must_enforce: the tool is strict or a call is required. Raises PromptError then.
+    """
     what = f"schema for function '{tool.name}'"
     try:
         check_schema(tool.parameters, what, "tools", tool.strict)
         grammars.compile(forced_grammar(syntax, [tool], ToolUse(is_required=True, is_parallel=False)), what, "tools")
     except PromptError:
-        if is_enforced:
+        if must_enforce:
             raise
         return replace(tool, parameters={})
     return tool
@@ -100,7 +93,7 @@ def _compile(grammars: Grammars, grammar: str) -> Grammar:
 
 
 def _decode_bytes(chat_format: ChatFormat) -> Callable[[Sequence[int]], str]:
-    """What the grammar saw, byte for byte: a family's own decoding may drop or clean up spaces."""
+    """Decodes to the bytes that the grammar saw: a family's own decoding may drop or clean up spaces."""
 
     def decode(token_ids: Sequence[int]) -> str:
         return b"".join(map(chat_format.token_bytes, token_ids)).decode("utf-8", "replace")

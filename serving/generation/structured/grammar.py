@@ -1,7 +1,9 @@
-"""What an answer has to look like, and that as the text of a grammar. Knows no tokens and no library but its syntax.
+"""JSON schemas, regular expressions, choices and tools -> the text of a grammar in llguidance's Lark dialect.
 
-Grammars are written for the first space of an answer, too: many tokenizers put one in front of the first word, which
-decoding drops again. An answer may begin with one, `serving.generation.pipeline` takes it away, and what is left fits.
+Every grammar allows one space in front of the answer: many tokenizers put one in front of the first word, and decoding
+drops it. `ConstrainedText` removes it, and the rest matches the constraint.
+
+Source: llguidance docs/syntax.md.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from serving.generation.structured.json_schema import check_pattern, check_schem
 
 MAX_CALLS = 16  # of one answer
 MAX_CHOICES = 2000
-HEADER = '%llguidance {"no_forcing": true}\n'  # every spelling of a text in tokens may be sampled
-# Between the parts of a document: a space behind commas and colons, or none, and no other. A pattern for white space in
-# general (`whitespace_pattern`) may be repeated for ever up to llguidance 1.7, which vLLM pins.
+HEADER = '%llguidance {"no_forcing": true}\n'  # every tokenization of a text may be sampled
+# White space between the parts of a document: an optional space behind commas and colons. A general pattern for white
+# space (`whitespace_pattern`) may be repeated without end up to llguidance 1.7, which vLLM pins.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 @dataclass(frozen=True)
 class JsonAnswer:
-    """The answer is one JSON document. strict: OpenAI's rules for the schema itself apply."""
+    """The answer is one JSON document that `schema` accepts. strict: OpenAI's rules for the schema itself apply."""
 
     schema: Mapping[str, Any]
     param: str
@@ -35,7 +37,7 @@ class JsonAnswer:
 
 @dataclass(frozen=True)
 class RegexAnswer:
-    """The whole answer matches."""
+    """The whole answer matches `pattern`."""
 
     pattern: str
     param: str
@@ -43,7 +45,7 @@ class RegexAnswer:
 
 @dataclass(frozen=True)
 class ChoiceAnswer:
-    """The answer is one of these."""
+    """The answer is one of `choices`."""
 
     choices: tuple[str, ...]
     param: str
@@ -54,18 +56,18 @@ AnswerConstraint = JsonAnswer | RegexAnswer | ChoiceAnswer
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How a request wants its tools to be called."""
+    """`tool_choice` and `parallel_tool_calls` of one request."""
 
     is_required: bool = False
-    name: str | None = None  # this one has to be called
-    is_parallel: bool = True
+    name: str | None = None  # the one tool that must be called
+    is_parallel: bool = True  # several calls may follow each other
 
 
 USE_IF_WANTED = ToolUse()
 
 
 def answer_grammar(constraint: AnswerConstraint) -> str:
-    """Raises PromptError for what must not be compiled."""
+    """The grammar of an answer without tools. Raises PromptError for a constraint that is not supported."""
     match constraint:
         case JsonAnswer():
             return f'{HEADER}start: " "? value\n{_value(constraint)}'
@@ -81,26 +83,31 @@ def answer_grammar(constraint: AnswerConstraint) -> str:
 
 
 def call_grammars(syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> dict[str, str]:
-    """What may follow an opening, by opening. Used when the model itself began a call."""
+    """For each opening of a call the grammar of the text behind it, for calls that the model begins by itself."""
     by_opening: dict[str, list[int]] = {}
     for index, tool in enumerate(tools):
         by_opening.setdefault(syntax.opening.replace("{name}", tool.name), []).append(index)
     return {
-        opening: HEADER + "start: (" + " | ".join(f"call{i}" for i in group) + ")" + _more(use) + _rules(syntax, tools)
+        opening: HEADER
+        + "start: ("
+        + " | ".join(f"body{i}" for i in group)
+        + ")"
+        + _more_calls(use)
+        + _call_rules(syntax, tools)
         for opening, group in by_opening.items()
     }
 
 
 def forced_grammar(syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> str:
-    """Nothing but calls from the first token on."""
+    """The grammar of an answer that consists of calls."""
     wanted = [tool for tool in tools if use.name in (None, tool.name)]
-    return HEADER + 'start: " "? whole' + _more(use) + _rules(syntax, wanted)
+    return HEADER + 'start: " "? call' + _more_calls(use) + _call_rules(syntax, wanted)
 
 
 def json_or_calls_grammar(constraint: JsonAnswer, syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> str:
-    """A document, or calls and nothing else."""
-    start = f'start: " "? (value | calls)\n{_value(constraint)}calls: whole'
-    return HEADER + start + _more(use) + _rules(syntax, tools)
+    """The grammar of an answer that is either one document or calls."""
+    start = f'start: " "? (value | calls)\n{_value(constraint)}calls: call'
+    return HEADER + start + _more_calls(use) + _call_rules(syntax, tools)
 
 
 def _value(constraint: JsonAnswer) -> str:
@@ -109,24 +116,24 @@ def _value(constraint: JsonAnswer) -> str:
     return f"value: %json {_json(constraint.schema)}\n"
 
 
-def _more(use: ToolUse) -> str:
-    return f" (separator whole){{0,{MAX_CALLS - 1}}}\n" if use.is_parallel and use.name is None else "\n"
+def _more_calls(use: ToolUse) -> str:
+    return f" (separator call){{0,{MAX_CALLS - 1}}}\n" if use.is_parallel and use.name is None else "\n"
 
 
-def _rules(syntax: ToolSyntax, tools: Sequence[Tool]) -> str:
+def _call_rules(syntax: ToolSyntax, tools: Sequence[Tool]) -> str:
     lines = [f"separator: {_quoted(syntax.separator)}"]
-    lines.append("whole: " + " | ".join(f"whole{i}" for i in range(len(tools))))
+    lines.append("call: " + " | ".join(f"call{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):
         opening = _quoted(syntax.opening.replace("{name}", tool.name))
         before = _quoted(syntax.before.replace("{name}", tool.name))
-        lines.append(f"whole{i}: {opening} call{i}")
-        lines.append(f"call{i}: {before} arguments{i} {_quoted(syntax.after)}")
+        lines.append(f"call{i}: {opening} body{i}")
+        lines.append(f"body{i}: {before} arguments{i} {_quoted(syntax.after)}")
         lines.append(f"arguments{i}: %json {_json(arguments_schema(tool))}")
     return "\n".join(lines) + "\n"
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """A tool's parameters; arguments are an object whatever the schema leaves open."""
+    """A tool's parameters, limited to objects."""
     schema = dict(tool.parameters)
     return schema if "type" in schema else {"type": "object", **schema}
 
@@ -136,7 +143,7 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _text_grammar(pattern: str) -> str:
-    """A text, or a space and a text; a text that begins with a space needs that other one in front."""
+    """An optional space and a text that matches; the space is required if the text itself begins with one."""
     return f'{HEADER}start: TEXT\nTEXT: (/(?:{pattern})/ & ~/ (?s:.*)/) | " " /(?:{pattern})/\n'
 
 
@@ -145,13 +152,13 @@ def _quoted(text: str) -> str:
 
 
 def _slashed(pattern: str) -> str:
-    """The pattern as it may stand between slashes."""
+    """The pattern, escaped to stand between slashes."""
     escapes = {"/": r"\/", "\n": r"\n"}
     return re.sub(r"\\.|/|\n", lambda found: escapes.get(found[0], found[0]), pattern, flags=re.DOTALL)
 
 
 def _without_anchors(pattern: str) -> str:
-    """The whole answer has to match anyway."""
+    """The pattern without `^` and `$` at its ends: the whole answer has to match."""
     inner = pattern.removeprefix("^")
     num_slashes = len(inner) - len(inner.removesuffix("$").rstrip("\\")) - 1
     return inner[:-1] if inner.endswith("$") and num_slashes % 2 == 0 else inner

@@ -1,7 +1,7 @@
-"""Which JSON schemas may become grammars. Refuses by name what the grammar library would ignore, and what is too much.
+"""JSON schema of a client -> the schema that llguidance compiles, or PromptError that names the keyword.
 
-The library compiles a subset of draft 2020-12 and reports most of what it lacks; this file adds what it does not report
-and bounds what it would take too long, or too deep a stack, to compile. Knows no tokens.
+llguidance compiles a subset of draft 2020-12 and reports most of what it does not support. This file refuses what it
+would ignore silently, and schemas that would take too long, or too deep a stack, to compile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, cast
 from serving.generation.interface import PromptError
 
 MAX_NODES = 20_000  # objects, arrays and values of a schema together
-MAX_NESTING = 100  # of its text; the library's own reader ends at 128
+MAX_NESTING = 100  # of its text; llguidance's JSON parser ends at 128
 MAX_DEPTH = 500  # schemas inside schemas, references followed once; the compiler's stack ends at about 1,600
 MAX_PROPERTIES = 1000  # of one object
 MAX_ENUM = 2000  # values of one enum
@@ -40,7 +40,7 @@ _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 _ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 _CLASS = re.compile(r"\\.", re.DOTALL)
-# each class as few characters as any language means by it, and as many
+# the fewest characters that any regular-expression engine means by a class, and the most
 _FEWEST = {r"\d": "0-9", r"\w": r"0-9A-Za-z_\x{4E00}-\x{9FFF}", r"\s": r" \t\n\r"}
 _MOST = {r"\d": r"\p{N}", r"\w": r"\p{L}\p{M}\p{N}_", r"\s": r"\s\x{1C}-\x{1F}\x{FEFF}"}
 _INSIDE = _FEWEST | {name.upper(): f"[^{text}]" for name, text in _MOST.items()}
@@ -50,7 +50,11 @@ _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\((?:\?[^()]*?:)?|\)|\{(\d{1,9})
 
 
 def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
-    """Raises PromptError that names the keyword. what: for people, "schema for response_format 'x'"."""
+    """Raises PromptError that names the keyword.
+
+    what: how the message calls the schema, "schema for response_format 'x'"; param: the field of the request;
+    strict: OpenAI's rules for `strict: true` apply, too.
+    """
 
     def refuse(reason: str) -> PromptError:
         return PromptError(f"Invalid {what}: {reason}", param)
@@ -75,18 +79,18 @@ def check_schema(schema: Schema, what: str, param: str, strict: bool) -> None:
 
 
 def compilable(schema: Schema) -> dict[str, Any]:
-    """A schema that fits fewer documents or the same, as the compiler wants it.
+    """The schema for the compiler: it accepts the same documents, or fewer.
 
-    Without what restricts nothing (`uniqueItems: false`, formats that JSON Schema does not define); with patterns that
-    mean the same everywhere; and where it does not say whether an object may have more properties than it lists, it may
-    not: a model that is allowed to invent some does.
+    Keywords that restrict nothing are left out (`uniqueItems: false`, formats that JSON Schema does not define), and
+    patterns are made portable. An object that lists properties and does not say whether others are allowed gets
+    `additionalProperties: false`: models that may invent properties do.
     """
     closes = not any(_combines(node) for _, node in schemas_in(schema))
     return cast("dict[str, Any]", _compilable(dict(schema), closes))
 
 
 def _combines(node: Schema) -> bool:
-    """Whether an object's description may be spread over several schemas, so that none of them can be closed."""
+    """Whether an object may be described by several schemas together, so that none of them can be closed alone."""
     return bool(node.keys() & {"allOf", "oneOf"}) or ("properties" in node and bool(node.keys() & {"$ref", "anyOf"}))
 
 
@@ -117,7 +121,7 @@ def _compilable(schema: Any, closes: bool) -> Any:
 
 
 def _is_open(node: Schema) -> bool:
-    """Whether an object lists properties and leaves open whether there may be others."""
+    """Whether it lists properties and does not say whether others are allowed."""
     properties, required = node.get("properties"), node.get("required", [])
     if not isinstance(properties, dict) or not properties or not isinstance(required, list):
         return False
@@ -126,8 +130,8 @@ def _is_open(node: Schema) -> bool:
 
 
 def portable(pattern: str) -> str:
-    """The pattern with \\d, \\w and \\s as the characters that every language takes for them, and \\D, \\W and \\S as
-    those that none does: what they mean depends on the Unicode version, and in JavaScript on ASCII."""
+    """The pattern with \\d, \\w and \\s as the characters that all regular-expression engines agree on, and \\D, \\W,
+    and \\S as those that none of them excludes. Their meaning depends on the Unicode version, or on ASCII."""
 
     def replaced(found: re.Match[str]) -> str:
         text = found.group()
@@ -140,7 +144,7 @@ def portable(pattern: str) -> str:
 
 
 def check_pattern(pattern: str) -> str | None:
-    """What is wrong with a regular expression, before it is compiled; None if it may be tried."""
+    """Why a regular expression must not be compiled; None if it may be."""
     if len(pattern) > MAX_PATTERN:
         return f"the pattern has more than {MAX_PATTERN} characters."
     factors = [1]  # of the groups that are open
@@ -167,7 +171,7 @@ def check_pattern(pattern: str) -> str | None:
 
 
 def schemas_in(schema: Any, path: str = "") -> Iterator[tuple[str, Schema]]:
-    """Every schema below `schema`, itself included, with its path. Values of enum and const are not schemas."""
+    """`schema` and every schema inside it, with its path. Values of enum and const are not schemas."""
     if not isinstance(schema, dict):
         return
     node = cast("dict[str, Any]", schema)
@@ -229,7 +233,7 @@ def _strict_objection(node: Schema) -> str | None:
 
 
 def _measure(schema: Schema) -> tuple[int, int]:
-    """Values in it, and how deep the text is nested."""
+    """(number of values, levels of nesting) of the schema's text."""
     count = deepest = 0
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
@@ -244,7 +248,7 @@ def _measure(schema: Schema) -> tuple[int, int]:
 
 
 def _depth(schema: Schema) -> int:
-    """The longest way down, following each reference the first time it is met, as the compiler does."""
+    """Levels of schemas inside schemas, each reference followed the first time it is met, as the compiler does."""
     deepest = 0
     followed: set[str] = set()
     stack: list[tuple[Any, int]] = [(schema, 1)]
@@ -267,7 +271,7 @@ def _depth(schema: Schema) -> int:
 
 
 def _refers_to_itself(schema: Schema) -> bool:
-    """Whether some schema is a part of itself by references and combinations alone: nothing can begin to satisfy it."""
+    """Whether some schema contains itself through references and combinations alone: no document can satisfy it."""
     done: set[int] = set()
     open_: set[int] = set()
     stack: list[tuple[Any, bool]] = [(node, False) for _, node in schemas_in(schema)]
@@ -294,7 +298,7 @@ def _refers_to_itself(schema: Schema) -> bool:
 
 
 def _target(schema: Schema, reference: str) -> Any:
-    """What a local reference points to; None for any other."""
+    """The schema that a local reference points to; None for any other reference."""
     if reference == "#":
         return schema
     if not reference.startswith("#/"):
@@ -307,7 +311,7 @@ def _target(schema: Schema, reference: str) -> Any:
 
 
 def _numerator(multiple: Any) -> int:
-    """How many steps a counter of multiples needs, the decimal point left out."""
+    """States of the automaton that accepts multiples of the number, the decimal point left out."""
     if isinstance(multiple, bool) or not isinstance(multiple, int | float) or multiple <= 0:
         return 1  # the compiler refuses it
     fraction = Fraction(repr(multiple))

@@ -1,4 +1,4 @@
-"""Grammars over one model's vocabulary: compiled in worker threads, kept, and walked token by token by the engine.
+"""Text of a grammar -> compiled grammar, cached -> for every sampled token the mask of the tokens allowed next.
 
 Source: llguidance (Earley parser over byte-level lexemes). Its torch helper is not used: it compiles C++ at first use.
 """
@@ -27,19 +27,20 @@ from serving.generation.interface import PromptError
 logger = logging.getLogger(__name__)
 
 MAX_CACHED = 64  # compiled grammars
-REHEARSALS = 2
-REHEARSED_TOKENS = 48
-REHEARSAL_SECONDS = 0.25
-_PLACE = re.compile(r"^at \d+\(\d+\): ")
+MAX_CACHED_BYTES = 64 * 2**20  # their memory, as `_estimated_bytes` counts it
+NUM_TRIAL_RUNS = 2
+MAX_TRIAL_TOKENS = 48
+MAX_TRIAL_SECONDS = 0.25
+_POSITION = re.compile(r"^at \d+\(\d+\): ")
 _PREFIXES = ("failed to compile JSON schema: ", "failed to parse ")
 
 
 class MaskFailed(Exception):
-    """A grammar came to a state in which it can say nothing more."""
+    """The matcher reports an error: a token that the mask forbade, or a limit of the parser."""
 
 
 class TokenTable(Protocol):
-    """The part of a chat format that a grammar needs."""
+    """Token ids -> bytes; the part of a chat format that a mask needs."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]: ...
@@ -49,11 +50,11 @@ class TokenTable(Protocol):
 
 
 class Vocabulary:
-    """The bytes of every token, in the library's own form. Building it takes 0.8 s for 65,000 tokens."""
+    """The bytes of every token, and llguidance's tokenizer of them. Building it takes 0.8 s for 65,000 tokens."""
 
-    def __init__(self, spelling: TokenTable) -> None:
-        self.tokens = [spelling.token_bytes(i) for i in range(spelling.num_tokens)]
-        self.stop_token_ids = spelling.stop_token_ids
+    def __init__(self, token_table: TokenTable) -> None:
+        self.tokens = [token_table.token_bytes(i) for i in range(token_table.num_tokens)]
+        self.stop_token_ids = token_table.stop_token_ids
         self.library = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Bytes(self.tokens, min(self.stop_token_ids))),
             n_vocab=len(self.tokens),
@@ -63,7 +64,7 @@ class Vocabulary:
         self._sorted = sorted((text, i) for i, text in enumerate(self.tokens) if text)
 
     def overshooting(self, rest: bytes) -> list[int]:
-        """The tokens that begin with `rest` and go on behind it."""
+        """The tokens that begin with `rest` and are longer."""
         first = bisect_left(self._sorted, (rest, len(self.tokens)))
         found: list[int] = []
         for text, token_id in self._sorted[first:]:
@@ -74,7 +75,7 @@ class Vocabulary:
 
 
 class _Bytes:
-    """What the library asks of a tokenizer. Grammars forbid it to force tokens, so the spelling is never used."""
+    """The tokenizer that llguidance asks for. Its tokenization is not used: the grammars forbid forced tokens."""
 
     bos_token_id = None
 
@@ -85,18 +86,19 @@ class _Bytes:
         self._single = {text[0]: i for i, text in enumerate(tokens) if len(text) == 1}
 
     def __call__(self, text: bytes | str) -> list[int]:
-        spelled = text.encode() if isinstance(text, str) else text
-        return [self._single[byte] for byte in spelled if byte in self._single]
+        encoded = text.encode() if isinstance(text, str) else text
+        return [self._single[byte] for byte in encoded if byte in self._single]
 
 
 class Grammars:
-    """Compiles grammars for one model. Thread-safe; to be called in worker threads, for compiling takes its time."""
+    """Compiles and caches the grammars of one model. Thread-safe. CPU-bound: call it in worker threads."""
 
-    def __init__(self, spelling: TokenTable) -> None:
-        self._spelling = spelling
+    def __init__(self, token_table: TokenTable) -> None:
+        self._token_table = token_table
         self._lock = threading.Lock()
         self._building = threading.Lock()
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()  # least recently used first
+        self._cached_bytes = 0
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=20_000,
             initial_lexer_fuel=1_000_000,
@@ -109,22 +111,22 @@ class Grammars:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Built by the first who asks; others wait."""
+        """Built by the first caller; others wait for it."""
         with self._building:
             return self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self._spelling)
+        return Vocabulary(self._token_table)
 
-    def prepare(self) -> None:
-        """Build the vocabulary, before anybody needs it."""
+    def build_vocabulary(self) -> None:
+        """Builds the vocabulary ahead of the first request."""
         _ = self.vocabulary
 
-    def compile(self, grammar: str, what: str, param: str, is_rehearsed: bool = False) -> Grammar:
-        """Raises PromptError for a grammar that the library refuses, that is too complex, or that nothing fits.
+    def compile(self, grammar: str, what: str, param: str, is_tested: bool = False) -> Grammar:
+        """Raises PromptError for a grammar that llguidance refuses, that is too complex, or that no text matches.
 
-        is_rehearsed: it was found to be walkable before.
+        is_tested: the grammar passed its trial runs before, in another process.
         """
         vocabulary = self.vocabulary
         with self._lock:
@@ -135,42 +137,49 @@ class Grammars:
         matcher = llguidance.LLMatcher(vocabulary.library, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise PromptError(f"Invalid {what}: {_reason(matcher.get_error())}", param)
-        for number in range(0 if is_rehearsed else REHEARSALS):
-            if not _rehearse(matcher.deep_copy(), vocabulary, random.Random(number)):
+        for number in range(0 if is_tested else NUM_TRIAL_RUNS):
+            if not _passes_trial_run(matcher.deep_copy(), vocabulary, random.Random(number)):
                 raise PromptError(f"Invalid {what}: it is too complex, or nothing can satisfy it.", param)
         with self._lock:
-            self._compiled[grammar] = matcher
-            while len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
+            if grammar not in self._compiled:  # another thread may have compiled it meanwhile
+                self._compiled[grammar] = matcher
+                self._cached_bytes += _estimated_bytes(grammar)
+            while len(self._compiled) > MAX_CACHED or self._cached_bytes > MAX_CACHED_BYTES:
+                oldest, _ = self._compiled.popitem(last=False)
+                self._cached_bytes -= _estimated_bytes(oldest)
             return Grammar(vocabulary, grammar, matcher.deep_copy())
 
+    @property
+    def num_cached(self) -> int:
+        return len(self._compiled)
+
     def mask_of(self, specification: str) -> TokenMask:
-        """The mask that says this of itself, made anew."""
+        """The mask of a `TokenMask.specification`, for another process than the one that made it."""
         parts = json.loads(specification)
         grammars = {
-            opening: self.compile(text, "specification", "specification", is_rehearsed=True)
+            opening: self.compile(text, "specification", "specification", is_tested=True)
             for opening, text in parts["grammars"].items()
         }
         if parts["is_free_before"]:
             return ToolCallMask(grammars, self.vocabulary, parts["is_at_start"])
         (grammar,) = grammars.values()
-        return grammar.walk()
+        return grammar.new_mask()
 
 
 class Grammar:
-    """A compiled grammar; gives each answer a walk of its own."""
+    """A compiled grammar; makes one mask for each answer."""
 
     def __init__(self, vocabulary: Vocabulary, text: str, matcher: llguidance.LLMatcher) -> None:
         self.vocabulary = vocabulary
         self.text = text
         self._matcher = matcher
 
-    def walk(self) -> GrammarMask:
+    def new_mask(self) -> GrammarMask:
         return GrammarMask(self._matcher.deep_copy(), self.vocabulary.num_words, self.text)
 
 
 class GrammarMask:
-    """One answer's way through a grammar; a TokenMask."""
+    """The state of one answer in a grammar; a TokenMask."""
 
     def __init__(self, matcher: llguidance.LLMatcher, num_words: int, text: str) -> None:
         self._matcher = matcher
@@ -193,9 +202,9 @@ class GrammarMask:
 
 
 class ToolCallMask:
-    """Free text until an opening is complete, then that opening's grammar; a TokenMask.
+    """Free text until the opening of a call is complete, then the grammar of that opening; a TokenMask.
 
-    A token that would complete an opening and go on behind it is forbidden, so that the grammar sees all that follows.
+    A token that completes an opening and has more bytes is forbidden: the grammar has to see all bytes behind it.
     is_at_start: only the beginning of the answer, white space aside, can be an opening.
     """
 
@@ -205,8 +214,8 @@ class ToolCallMask:
         self._is_at_start = is_at_start
         self._longest = max(map(len, self._grammars))
         self._tail = b""
-        self._is_text = False
-        self._walk: GrammarMask | None = None
+        self._is_free_text = False
+        self._call_mask: GrammarMask | None = None
 
     @property
     def specification(self) -> str:
@@ -214,11 +223,11 @@ class ToolCallMask:
         return json.dumps({"grammars": grammars, "is_free_before": True, "is_at_start": self._is_at_start})
 
     def allowed(self) -> Tensor | None:
-        if self._walk is not None:
-            return self._walk.allowed()
-        if self._is_text:
+        if self._call_mask is not None:
+            return self._call_mask.allowed()
+        if self._is_free_text:
             return None
-        forbidden = [token_id for rest in self._rests() for token_id in self._vocabulary.overshooting(rest)]
+        forbidden = [token_id for rest in self._missing() for token_id in self._vocabulary.overshooting(rest)]
         if not forbidden:
             return None
         bits = torch.full((self._vocabulary.num_words * 4,), 255, dtype=torch.uint8)
@@ -227,36 +236,42 @@ class ToolCallMask:
         return bits.view(torch.int32)
 
     def accept(self, token_id: int) -> None:
-        if self._walk is not None:
-            self._walk.accept(token_id)
+        if self._call_mask is not None:
+            self._call_mask.accept(token_id)
             return
-        if self._is_text:
+        if self._is_free_text:
             return
         self._tail += self._vocabulary.tokens[token_id]
         if self._is_at_start:
             self._tail = self._tail.lstrip()
-            self._is_text = not any(opening.startswith(self._tail) for opening in self._grammars)
+            self._is_free_text = not any(opening.startswith(self._tail) for opening in self._grammars)
         for opening, grammar in self._grammars.items():
             if self._tail.endswith(opening):
-                self._is_text = False
-                self._walk = grammar.walk()
+                self._is_free_text = False
+                self._call_mask = grammar.new_mask()
         self._tail = self._tail if self._is_at_start else self._tail[-self._longest :]
 
-    def _rests(self) -> list[bytes]:
-        """What is missing of each opening that has begun."""
-        rests: list[bytes] = []
+    def _missing(self) -> list[bytes]:
+        """The missing bytes of each opening that the text so far may have begun."""
+        missing: list[bytes] = []
         for opening in self._grammars:
             if self._is_at_start:
-                rests += [opening[len(self._tail) :]] if opening.startswith(self._tail) else []
+                missing += [opening[len(self._tail) :]] if opening.startswith(self._tail) else []
             else:
-                rests += [opening[size:] for size in range(len(opening)) if self._tail.endswith(opening[:size])]
-        return rests
+                missing += [opening[size:] for size in range(len(opening)) if self._tail.endswith(opening[:size])]
+        return missing
 
 
-def _rehearse(matcher: llguidance.LLMatcher, vocabulary: Vocabulary, choose: random.Random) -> bool:
-    """Whether a random answer gets along for a while: some patterns only prove too complex when they are walked."""
-    deadline = time.monotonic() + REHEARSAL_SECONDS
-    for _ in range(REHEARSED_TOKENS):
+def _estimated_bytes(grammar: str) -> int:
+    """Memory of a compiled grammar: 100 KB, and 25 to 170 bytes for each character of its text, as measured with
+    llguidance 1.9 for JSON schemas of 0.2 to 70 KB."""
+    return 100_000 + 100 * len(grammar)
+
+
+def _passes_trial_run(matcher: llguidance.LLMatcher, vocabulary: Vocabulary, choose: random.Random) -> bool:
+    """Whether a random answer can be generated: some patterns exceed the limits of the lexer only at run time."""
+    deadline = time.monotonic() + MAX_TRIAL_SECONDS
+    for _ in range(MAX_TRIAL_TOKENS):
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_error() or not mask:
             return False
@@ -271,17 +286,17 @@ def _rehearse(matcher: llguidance.LLMatcher, vocabulary: Vocabulary, choose: ran
 
 
 def _random_bit(mask: int, num_bits: int, choose: random.Random) -> int:
-    """The first set bit at or after a random place, going round."""
-    place = choose.randrange(num_bits)
-    rest = mask >> place or mask
-    start = place if mask >> place else 0
+    """The first set bit at or after a random position, cyclically."""
+    position = choose.randrange(num_bits)
+    rest = mask >> position or mask
+    start = position if mask >> position else 0
     return start + (rest & -rest).bit_length() - 1
 
 
 def _reason(error: str) -> str:
-    """The library's message in one line, without its places in a grammar that the client never saw."""
+    """llguidance's message in one line, without positions in the grammar text, which the client never saw."""
     lines = error.strip().split("\n")
-    line = _PLACE.sub("", next((line for line in lines if line.startswith("error: ")), lines[0]))
+    line = _POSITION.sub("", next((line for line in lines if line.startswith("error: ")), lines[0]))
     for prefix in _PREFIXES:
         line = line.removeprefix(prefix)
     return line[:300].rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""Reads tool calls out of an answer as they come. Knows how a call is written, no tokens. Nothing is evaluated."""
+"""Text of an answer, in pieces -> text deltas and tool-call deltas. Arguments stay JSON text; nothing is evaluated."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 from serving.generation.interface import AnswerParser, AnswerPart, TextDelta, ToolCallDelta, ToolSyntax
 
-_SPACE = " \t\n\r\v\f"  # what the mask, which sees bytes, takes for white space
+_SPACE = " \t\n\r\v\f"  # the white space of `bytes.lstrip`, which the mask uses
 _MARKS = re.compile(r'["\\{}\[\]]')
 
 
 class JsonEnd:
-    """Finds the end of one JSON object or array in text that comes in pieces."""
+    """Finds the end of one JSON object or array in text that arrives in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -21,16 +21,16 @@ class JsonEnd:
         self._is_escaped = False
 
     def push(self, text: str) -> int | None:
-        """How many characters of `text` belong to the document; None if it goes on behind them."""
-        place = 0
+        """The number of characters of `text` that belong to the document; None if the document continues after it."""
+        position = 0
         while True:
-            if self._is_escaped and place < len(text):
+            if self._is_escaped and position < len(text):
                 self._is_escaped = False
-                place += 1
-            found = _MARKS.search(text, place)
+                position += 1
+            found = _MARKS.search(text, position)
             if found is None:
                 return None
-            place = found.end()
+            position = found.end()
             mark = found.group()
             if self._in_string:
                 self._is_escaped = mark == "\\"
@@ -40,14 +40,14 @@ class JsonEnd:
             elif mark != "\\":
                 self._depth += 1 if mark in "{[" else -1
                 if self._depth == 0:
-                    return place
+                    return position
 
 
 class ToolCallParser:
-    """Text through the family's own reader until an opening is complete; from there on, calls and nothing else.
+    """Passes text to the family's parser until the opening of a call is complete; reads only calls from there on.
 
-    Arguments go out as they come. A call that the answer's length cuts before its arguments begin is left out.
-    is_forced: the answer is calls from its first character on.
+    Arguments are returned as they arrive. A call that `max_tokens` cuts before its arguments begin is left out.
+    is_forced: the answer consists of calls.
     """
 
     def __init__(self, syntax: ToolSyntax, names: tuple[str, ...], text: AnswerParser, is_forced: bool) -> None:
@@ -61,7 +61,7 @@ class ToolCallParser:
         self._held = ""
         self._num_calls = 0
         self._end = JsonEnd()
-        self._is_start = True  # nothing but white space has come
+        self._is_start = True  # only white space so far
 
     def push(self, text: str) -> list[AnswerPart]:
         self._held += text
@@ -92,24 +92,23 @@ class ToolCallParser:
     def _read_text(self) -> list[AnswerPart]:
         if self._syntax.is_at_start:
             return self._read_first_line()
-        places = {opening: self._held.find(opening) for opening in self._openings}
-        found = [place for place in places.values() if place >= 0]
+        found = [position for opening in self._openings if (position := self._held.find(opening)) >= 0]
         if found:
             text, self._held = self._held[: min(found)], self._held[min(found) :]
             self._state = "head"
-            # white space in front of a call goes with it
+            # white space between text and call belongs to neither
             return [*self._text.push(text.rstrip()), *self._text.flush()]
-        keep = len(self._held) - len(self._held[: _settled(self._held, self._openings)].rstrip())
+        keep = len(self._held) - len(self._held[: _num_final(self._held, self._openings)].rstrip())
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return self._text.push(text) if text else []
 
     def _read_first_line(self) -> list[AnswerPart]:
-        begun = self._held.lstrip(_SPACE)
-        if self._is_start and any(begun.startswith(opening) for opening in self._openings):
-            self._held = begun
+        stripped = self._held.lstrip(_SPACE)
+        if self._is_start and any(stripped.startswith(opening) for opening in self._openings):
+            self._held = stripped
             self._state = "head"
             return []
-        if self._is_start and any(opening.startswith(begun) for opening in self._openings):
+        if self._is_start and any(opening.startswith(stripped) for opening in self._openings):
             return []
         self._is_start = False
         text, self._held = self._held, ""
@@ -143,14 +142,14 @@ class ToolCallParser:
 
 
 class ConstrainedText:
-    """The text as it is, but for one space in front, which the grammar allows every answer."""
+    """The text of a constrained answer without the one space in front that every grammar allows."""
 
     def __init__(self) -> None:
-        self._has_begun = False
+        self._has_stripped = False
 
     def push(self, text: str) -> list[AnswerPart]:
-        if not self._has_begun and text:
-            self._has_begun = True
+        if not self._has_stripped and text:
+            self._has_stripped = True
             text = text.removeprefix(" ")
         return [TextDelta(text)] if text else []
 
@@ -158,8 +157,8 @@ class ConstrainedText:
         return []
 
 
-def _settled(text: str, openings: set[str]) -> int:
-    """How much of the text is no part of an opening to come."""
+def _num_final(text: str, openings: set[str]) -> int:
+    """The number of characters that cannot belong to an opening whose rest has not arrived."""
     longest = max(map(len, openings))
     for size in range(min(longest - 1, len(text)), 0, -1):
         if any(opening.startswith(text[-size:]) for opening in openings):

@@ -1,8 +1,8 @@
-"""Tools for models that were never trained to call any: a conversation with tools becomes one without, in plain words.
+"""Conversation with tools -> prompt ids of a model that was not trained to call tools.
 
-The tools and how to call them are described in the first system message. An earlier call is the assistant's own text,
-in the syntax that is asked for. Results of tools are what the user says next; if the user goes on to speak, in the same
-message, below them, so that user and assistant keep alternating.
+The system message describes the tools and the syntax of a call. An earlier call becomes text of the assistant in that
+syntax. The results of tools become a user message; a user message that follows is appended to it, so that user and
+assistant alternate.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ PLAIN = ToolSyntax("<tool_call>", '{"name": "{name}", "arguments": ', "}</tool_c
 
 
 @dataclass(frozen=True)
-class Words:
-    """What the model is told, in one language."""
+class ToolInstructions:
+    """Texts for the model, in one language."""
 
     tools: str  # {tools}: one line a tool
     result: str  # {name}, {content}
 
 
-WORDS: dict[Language, Words] = {
-    "zh": Words(
+INSTRUCTIONS: dict[Language, ToolInstructions] = {
+    "zh": ToolInstructions(
         "你可以调用以下工具：\n{tools}\n"
         "需要调用工具时，只按下面的格式输出，不要输出别的内容：\n"
         '<tool_call>{"name": "工具名", "arguments": {"参数名": "参数值"}}</tool_call>\n'
         "不需要工具，或者已经得到工具的结果时，直接回答问题。\n",
         "工具 {name} 的结果：\n{content}",
     ),
-    "en": Words(
+    "en": ToolInstructions(
         "You can call these tools:\n{tools}\n"
         "To call a tool, write only this and nothing else:\n"
         '<tool_call>{"name": "tool name", "arguments": {"parameter": "value"}}</tool_call>\n'
@@ -52,9 +52,7 @@ WORDS: dict[Language, Words] = {
 
 
 def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
-    """The prompt of a conversation with or without tools. Raises PromptError."""
-    if chat_format.tool_syntax is not None or not _has_tools(conversation):
-        return chat_format.render(conversation)
+    """The prompt of a conversation that uses tools, for a chat format without a tool syntax. Raises PromptError."""
     plain = without_tools(conversation, chat_format.language)
     try:
         return chat_format.render(plain)
@@ -62,12 +60,12 @@ def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
         merged = _system_as_user(plain)
         if merged is None:
             raise
-        return chat_format.render(merged)  # the format has no place for a system message
+        return chat_format.render(merged)  # the format has no system message
 
 
 def without_tools(conversation: Conversation, language: Language) -> Conversation:
-    """The same conversation in messages of plain text."""
-    words = WORDS[language]
+    """The same conversation with tools, calls and results written as text."""
+    instructions = INSTRUCTIONS[language]
     messages: list[Message] = []
     names: dict[str, str] = {}  # of the tools called, by the id of the call
     ends_with_result = False
@@ -76,7 +74,7 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
         text = message.content
         if message.role == "tool":
             name = names.get(message.tool_call_id or "", message.name or "")
-            text = words.result.replace("{name}", name).replace("{content}", text)
+            text = instructions.result.replace("{name}", name).replace("{content}", text)
         elif message.tool_calls:
             written = PLAIN.separator.join(_written(call) for call in message.tool_calls)
             text = f"{text}\n{written}" if text else written
@@ -86,12 +84,8 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
             messages.append(Message("user" if message.role == "tool" else message.role, text))
         ends_with_result = message.role == "tool"
     if conversation.tools:
-        messages = _with_system(messages, words.tools.replace("{tools}", _listing(conversation.tools)))
+        messages = _with_system(messages, instructions.tools.replace("{tools}", _listing(conversation.tools)))
     return replace(conversation, messages=tuple(messages), tools=())
-
-
-def _has_tools(conversation: Conversation) -> bool:
-    return bool(conversation.tools) or any(m.tool_calls or m.role == "tool" for m in conversation.messages)
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:
@@ -101,7 +95,7 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
 
 
 def _system_as_user(conversation: Conversation) -> Conversation | None:
-    """The system message in front of the first user message; None if there are not these two."""
+    """The system message merged into the first user message; None if the conversation does not begin with these two."""
     match conversation.messages:
         case (Message(role="system") as system, Message(role="user") as user, *rest):
             return replace(conversation, messages=(Message("user", f"{system.content}\n{user.content}"), *rest))

@@ -1,4 +1,4 @@
-"""Answers in a form and calls of tools over HTTP, from a random model: only masks can make it answer so."""
+"""Structured outputs and tool calls over HTTP. The model has random weights: only masks can make its answers valid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASK: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 400, "seed
 
 
 class Weather(BaseModel):
-    """What a client wants to get back."""
+    """The response format of a client."""
 
     place: Literal["北京", "上海"]
     degrees: Annotated[int, Field(ge=-40, le=50)]
@@ -90,9 +90,9 @@ def test_parse_gives_a_pydantic_object(app: Starlette) -> None:
 
 
 def test_several_answers_are_each_held_to_the_schema_and_streams_say_the_same(app: Starlette) -> None:
-    form = {"response_format": json_schema(CITY, strict=True), "n": 4}
-    whole = post(app, "/chat/completions", {**ASK, **form}).json()["choices"]
-    parts = chunks(post(app, "/chat/completions", {**ASK, **form, "stream": True}))
+    fields = {"response_format": json_schema(CITY, strict=True), "n": 4}
+    whole = post(app, "/chat/completions", {**ASK, **fields}).json()["choices"]
+    parts = chunks(post(app, "/chat/completions", {**ASK, **fields, "stream": True}))
     assert len(whole) == 4
     for choice in whole:
         jsonschema.validate(json.loads(choice["message"]["content"]), CITY)
@@ -132,8 +132,8 @@ def test_guided_answers_are_exactly_what_was_asked_for(app: Starlette) -> None:
 
 
 def test_logprobs_stay_those_of_the_model(app: Starlette) -> None:
-    form = {"guided_choice": ["你好"], "logprobs": True, "top_logprobs": 1}
-    (first, *_) = answer(app, **form)["logprobs"]["content"]
+    fields = {"guided_choice": ["你好"], "logprobs": True, "top_logprobs": 1}
+    (first, *_) = answer(app, **fields)["logprobs"]["content"]
     assert first["logprob"] < first["top_logprobs"][0]["logprob"]
 
 
@@ -228,22 +228,22 @@ def test_a_model_that_calls_nothing_just_answers(either: Starlette) -> None:
         assert "tool_calls" not in made["message"]
 
 
-def test_tools_that_nobody_insists_on_may_have_schemas_that_have_no_grammar(either: Starlette) -> None:
+def test_optional_tools_may_have_schemas_that_cannot_be_compiled(either: Starlette) -> None:
     odd = {
         "type": "function",
         "function": {"name": "odd", "parameters": {"type": "object", "not": {"required": ["a"]}}},
     }
     assert answer(either, tools=[odd], max_tokens=5)["message"]["role"] == "assistant"
-    for insisting in (
+    for required in (
         {"tool_choice": "required"},
         {"tools": [{**odd, "function": {**odd["function"], "strict": True}}]},
     ):
-        error = assert_openai_error(post(either, "/chat/completions", {**ASK, "tools": [odd], **insisting}), 400)
+        error = assert_openai_error(post(either, "/chat/completions", {**ASK, "tools": [odd], **required}), 400)
         assert error["param"] == "tools"
         assert "'odd'" in error["message"]
 
 
-def test_a_form_and_tools_give_the_one_or_the_other(either: Starlette) -> None:
+def test_a_response_format_and_tools_give_a_document_or_calls(either: Starlette) -> None:
     kinds = set[str]()
     for begun in ("<g", "{"):
         ids = [post(either, "/tokenize", {"model": NAME, "prompt": mark}).json()["tokens"][-1] for mark in begun]
@@ -259,7 +259,7 @@ def test_a_form_and_tools_give_the_one_or_the_other(either: Starlette) -> None:
     assert kinds == {"call", "text"}
 
 
-def test_results_of_tools_go_back_in(either: Starlette) -> None:
+def test_results_of_tools_continue_the_conversation(either: Starlette) -> None:
     made = answer(either, tools=TOOLS, tool_choice=NAMED)["message"]
     result = {"role": "tool", "tool_call_id": made["tool_calls"][0]["id"], "content": "sunny"}
     history = [*USER, made, result]
@@ -345,14 +345,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
     ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": 3}, "tool_choice"),
-    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "unknown"}}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 1}, "strict": True}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
     ({"functions": [TOOLS[0]["function"]], "tools": TOOLS}, "functions"),
     ({"function_call": "auto"}, "function_call"),
-    ({"functions": [TOOLS[0]["function"]], "function_call": {"name": "nobody"}}, "function_call"),
+    ({"functions": [TOOLS[0]["function"]], "function_call": {"name": "unknown"}}, "function_call"),
     ({"messages": [*USER, TOOL_MESSAGE]}, "messages[1].role"),
     ({"messages": [*USER, CALLED, *USER]}, "messages[1].role"),
     ({"messages": [*USER, CALLED, {**TOOL_MESSAGE, "tool_call_id": "c2"}]}, "messages[2].role"),
@@ -367,23 +367,23 @@ def test_what_cannot_be_meant_is_refused_by_field(app: Starlette, fields: dict[s
         assert assert_openai_error(response, 400)["param"] == param
 
 
-def test_compiling_holds_up_nobody(app: Starlette) -> None:
-    """Bombs at the door, and the answers of the others go on."""
-    bomb = json_schema(
+def test_compiling_does_not_block_other_requests(app: Starlette) -> None:
+    """Schemas that are expensive to refuse are sent while another request runs."""
+    expensive = json_schema(
         {"allOf": [{"anyOf": [{"type": "object", "required": [f"a{i}{j}"]} for j in range(6)]} for i in range(8)]}
     )
 
     async def main() -> None:
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
-            bombs = [
-                asyncio.create_task(http.post("/chat/completions", json={**ASK, "response_format": bomb}))
+            refused = [
+                asyncio.create_task(http.post("/chat/completions", json={**ASK, "response_format": expensive}))
                 for _ in range(3)
             ]
             begun = time.thread_time(), time.process_time()
-            await asyncio.gather(*bombs)
+            await asyncio.gather(*refused)
             of_this_thread, of_all = time.thread_time() - begun[0], time.process_time() - begun[1]
             assert of_this_thread < 0.5 * of_all  # nearly all of the work is done beside the event loop
-            assert {task.result().status_code for task in bombs} == {400}
+            assert {task.result().status_code for task in refused} == {400}
             assert (await http.post("/chat/completions", json={**ASK, "max_tokens": 3})).status_code == 200
 
     asyncio.run(main())
