@@ -14,8 +14,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from kernels import linears_cpu, linears_cuda
 from kernels.precision import Precision, Progress, UnsupportedPrecision
@@ -112,7 +111,7 @@ def _num_bytes(layer: nn.Module) -> int:
 @torch.inference_mode()
 def _packed_layer(name: str, layer: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
     if isinstance(layer, nn.Embedding):
-        return StoredEmbedding(layer, compute_dtype(precision, device))
+        return linears_cpu.StoredEmbedding(layer, compute_dtype(precision, device))
     linear = cast("nn.Linear | QuantizedLinear", layer)
     # the output layer decides between tokens: it stays in eight bits
     if precision == "int4" and (name == "lm_head" or linear.in_features % DEVICES[device.type].int4_multiple):
@@ -166,20 +165,3 @@ def has_bfloat16_kernels() -> bool:
     found = torch.cpu.get_capabilities()
     is_in_hardware = bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
     return is_in_hardware and is_accurate(linears_cpu.OneDnnLinear, "bfloat16", CPU, torch.bfloat16)
-
-
-class StoredEmbedding(nn.Module):
-    """An embedding in its stored type; only the rows that are looked up are converted."""
-
-    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._table = embedding.weight.detach()  # no parameter: it keeps its type when the rest is cast
-        self._dtype = dtype
-
-    @property
-    def weight(self) -> Tensor:
-        return self._table
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """[...] int64 -> [..., hidden]"""
-        return functional.embedding(token_ids, self._table).to(self._dtype)

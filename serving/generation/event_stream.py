@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serving import metrics
@@ -22,7 +22,7 @@ class Deadline:
     """When a request is given up (time.monotonic(), or infinity), and what its reader then gets."""
 
     at: float
-    failure: Exception
+    failure: Callable[[], Exception]
 
 
 class EventStream:
@@ -50,7 +50,7 @@ class EventStream:
         self._timer = None
         if deadline.at < math.inf:
             seconds = max(0.0, deadline.at - time.monotonic())
-            self._timer = self._loop.call_later(seconds, self._queue.fail, deadline.failure)
+            self._timer = self._loop.call_later(seconds, lambda: self._queue.fail(deadline.failure()))
         try:
             for prompt in prompts:
                 self._processors += model.start(prompt, self._queue, len(self._processors), permit.priority)

@@ -53,7 +53,7 @@ class OutputProcessor:
         """stop_token_ids: they end the answer and have no text. before: the ids whose text the answer continues."""
         self._detokenizer = Detokenizer(decode, before)
         self._parser = parser
-        self._stop = StopStrings(stop)
+        self._stop = StopStrings(stop) if stop else None
         self._stop_token_ids = stop_token_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
@@ -73,29 +73,36 @@ class OutputProcessor:
             if output.logprob:
                 self._logprobs.append(output.logprob)
             events += self._show(self._parser.push(self._detokenizer.push(output.token_id)))
-        if output.finish_reason and not self._stop.hit:
+        if output.finish_reason and not self._is_stopped:
             events += self._show(self._parser.push(self._detokenizer.flush()))
             events += self._show(self._parser.flush())
-        if output.finish_reason and not self._stop.hit and (rest := self._stop.flush()):
-            events.append(self._text(rest))
-        if output.finish_reason or self._stop.hit:
-            events += self._finish("length" if output.finish_reason == "length" and not self._stop.hit else "stop")
+        if output.finish_reason and not self._is_stopped:
+            events += self._held_text()
+        if output.finish_reason or self._is_stopped:
+            events += self._finish("length" if output.finish_reason == "length" and not self._is_stopped else "stop")
         return events
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stop is not None and self._stop.hit
 
     def _show(self, parts: list[AnswerPart]) -> list[ChatEvent]:
         events: list[ChatEvent] = []
         for part in parts:
             match part:
                 case TextDelta(text):
-                    shown = self._stop.push(text)
-                    if shown:
+                    if shown := text if self._stop is None else self._stop.push(text):
                         events.append(self._text(shown))
                 case ToolCallDelta():
                     self._called_tools = True
-                    if before := self._stop.flush():
-                        events.append(self._text(before))
-                    events.append(part)
+                    events += (*self._held_text(), part)
         return events
+
+    def _held_text(self) -> list[TextDelta]:
+        """Text that could have been the beginning of a stop string, and is not."""
+        text = "" if self._stop is None else self._stop.flush()
+        return [self._text(text)] if text else []
 
     def _text(self, text: str) -> TextDelta:
         delta = TextDelta(text, tuple(self._logprobs), self._num_tokens - self._num_reported)

@@ -9,8 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.http.disconnect import ClientLeft
-from serving.http.errors import APIError, error_response, traceback_for_log
+from serving.http.errors import APIError, ClientLeft, error_response, traceback_for_log
 from serving.http.request_context import label_response, request_context
 
 CLIENT_LEFT = 499  # access logs' usual status for it; the client does not receive it

@@ -46,6 +46,10 @@ class APIError(Exception):
         return f"{self.status} {self.code}: {self.message}"
 
 
+class ClientLeft(Exception):
+    """The client has disconnected, or reads no more of the answer."""
+
+
 def envelope(error: APIError) -> str:
     """The JSON text of an error, for a response body or for an event of a stream that has already started."""
     body: ErrorResponse = {

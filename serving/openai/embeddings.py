@@ -15,11 +15,11 @@ from typing_extensions import TypedDict
 
 from serving.generation import embedding
 from serving.generation.pipeline import ContextOverflow
-from serving.http.disconnect import unless_disconnected
 from serving.http.errors import invalid
 from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, json_response
 from serving.openai.completions.request import Prompts, to_prompts
 from serving.openai.errors import context_overflow
+from serving.openai.streaming import unless_disconnected
 
 MAX_INPUTS = 2048  # OpenAI's
 

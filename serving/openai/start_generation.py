@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from starlette.requests import Request
 from starlette.types import Scope
@@ -61,7 +62,7 @@ class GenerationStarter:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError:
-            raise deadline.failure from None
+            raise deadline.failure() from None
         finally:
             permit.close(num_tokens)
 
@@ -86,5 +87,5 @@ def _deadline(context: RequestContext, scope: Scope, server_seconds: float) -> D
         if not 0 < seconds < math.inf:
             raise invalid("The header 'x-request-timeout' must be a number of seconds greater than 0.", None)
     if seconds >= server_seconds:
-        return Deadline(context.begun + server_seconds, deadline_passed(504, server_seconds))
-    return Deadline(context.begun + seconds, deadline_passed(408, seconds))
+        return Deadline(context.begun + server_seconds, partial(deadline_passed, 504, server_seconds))
+    return Deadline(context.begun + seconds, partial(deadline_passed, 408, seconds))

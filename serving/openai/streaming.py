@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Protocol
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.generation.event_stream import EventStream
 from serving.generation.interface import ChatEvent, IndexedEvent
 from serving.http import server_sent_events as sse
-from serving.http.disconnect import ClientLeft, WriteTimeout, unless_disconnected
-from serving.http.errors import APIError, traceback_for_log
+from serving.http.errors import APIError, ClientLeft, traceback_for_log
 from serving.http.request_context import RequestContext, request_context
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Chunks(Protocol):
@@ -92,3 +95,49 @@ class EventStreamResponse(Response):
             logger.error("request %s failed in its stream with %s%s", context.request_id, failure, where)
             last = self._chunks.fail(failure)
         await send({"type": "http.response.body", "body": "".join(last).encode(), "more_body": False})
+
+
+class WriteTimeout:
+    """An ASGI `send` that measures how long its present message has been waiting for the client."""
+
+    def __init__(self, send: Send, max_seconds: float) -> None:
+        self._send = send
+        self._max_seconds = max_seconds
+        self._since: float | None = None
+
+    async def __call__(self, message: Message) -> None:
+        self._since = time.monotonic()
+        await self._send(message)
+        self._since = None
+
+    async def expired(self) -> None:
+        """Returns when one message has waited too long. Polls: a timer for each message costs more than the message."""
+        while self._since is None or time.monotonic() - self._since < self._max_seconds:
+            await asyncio.sleep(self._max_seconds / 4)
+
+
+async def unless_disconnected(
+    receive: Receive, work: Coroutine[Any, Any, T], write_timeout: WriteTimeout | None = None
+) -> T:
+    """The result of `work`, which is cancelled when the client leaves or stops reading. Raises ClientLeft then.
+
+    `receive` must have delivered the whole request body before.
+    """
+    working = asyncio.create_task(work)
+    watching = [asyncio.create_task(_disconnected(receive))]
+    if write_timeout is not None:
+        watching.append(asyncio.create_task(write_timeout.expired()))
+    try:
+        await asyncio.wait((working, *watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        for task in (working, *watching):
+            task.cancel()
+        await asyncio.gather(working, *watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
