@@ -72,14 +72,17 @@ class FastTokenizer:
 
     def encode(self, pieces: Sequence[PromptPiece], param: str = "messages") -> list[int]:
         """The ids of a prompt. Raises PromptError, naming `param`, for text that cannot be written as text."""
-        text, expected = "", list[tuple[int, int]]()
+        parts: list[str] = []
+        expected: list[tuple[int, int]] = []
         for piece in pieces:
             if piece.is_control:
                 token = self._control[piece.text]
                 anchor, anchor_id = self._anchors[_kind(token)]
-                text, expected = text + anchor, [*expected, (anchor_id, int(token["id"]))]
+                parts.append(anchor)
+                expected.append((anchor_id, int(token["id"])))
             else:
-                text += piece.text
+                parts.append(piece.text)
+        text = "".join(parts)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

@@ -17,6 +17,7 @@ from serving.generation.interface import (
     Language,
     Message,
     PromptError,
+    Role,
     Tool,
     ToolCall,
     ToolSyntax,
@@ -68,7 +69,7 @@ def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
 def without_tools(conversation: Conversation, language: Language) -> Conversation:
     """The same conversation in messages of plain text."""
     words = WORDS[language]
-    messages: list[Message] = []
+    turns: list[tuple[Role, list[str]]] = []  # the texts of one turn are joined at the end: there may be thousands
     names: dict[str, str] = {}  # of the tools called, by the id of the call
     ends_with_result = False
     for message in conversation.messages:
@@ -81,10 +82,11 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
             written = PLAIN.separator.join(_written(call) for call in message.tool_calls)
             text = f"{text}\n{written}" if text else written
         if ends_with_result and message.role in ("user", "tool"):
-            messages[-1] = Message("user", f"{messages[-1].content}\n\n{text}")
+            turns[-1][1].append(text)
         else:
-            messages.append(Message("user" if message.role == "tool" else message.role, text))
+            turns.append(("user" if message.role == "tool" else message.role, [text]))
         ends_with_result = message.role == "tool"
+    messages = [Message(role, "\n\n".join(texts)) for role, texts in turns]
     if conversation.tools:
         messages = _with_system(messages, words.tools.replace("{tools}", _listing(conversation.tools)))
     return replace(conversation, messages=tuple(messages), tools=())
