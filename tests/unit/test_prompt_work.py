@@ -136,6 +136,14 @@ def test_a_prompt_takes_work_in_proportion_to_its_length(formats: dict[str, Chat
         assert_linear(rendering(chat_format), 400)
 
 
+@pytest.mark.parametrize("case", LONG)
+def test_a_prompt_that_fits_is_never_refused_for_its_length(formats: dict[str, ChatFormat], case: str) -> None:
+    for chat_format in formats.values():
+        asked = LONG[case](300)
+        ids = chat_format.render(asked)
+        assert chat_format.render(asked, context_length=len(ids)) == ids
+
+
 def test_results_of_tools_in_a_row_take_work_in_proportion_to_their_number(formats: dict[str, ChatFormat]) -> None:
     """They become one message of a model that knows no tools."""
 

@@ -52,18 +52,18 @@ WORDS: dict[Language, Words] = {
 }
 
 
-def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
-    """The prompt of a conversation with or without tools. Raises PromptError."""
+def render(chat_format: ChatFormat, conversation: Conversation, context_length: int | None = None) -> list[int]:
+    """The prompt of a conversation with or without tools, as `ChatFormat.render`."""
     if chat_format.tool_syntax is not None or not _has_tools(conversation):
-        return chat_format.render(conversation)
+        return chat_format.render(conversation, context_length)
     plain = without_tools(conversation, chat_format.language)
     try:
-        return chat_format.render(plain)
+        return chat_format.render(plain, context_length)
     except PromptError:
         merged = _system_as_user(plain)
         if merged is None:
             raise
-        return chat_format.render(merged)  # the format has no place for a system message
+        return chat_format.render(merged, context_length)  # the format has no place for a system message
 
 
 def without_tools(conversation: Conversation, language: Language) -> Conversation:
