@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from jinja2 import TemplateError
@@ -44,15 +44,18 @@ VICUNA = (
 
 
 class ControlNames:
-    """Finds the names of control tokens in text, and interrupts them."""
+    """Finds the names of control tokens in text, and interrupts them. Each takes one pass over the text."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        longest_first = sorted({name for name in names if len(name) > 1}, key=len, reverse=True)
-        splits = [(name[:size], name[size:]) for name in longest_first for size in range(1, len(name))]
-        self._beginnings = tuple(beginning for beginning, _ in splits)
-        self._endings = tuple(ending for _, ending in splits)
-        # of two names that begin at the same character the longer one is found, as in the tokenizer
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        names = {name for name in names if len(name) > 1}
+        pattern = _any_of(names) if names else r"(?!)"
+        self._pattern = re.compile(pattern)
+        # a name may begin inside another one, so the search goes on at the next character
+        self._first_character = re.compile(f"(?={pattern}).", re.DOTALL)
+        splits = [(name[:size], name[size:]) for name in names for size in range(1, len(name))]
+        self._beginnings = {beginning for beginning, _ in splits}
+        self._endings = {ending for _, ending in splits}
+        self._sizes = sorted({len(part) for part in self._beginnings})
 
     def split(self, text: str) -> list[PromptPiece]:
         """Split at every name."""
@@ -66,14 +69,31 @@ class ControlNames:
 
     def interrupted(self, text: str, marker: str) -> str:
         """Put the marker into every name, and at an edge of the text that ends or begins with a part of one."""
-        while match := self._pattern.search(text):
-            text = f"{text[: match.start() + 1]}{marker}{text[match.start() + 1 :]}"
+        text = self._first_character.sub(lambda match: match[0] + marker, text)
         inner = text.strip()
         leading = text[: len(text) - len(text.lstrip())]
         trailing = text[len(leading) + len(inner) :]
-        before = marker if inner.startswith(self._endings) else ""
-        after = marker if inner.endswith(self._beginnings) else ""
+        before = marker if any(inner[:size] in self._endings for size in self._sizes) else ""
+        after = marker if any(inner[-size:] in self._beginnings for size in self._sizes) else ""
         return f"{leading}{before}{inner}{after}{trailing}"
+
+
+def _any_of(names: Set[str]) -> str:
+    """A pattern that matches the longest of these names, as the tokenizer does, trying each character of a text once.
+
+    Names with the same beginning share it: a model may have thousands, and an alternation would try them one by one.
+    """
+    rests: dict[str, set[str]] = {}
+    for name in names - {""}:
+        rests.setdefault(name[0], set()).add(name[1:])
+    if not rests:
+        return ""
+    parts: list[str] = []
+    for first, following in rests.items():
+        low, high = min(following), max(following)
+        shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+        parts.append(re.escape(first + low[:shared]) + _any_of({rest[shared:] for rest in following}))
+    return f"(?:{'|'.join(sorted(parts))}){'?' if '' in names else ''}"
 
 
 class ChatTemplate:
@@ -106,7 +126,7 @@ class ChatTemplate:
         marker = f"{secrets.randbits(80):025d}"  # digits survive every filter of a template
         try:
             messages = [
-                {**self._escaped(_openai_message(message), marker), "role": message.role}
+                {"role": message.role, **self._escaped(_openai_fields(message), marker)}
                 for message in conversation.messages
             ]
             tools = [self._escaped(_openai_tool(tool), marker) for tool in conversation.tools]
@@ -147,17 +167,29 @@ class ChatTemplate:
         return str(rendered[0][0])
 
     def _refuse_lost_text(self, messages: list[Any], rendered: str) -> None:
-        """Raise PromptError if the template silently left a message out, as some do."""
+        """Raise PromptError if the template silently left a message out, as some do.
+
+        Each message is searched behind the last one first, so that a long conversation is read once.
+        """
+        end = 0
+        is_json = {"system": False, "user": False}  # how the template wrote the last message of each role
         for message in messages:
+            role = message["role"]
+            if role not in is_json:
+                continue
             content = message["content"].strip()
-            as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-            if message["role"] in ("system", "user") and content not in rendered and as_json not in rendered:
-                raise PromptError(f"The model's chat template has no place for this {message['role']} message.")
+            forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])
+            tried = [(start, form) for start in (end, 0) for form in (is_json[role], not is_json[role])]
+            found = ((rendered.find(forms[form], start), form) for start, form in tried)
+            position, is_json[role] = next((hit for hit in found if hit[0] >= 0), (-1, False))
+            if position < 0:
+                raise PromptError(f"The model's chat template has no place for this {role} message.")
+            end = position + len(forms[is_json[role]])
 
 
-def _openai_message(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: OpenAI's fields, with the arguments of calls parsed."""
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+def _openai_fields(message: Message) -> dict[str, Any]:
+    """A message as templates expect it, but for its role: OpenAI's fields, with the arguments of calls parsed."""
+    fields: dict[str, Any] = {"content": message.content}
     if message.name is not None:
         fields["name"] = message.name
     if message.tool_call_id is not None:

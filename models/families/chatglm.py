@@ -35,13 +35,15 @@ class ChatGLMFormat:
         self.stop_token_ids = frozenset({eop})
         self.num_tokens = tokenizer.num_tokens
 
-    def render(self, conversation: Conversation) -> list[int]:
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
         """The ids of the text, of the suffix and of the beginning of the answer."""
         question, answer = prompt_text(conversation)
+        self._tokenizer.bound.check((question, answer), context_length, "messages")
         return self._tokenizer.encode(question) + self._suffix + self._tokenizer.encode(answer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
         """The ids of the text and of the suffix, without which the network cannot answer."""
+        self._tokenizer.bound.check((text,), context_length, "prompt")
         return self._tokenizer.encode(text, "prompt") + self._suffix
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -79,11 +79,11 @@ class ChatGLM2Format:
         self.stop_token_ids = frozenset({tokenizer.eos})
         self.num_tokens = tokenizer.num_tokens
 
-    def render(self, conversation: Conversation) -> list[int]:
-        return self._with_prefix(round_prompt(conversation), "messages")
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
+        return self._with_prefix(round_prompt(conversation), "messages", context_length)
 
-    def encode(self, text: str) -> list[int]:
-        return self._with_prefix(text, "prompt")
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
+        return self._with_prefix(text, "prompt", context_length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
@@ -94,7 +94,8 @@ class ChatGLM2Format:
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
 
-    def _with_prefix(self, text: str, param: str) -> list[int]:
+    def _with_prefix(self, text: str, param: str, context_length: int | None) -> list[int]:
+        self._tokenizer.bound.check((text,), context_length, param)
         return [self._tokenizer.gmask, self._tokenizer.sop, *self._tokenizer.encode(text, param)]
 
 

@@ -25,6 +25,7 @@ from serving.generation.interface import (
     ToolSyntax,
 )
 
+Segment = tuple[int, str, str]  # (the id of the role token, the metadata on its line, the content)
 NUM_ROLES = 4  # <|system|>, <|user|>, <|assistant|>, <|observation|>, after the specials
 TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
@@ -49,16 +50,21 @@ class ChatGLM3Format:
         self.stop_token_ids = frozenset({tokenizer.eos, self._user, self._observation})
         self.num_tokens = tokenizer.num_tokens
 
-    def render(self, conversation: Conversation) -> list[int]:
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
         messages = _with_tool_prompt(conversation.messages, conversation.tools)
         _check_end(conversation)
-        ids = [self._tokenizer.gmask, self._tokenizer.sop]
+        segments: list[Segment] = []
         for i, message in enumerate(messages):
             is_continued = conversation.continue_final and i == len(messages) - 1
-            ids += self._assistant_turn(message, is_continued) if message.role == "assistant" else self._turn(message)
+            segments += self._segments(message, is_continued)
+        self._tokenizer.bound.check((content for _, _, content in segments), context_length, "messages")
+        ids = [self._tokenizer.gmask, self._tokenizer.sop]
+        for role, metadata, content in segments:
+            ids += [role, *self._tokenizer.encode(f"{metadata}\n"), *self._tokenizer.encode(content)]
         return ids if conversation.continue_final else [*ids, self._assistant]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
+        self._tokenizer.bound.check((text,), context_length, "prompt")
         return [self._tokenizer.gmask, self._tokenizer.sop, *self._tokenizer.encode(text, "prompt")]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -70,20 +76,13 @@ class ChatGLM3Format:
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
 
-    def _turn(self, message: Message) -> list[int]:
-        roles = {"system": self._system, "user": self._user, "tool": self._observation}
-        return self._segment(roles[message.role], "", message.content)
-
-    def _assistant_turn(self, message: Message, is_continued: bool) -> list[int]:
-        ids: list[int] = []
-        if message.content or is_continued or not message.tool_calls:
-            ids += self._segment(self._assistant, "", message.content)
-        for call in message.tool_calls:
-            ids += self._segment(self._assistant, call.name, _call_as_code(call))
-        return ids
-
-    def _segment(self, role: int, metadata: str, content: str) -> list[int]:
-        return [role, *self._tokenizer.encode(f"{metadata}\n"), *self._tokenizer.encode(content)]
+    def _segments(self, message: Message, is_continued: bool) -> list[Segment]:
+        if message.role != "assistant":
+            roles = {"system": self._system, "user": self._user, "tool": self._observation}
+            return [(roles[message.role], "", message.content)]
+        has_text = message.content or is_continued or not message.tool_calls
+        calls = [(self._assistant, call.name, _call_as_code(call)) for call in message.tool_calls]
+        return [(self._assistant, "", message.content), *calls] if has_text else calls
 
 
 def _check_end(conversation: Conversation) -> None:

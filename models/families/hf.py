@@ -41,11 +41,11 @@ class HFFormat:
         self.stop_token_ids = stop_token_ids
         self.num_tokens = tokenizer.num_tokens
 
-    def render(self, conversation: Conversation) -> list[int]:
-        return self._tokenizer.encode(self._template.render(conversation))
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
+        return self._tokenizer.encode(self._template.render(conversation), "messages", context_length)
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode_plain(text)
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
+        return self._tokenizer.encode_plain(text, context_length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from models.tokenizers.length import LengthBound
 from serving.generation.interface import PromptError
 
 NEWLINE, TAB = "<n>", "<|tab|>"
@@ -31,6 +32,7 @@ class ChatGLMTokenizer:
         self._white_space = self._white_space_pieces()
         self._newline = self._pieces.piece_to_id(NEWLINE)
         self.num_tokens = self._offset + self._pieces.get_piece_size()
+        self.bound = LengthBound(map(self.token_bytes, range(self._offset, self.num_tokens)), self.encode)
 
     def special_id(self, name: str) -> int | None:
         """The id of a token by its name ("[gMASK]", "<sop>"), or None."""

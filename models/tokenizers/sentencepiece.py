@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from models.family import ImportRefused
+from models.tokenizers.length import LengthBound
 from serving.generation.interface import PromptError
 
 SPACE = "\u2581"  # a space inside a piece
@@ -38,6 +39,7 @@ class SentencePieceTokenizer:
         self._pieces: list[str] = [
             "" if i < NUM_CONTROL else str(self._processor.id_to_piece(i)) for i in range(self.num_pieces)
         ]
+        self.bound = LengthBound(map(self.token_bytes, range(self.num_pieces)), self.encode)
 
     def encode(self, text: str, param: str = "messages") -> list[int]:
         """The ids of a text, without any prefix. Raises PromptError, naming `param`, for a lone surrogate."""

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from models.family import ImportRefused
+from models.tokenizers.length import LengthBound
 from serving.generation.interface import PromptError
 
 SPACE = "▁"  # a space in the vocabulary of a SentencePiece-like tokenizer
@@ -55,6 +56,7 @@ class FastTokenizer:
         self.num_tokens = max(self._bytes, default=-1) + 1
         self._encoder, self._anchors = _encoder(description, self._control)
         self._prefix = self._read_prefix()
+        self._bound = LengthBound(self._bytes.values(), lambda text: self._encoder.encode(text).ids)
 
     @property
     def control_names(self) -> frozenset[str]:
@@ -70,25 +72,32 @@ class FastTokenizer:
         """The name of a control token, or None."""
         return next((name for name, token in self._control.items() if token["id"] == token_id), None)
 
-    def encode(self, pieces: Sequence[PromptPiece], param: str = "messages") -> list[int]:
-        """The ids of a prompt. Raises PromptError, naming `param`, for text that cannot be written as text."""
-        text, expected = "", list[tuple[int, int]]()
+    def encode(
+        self, pieces: Sequence[PromptPiece], param: str = "messages", context_length: int | None = None
+    ) -> list[int]:
+        """The ids of a prompt. Raises PromptError, naming `param`, for text that cannot be written as text, and
+        PromptTooLong as `ChatFormat.render`."""
+        self._bound.check((piece.text for piece in pieces if not piece.is_control), context_length, param)
+        parts: list[str] = []
+        expected: list[tuple[int, int]] = []
         for piece in pieces:
             if piece.is_control:
                 token = self._control[piece.text]
                 anchor, anchor_id = self._anchors[_kind(token)]
-                text, expected = text + anchor, [*expected, (anchor_id, int(token["id"]))]
+                parts.append(anchor)
+                expected.append((anchor_id, int(token["id"])))
             else:
-                text += piece.text
+                parts.append(piece.text)
+        text = "".join(parts)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise PromptError("The text holds a lone surrogate, which is not a character.", param) from None
         return self._without_anchors(self._encoder.encode(text, add_special_tokens=False).ids, expected, param)
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, context_length: int | None = None) -> list[int]:
         """The ids of a raw text (`/v1/completions`), after the tokenizer's own prefix (usually BOS)."""
-        return self._prefix + self.encode([PromptPiece(text, False)], "prompt")
+        return self._prefix + self.encode([PromptPiece(text, False)], "prompt", context_length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a run: '' for special tokens, U+FFFD for incomplete characters.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from serving.engine.interface import PoolingOutput
 from serving.engine.output_queue import OutputQueue
-from serving.generation.interface import ChatFormat, PromptError
+from serving.generation.interface import ChatFormat, PromptError, PromptTooLong
 from serving.generation.pipeline import ContextOverflow, RunningModel
 
 MAX_TEXTS_AT_ONCE = 16  # of one request in the engine: a list of thousands must not delay other requests
@@ -56,7 +56,10 @@ def normalized(vector: Sequence[float]) -> list[float]:
 def _tokenize(model: RunningModel, value: str | tuple[int, ...], param: str) -> EmbeddedText:
     chat_format = model.chat_format
     if isinstance(value, str):
-        token_ids = tuple(chat_format.encode(value))
+        try:
+            token_ids = tuple(chat_format.encode(value, model.context_length))
+        except PromptTooLong as error:
+            raise ContextOverflow(error.min_tokens, 0, model.context_length, param, is_minimum=True) from None
         counted = _own_tokens(chat_format, token_ids)
     else:
         model.check_ids(value, param)

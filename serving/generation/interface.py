@@ -81,6 +81,14 @@ class PromptError(Exception):
         self.param = param
 
 
+class PromptTooLong(PromptError):
+    """The prompt has more tokens than the context; it was not tokenized. `min_tokens`: it has at least so many."""
+
+    def __init__(self, min_tokens: int, param: str) -> None:
+        super().__init__(f"The {param} resulted in at least {min_tokens} tokens, more than the context has.", param)
+        self.min_tokens = min_tokens
+
+
 @dataclass(frozen=True)
 class TextDelta:
     """More text of one answer; `num_tokens` and `logprobs` are of the tokens that it was decoded from."""
@@ -147,12 +155,15 @@ class ChatFormat(Protocol):
     tool_syntax: ToolSyntax | None  # the one that the model was trained for; without one, `render` refuses tools
     language: Language  # that instructions to the model are written in
 
-    def render(self, conversation: Conversation) -> list[int]:
-        """The complete prompt, special tokens included. Raises PromptError for what the format cannot express."""
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
+        """The complete prompt, special tokens included. Raises PromptError for what the format cannot express.
+
+        context_length: PromptTooLong may be raised for a prompt of more tokens, instead of tokenizing it.
+        """
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """A raw text prompt (`/v1/completions`) with the model's own prefix, if it has one. Raises PromptError."""
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
+        """A raw text prompt (`/v1/completions`) with the model's own prefix, if it has one. Raises as `render`."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from serving.engine.interface import Engine, SamplingParams, TokenOutput
 from serving.engine.output_queue import OutputQueue
 from serving.generation import history
 from serving.generation.detokenizer import WINDOW
-from serving.generation.interface import ChatFormat, Conversation, PromptError
+from serving.generation.interface import ChatFormat, Conversation, PromptError, PromptTooLong
 from serving.generation.output_processor import AnswerSpec, OutputProcessor, PlainTextParser
 from serving.generation.structured.answer_spec import build_answer_spec
 from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
@@ -69,16 +69,22 @@ class Prompt:
 
 
 class ContextOverflow(PromptError):
-    """Prompt and answer do not fit into the context."""
+    """Prompt and answer do not fit into the context.
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_positions: int, param: str) -> None:
+    is_minimum: the prompt was not tokenized, and has at least `num_prompt_tokens`.
+    """
+
+    def __init__(
+        self, num_prompt_tokens: int, max_tokens: int, max_positions: int, param: str, *, is_minimum: bool = False
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.max_positions = max_positions
+        self.at_least = "at least " if is_minimum else ""
         total = num_prompt_tokens + max_tokens
         super().__init__(
-            f"This model's maximum context length is {max_positions} tokens. However, you requested {total} tokens "
-            f"({num_prompt_tokens} in the {param}, {max_tokens} in the completion). "
+            f"This model's maximum context length is {max_positions} tokens. However, you requested "
+            f"{self.at_least}{total} tokens ({num_prompt_tokens} in the {param}, {max_tokens} in the completion). "
             f"Please reduce the length of the {param} or completion.",
             param,
         )
@@ -99,21 +105,23 @@ class RunningModel:
 
     def build_prompt(self, job: ChatJob | CompletionJob) -> Prompt:
         """Tokenize and check a job. Raises PromptError. Pure; any thread."""
-        match job:
-            case ChatJob(conversation=conversation):
-                token_ids, param = self.render(conversation), "messages"
-            case CompletionJob(prompt=str(text)):
-                token_ids, param = self.chat_format.encode(text), "prompt"
-            case CompletionJob(prompt=tuple(ids)):
-                token_ids, param = list(ids), "prompt"
-                self.check_ids(ids, param)
+        num_dropped, param = 0, "messages" if isinstance(job, ChatJob) else "prompt"
+        try:
+            match job:
+                case ChatJob():
+                    token_ids, num_dropped = self._render_job(job)
+                case CompletionJob(prompt=str(text)):
+                    token_ids = self.chat_format.encode(text, self.context_length)
+                case CompletionJob(prompt=tuple(ids)):
+                    token_ids = list(ids)
+                    self.check_ids(ids, param)
+        except PromptTooLong as error:
+            wanted = job.sampling.max_tokens
+            raise ContextOverflow(error.min_tokens, wanted, self.context_length, param, is_minimum=True) from None
         if not token_ids:
             raise PromptError("The prompt must hold at least one token.", param)
         if (unknown := self._unknown_id([i for i, _ in job.sampling.logit_bias])) is not None:
             raise PromptError(f"Invalid key in 'logit_bias': {unknown}. This model has no such token.", "logit_bias")
-        num_dropped = 0
-        if self.drops_oldest_rounds and isinstance(job, ChatJob):
-            token_ids, num_dropped = self._without_oldest_rounds(job, token_ids)
         num_left = self.context_length - len(token_ids)
         max_tokens = job.sampling.max_tokens
         if job.max_tokens_is_default:
@@ -134,18 +142,27 @@ class RunningModel:
     def _unknown_id(self, token_ids: Sequence[int]) -> int | None:
         return next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
 
-    def _without_oldest_rounds(self, job: ChatJob, token_ids: list[int]) -> tuple[list[int], int]:
+    def _render_job(self, job: ChatJob) -> tuple[list[int], int]:
         """(the prompt, the number of rounds dropped from it). Where the client named no length, rounds are dropped
         until a quarter of the context is left: else the answers of a long conversation would shrink to one token."""
+        if not self.drops_oldest_rounds:
+            return self.render(job.conversation, self.context_length), 0
         wanted = job.sampling.max_tokens
         if job.max_tokens_is_default:
             wanted = min(wanted, self.context_length // 4)
-        if len(token_ids) + wanted <= self.context_length:
-            return token_ids, 0
-        shorter = history.drop_oldest(
-            job.conversation, lambda some: len(self.render(some)) + wanted <= self.context_length
-        )
-        return (token_ids, 0) if shorter is None else (self.render(shorter[0]), shorter[1])
+
+        def if_it_fits(conversation: Conversation) -> list[int] | None:
+            try:
+                token_ids = self.render(conversation, self.context_length)
+            except PromptTooLong:
+                return None
+            return token_ids if len(token_ids) + wanted <= self.context_length else None
+
+        if (whole := if_it_fits(job.conversation)) is not None:
+            return whole, 0
+        shorter = history.drop_oldest(job.conversation, lambda some: if_it_fits(some) is not None)
+        conversation, num_dropped = shorter or (job.conversation, 0)
+        return self.render(conversation, self.context_length), num_dropped
 
     def _before(self, job: ChatJob | CompletionJob, token_ids: list[int]) -> tuple[int, ...]:
         """The text tokens at the prompt's end, if the answer continues their text: its first space counts then."""
@@ -156,11 +173,11 @@ class RunningModel:
             count += 1
         return tuple(token_ids[len(token_ids) - count :])
 
-    def render(self, conversation: Conversation) -> list[int]:
-        """The complete prompt of a conversation, for models without a tool syntax too. Raises PromptError."""
+    def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
+        """The complete prompt of a conversation, for models without a tool syntax too; see `ChatFormat.render`."""
         if conversation.uses_tools and self.chat_format.tool_syntax is None:
-            return tool_prompt.render(self.chat_format, conversation)
-        return self.chat_format.render(conversation)
+            return tool_prompt.render(self.chat_format, conversation, context_length)
+        return self.chat_format.render(conversation, context_length)
 
     def start(
         self, prompt: Prompt, queue: OutputQueue[TokenOutput], first_index: int, priority: int

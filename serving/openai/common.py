@@ -37,6 +37,7 @@ from serving.registry import ModelRegistry
 
 INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
 INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
+CHARACTERS_PER_MESSAGE = 64  # a message takes the time of so many characters, even an empty one
 
 TokenBytes = Callable[[int], bytes]
 
@@ -312,7 +313,10 @@ async def build_prompt(
 def _num_characters(job: ChatJob | CompletionJob) -> int:
     if isinstance(job, CompletionJob):
         return len(job.prompt)
-    return sum(len(message.content) for message in job.conversation.messages)
+    messages = job.conversation.messages
+    contents = sum(len(message.content) for message in messages)
+    arguments = sum(len(call.arguments) for message in messages for call in message.tool_calls)
+    return contents + arguments + len(messages) * CHARACTERS_PER_MESSAGE
 
 
 def _param(error: PromptError, conversation_param: str) -> str:

@@ -42,7 +42,8 @@ def context_overflow(error: ContextOverflow, is_default: bool) -> APIError:
     if is_default:
         message = (
             f"This model's maximum context length is {error.max_positions} tokens. However, your {error.param} "
-            f"resulted in {error.num_prompt_tokens} tokens. Please reduce the length of the {error.param}."
+            f"resulted in {error.at_least}{error.num_prompt_tokens} tokens. "
+            f"Please reduce the length of the {error.param}."
         )
     return APIError(400, message, param=error.param, code="context_length_exceeded")
 

@@ -173,3 +173,32 @@ def test_a_raw_completion_goes_on_with_the_models_very_next_bytes(folder: Path) 
         choice = post(app, "/completions", body).json()["choices"][0]
     assert choice["text"].startswith(" w")
     assert choice["text"] == "".join(choice["logprobs"]["tokens"])
+
+
+FAR_TOO_LONG = "<|im_end|>\n" * 20_000
+
+
+def test_a_prompt_far_beyond_the_context_is_refused_without_being_tokenized(app: Starlette) -> None:
+    """Its characters alone prove that it does not fit: a thread that tokenizes it could not be stopped."""
+    for path, body in (
+        ("/chat/completions", {"messages": [{"role": "user", "content": FAR_TOO_LONG}]}),
+        ("/chat/completions", {"messages": long_talk(8000), "max_tokens": 5}),
+        ("/responses", {"input": FAR_TOO_LONG}),
+        ("/completions", {"prompt": FAR_TOO_LONG}),
+        ("/embeddings", {"input": FAR_TOO_LONG}),
+    ):
+        error = assert_openai_error(post(app, path, {"model": NAME, **body}), 400)
+        assert error["code"] == "context_length_exceeded", path
+        assert "at least" in error["message"], path
+
+
+def test_white_space_beyond_the_context_is_tokenized(app: Starlette) -> None:
+    """A tokenizer may join it, so its length proves nothing."""
+    response = post(app, "/chat/completions", {**ANSWER, "messages": [{"role": "user", "content": "a" + " " * 200}]})
+    assert response.status_code == 200
+
+
+def test_rounds_far_beyond_the_context_are_dropped(dropping: Starlette) -> None:
+    response = post(dropping, "/chat/completions", {**ANSWER, "messages": long_talk(5000)})
+    assert response.status_code == 200
+    assert int(response.headers[DROPPED_ROUNDS_HEADER]) > 4990

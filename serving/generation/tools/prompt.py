@@ -17,6 +17,7 @@ from serving.generation.interface import (
     Language,
     Message,
     PromptError,
+    Role,
     Tool,
     ToolCall,
     ToolSyntax,
@@ -51,22 +52,22 @@ INSTRUCTIONS: dict[Language, ToolInstructions] = {
 }
 
 
-def render(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
-    """The prompt of a conversation that uses tools, for a chat format without a tool syntax. Raises PromptError."""
+def render(chat_format: ChatFormat, conversation: Conversation, context_length: int | None = None) -> list[int]:
+    """The prompt of a conversation that uses tools, for a chat format without a tool syntax, as `ChatFormat.render`."""
     plain = without_tools(conversation, chat_format.language)
     try:
-        return chat_format.render(plain)
+        return chat_format.render(plain, context_length)
     except PromptError:
         merged = _system_as_user(plain)
         if merged is None:
             raise
-        return chat_format.render(merged)  # the format has no system message
+        return chat_format.render(merged, context_length)  # the format has no system message
 
 
 def without_tools(conversation: Conversation, language: Language) -> Conversation:
     """The same conversation with tools, calls and results written as text."""
     instructions = INSTRUCTIONS[language]
-    messages: list[Message] = []
+    turns: list[tuple[Role, list[str]]] = []  # the texts of one turn are joined at the end: there may be thousands
     names: dict[str, str] = {}  # of the tools called, by the id of the call
     ends_with_result = False
     for message in conversation.messages:
@@ -79,10 +80,11 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
             written = PLAIN.separator.join(_written(call) for call in message.tool_calls)
             text = f"{text}\n{written}" if text else written
         if ends_with_result and message.role in ("user", "tool"):
-            messages[-1] = Message("user", f"{messages[-1].content}\n\n{text}")
+            turns[-1][1].append(text)
         else:
-            messages.append(Message("user" if message.role == "tool" else message.role, text))
+            turns.append(("user" if message.role == "tool" else message.role, [text]))
         ends_with_result = message.role == "tool"
+    messages = [Message(role, "\n\n".join(texts)) for role, texts in turns]
     if conversation.tools:
         messages = _with_system(messages, instructions.tools.replace("{tools}", _listing(conversation.tools)))
     return replace(conversation, messages=tuple(messages), tools=())
