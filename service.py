@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from models.families import FAMILIES
 from models.store.model_store import StoreError, ensure_demo, servable
 from serving.http.access_middleware import AccessMiddleware, RouteNames
+from serving.http.json_body import BodyLimits, BodyMiddleware
 from serving.http.pages import page_routes
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
@@ -31,7 +32,7 @@ from serving.worker.bentoml_adapter import (
     forward_second_signal,
     worker_number,
 )
-from serving.worker.bentoml_generate import GenerateRequest, generate_text
+from serving.worker.bentoml_generate import GenerateRequest, generate_response
 from serving.worker.graceful_shutdown import ABORT_SECONDS
 from serving.worker.runtime import CORS_HEADERS, build_runtime
 
@@ -57,7 +58,7 @@ except (SettingsError, StoreError) as error:
     raise SystemExit(1) from None
 
 limits = ApiLimits(
-    max_body_bytes=int(settings.max_body_mib * 2**20),
+    BodyLimits(max_bytes=int(settings.max_body_mib * 2**20)),
     max_n=settings.max_n,
     ping_seconds=settings.ping_seconds,
     stall_seconds=settings.stall_seconds,
@@ -141,7 +142,7 @@ class ChatGLM2:
     ) -> AsyncGenerator[str, None]:
         """Answer one question as a stream of text, for BentoML's own clients."""
         body = GenerateRequest(prompt, system, temperature, top_p, max_tokens)
-        async with aclosing(generate_text(generations, ctx.request, registry.model, body)) as texts:
+        async with aclosing(generate_response(generations, ctx, registry, body)) as texts:
             async for text in texts:
                 yield text
 
@@ -162,3 +163,4 @@ if settings.cors_origins:
     )
 route_names = RouteNames([*at_v1.routes, *at_root.routes])
 ChatGLM2.add_asgi_middleware(AccessMiddleware, policy=runtime.policy, route_names=route_names)
+ChatGLM2.add_asgi_middleware(BodyMiddleware, limits=limits.body)

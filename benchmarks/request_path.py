@@ -26,6 +26,7 @@ from models.demo import CHECKPOINT
 from models.families import FAMILIES
 from models.store.progress import no_progress
 from serving.http.access_middleware import AccessMiddleware, RouteNames
+from serving.http.json_body import BodyLimits, BodyMiddleware
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
@@ -114,7 +115,9 @@ def application(folder: Path) -> Iterator[ASGIApp]:
     try:
         runtime = build_runtime(settings, registry, logger)
         app = create_app(registry, ApiLimits(), admission=runtime.admission)
-        yield AccessMiddleware(app, policy=runtime.policy, route_names=RouteNames(app.routes))
+        yield AccessMiddleware(
+            BodyMiddleware(app, BodyLimits()), policy=runtime.policy, route_names=RouteNames(app.routes)
+        )
     finally:
         model.engine.stop()
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving import metrics
 from serving.http.api_keys import APIKeys
 from serving.http.error_middleware import CLIENT_LEFT
-from serving.http.errors import APIError, error_response, shutting_down, unknown_url
+from serving.http.errors import APIError, error_response, overloaded, shutting_down, unknown_url
 from serving.http.request_context import RequestContext, header, label_response, request_context
 
 HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
@@ -58,6 +58,7 @@ class AccessPolicy:
     state: ServerState
     metrics_are_public: bool = False
     documents_are_public: bool = False
+    max_in_flight: int = 4096  # requests at once, of which admission lets far fewer generate
     observers: tuple[Callable[[RequestContext, float], None], ...] = ()  # called with each request and its seconds
 
 
@@ -97,6 +98,8 @@ class AccessMiddleware:
         if self._policy.state.is_draining:
             context.headers["connection"] = "close"
             return shutting_down()
+        if self._policy.state.num_in_flight > self._policy.max_in_flight:
+            return overloaded()
         if "\n" in scope["path"]:
             # Starlette's patterns stop at line breaks: no route of ours would match, and BentoML would answer
             return unknown_url(scope["method"], scope["path"])

@@ -94,3 +94,11 @@ def shutting_down() -> APIError:
         503, "The server is shutting down or restarting. Please retry shortly.", SERVER_ERROR, None,
         "server_unavailable", {"retry-after": str(RETRY_SECONDS)},
     )  # fmt: skip
+
+
+def overloaded() -> APIError:
+    """429: this process has as many requests or as many bytes of them as it may hold at once."""
+    return APIError(
+        429, "The server is processing too many requests. Please try again in 1s.", "rate_limit_error", None,
+        "rate_limit_exceeded", {"retry-after": "1"},
+    )  # fmt: skip

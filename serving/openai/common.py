@@ -27,7 +27,7 @@ from serving.engine.interface import SamplingParams
 from serving.generation.interface import AnswerPart, Conversation, Finished, IndexedEvent, PromptError
 from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
 from serving.http.errors import invalid
-from serving.http.json_body import parse_object, read_body
+from serving.http.json_body import INLINE_BYTES, parse_object, read_body
 from serving.http.server_sent_events import to_json
 from serving.openai import errors
 from serving.openai.limits import ApiLimits
@@ -35,7 +35,6 @@ from serving.openai.start_generation import GenerationStarter
 from serving.openai.validation import to_api_error
 from serving.registry import ModelRegistry
 
-INLINE_BODY_BYTES = 256 * 1024  # larger bodies are parsed in a thread: the event loop has streams to feed
 INLINE_PROMPT_CHARACTERS = 4096  # longer prompts are tokenized in a thread
 CHARACTERS_PER_MESSAGE = 64  # a message takes the time of so many characters, even an empty one
 
@@ -253,26 +252,31 @@ class Api:
     generations: GenerationStarter
 
     async def parse(self, request: Request, kind: type[BodyT]) -> BodyT:
-        """The body as a typed request. Raises APIError 400, 413 or 415."""
-        raw = await read_body(request, self.limits.max_body_bytes)
-        if len(raw) > INLINE_BODY_BYTES:
-            return await asyncio.to_thread(_parse, raw, kind, self.limits.max_json_depth)
-        return _parse(raw, kind, self.limits.max_json_depth)
+        """The body as a typed request. Raises APIError 400, 408, 413 or 415."""
+        raw = await read_body(request, self.limits.body)
+        if len(raw) > INLINE_BYTES:
+            return await asyncio.to_thread(_parse, raw, kind)
+        return _parse(raw, kind)
 
     def running_model(self, name: str) -> RunningModel:
         """Raises APIError 404 for a name that is not served, 503 while the model is not loaded."""
         if not self.registry.serves(name):
             raise errors.model_not_found(name)
-        if self.registry.model is not None:
-            return self.registry.model
-        raise errors.model_loading() if self.registry.error is None else errors.model_load_failed()
+        return running_model(self.registry)
 
     def envelope(self, prefix: str, model: str) -> Envelope:
         return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, self.registry.fingerprint)
 
 
-def _parse(raw: bytes, kind: type[BodyT], max_depth: int) -> BodyT:
-    body = parse_object(raw, max_depth)
+def running_model(registry: ModelRegistry) -> RunningModel:
+    """Raises APIError 503 while the model is not loaded, and for good once loading has failed."""
+    if registry.model is not None:
+        return registry.model
+    raise errors.model_loading() if registry.error is None else errors.model_load_failed()
+
+
+def _parse(raw: bytes, kind: type[BodyT]) -> BodyT:
+    body = parse_object(raw)
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from serving.http.json_body import BodyLimits
 
 
 @dataclass(frozen=True)
 class ApiLimits:
     """What the API accepts from one client."""
 
-    max_body_bytes: int = 4 * 2**20
-    max_json_depth: int = 64
+    body: BodyLimits = field(default_factory=BodyLimits)
     max_n: int = 128  # answers of one request, over all its prompts
     ping_seconds: float = 15.0  # silence after which a stream sends a comment
     stall_seconds: float = 60.0  # a client that reads nothing for this long counts as disconnected

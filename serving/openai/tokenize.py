@@ -22,7 +22,7 @@ class TokenizeRequest(RequestBody):
 
     model: ModelName
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     tools: list[ToolDefinition] = Field([], max_length=MAX_TOOLS)
     continue_final_message: bool = False
     return_token_strs: bool = False
@@ -47,7 +47,7 @@ class DetokenizeRequest(RequestBody):
     """POST /detokenize: the text of a run of ids; special tokens have none."""
 
     model: ModelName
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class DetokenizedText(TypedDict):

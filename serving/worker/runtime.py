@@ -35,6 +35,8 @@ CORS_HEADERS = [
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
 ]  # fmt: skip
 
+NUM_OTHER_REQUESTS = 1024  # in flight beside those that admission counts: being received, tokenized or refused
+
 
 @dataclass(frozen=True)
 class WorkerRuntime:
@@ -91,6 +93,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
             registry.model.engine.stop(ABORT_SECONDS)
 
     state = ServerState()
+    max_in_flight = settings.max_sequences + settings.max_queued_requests + NUM_OTHER_REQUESTS
     observers: list[Callable[[RequestContext, float], None]] = []
     flush_traces: Callable[[], None] | None = None
     if settings.access_log != "off":
@@ -105,7 +108,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         observers.append(tracing)
         flush_traces = tracing.flush
     return WorkerRuntime(
-        AccessPolicy(keys, state, settings.public_metrics, settings.public_docs, tuple(observers)),
+        AccessPolicy(keys, state, settings.public_metrics, settings.public_docs, max_in_flight, tuple(observers)),
         admission,
         HealthMonitor(registry, admission, state, settings.step_seconds),
         GracefulShutdown(state, settings.grace_seconds, abort),

@@ -18,6 +18,7 @@ from serving.engine.native.engine import NativeEngine
 from serving.generation.pipeline import RunningModel
 from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames, ServerState
 from serving.http.api_keys import APIKeys
+from serving.http.json_body import BodyMiddleware
 from serving.http.request_context import RequestContext
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
@@ -66,7 +67,7 @@ def guarded(
     accepted = APIKeys(KEYS if keys is None else keys)
     observers = (lambda record, _: records.append(record),)
     policy = AccessPolicy(accepted if accepted.num_keys else None, state, observers=observers)
-    mounted = Prefixed(app)
+    mounted = BodyMiddleware(Prefixed(app), (limits or ApiLimits()).body)
     try:
         yield Guarded(
             AccessMiddleware(mounted, policy, RouteNames([])),

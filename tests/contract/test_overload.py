@@ -14,17 +14,18 @@ import anyio
 import httpx2
 import pytest
 import torch
-from bentoml.exceptions import BentoMLException
 from starlette.requests import Request
 
 from serving.admission.admission_control import AdmissionLimits
 from serving.engine.interface import EngineLimits
 from serving.engine.output_queue import MAX_UNREAD
+from serving.http.errors import APIError
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
+from serving.registry import ModelRegistry
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
 from tests.contract.guarded import CHAT, SlowReader, at_rest, body, client, guarded
-from tests.contract.tiny import assert_openai_error
+from tests.contract.tiny import NAME, assert_openai_error
 
 SMALL = EngineLimits(max_sequences=2, kv_tokens=4096)
 
@@ -157,12 +158,13 @@ def test_the_native_route_has_the_same_admission(folder: Path) -> None:
         with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
+            registry = ModelRegistry(NAME, model=worker.model)
             question = GenerateRequest("你好", "", 0.0, 1.0, 8)
-            texts = [text async for text in generate_text(generations, request, worker.model, question)]
+            texts = [text async for text in generate_text(generations, request, registry, question)]
             assert "".join(texts)
-            with pytest.raises(BentoMLException) as caught:
-                await anext(generate_text(generations, request, worker.model, question))
-            assert caught.value.error_code == 429
+            with pytest.raises(APIError) as caught:
+                await anext(generate_text(generations, request, registry, question))
+            assert caught.value.status == 429
             await at_rest(worker)
 
     asyncio.run(run())
@@ -176,9 +178,10 @@ def test_the_native_route_releases_its_permit_however_early_its_client_leaves(fo
         with guarded(folder, lambda: never.wait(0.2)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
+            registry = ModelRegistry(NAME, model=worker.model)
             for seconds in (0.0, 0.001, 0.02):
                 with anyio.move_on_after(seconds):
-                    texts = generate_text(generations, request, worker.model, GenerateRequest("你好", "", 0.0, 1.0, 64))
+                    texts = generate_text(generations, request, registry, GenerateRequest("你好", "", 0.0, 1.0, 64))
                     async with aclosing(texts):
                         async for _ in texts:
                             pass

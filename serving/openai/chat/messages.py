@@ -57,9 +57,9 @@ class TextPart(StrictModel):
     text: str
 
 
+_Part = Annotated[TextPart, BeforeValidator(to_text_part)]
 Content = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[list[Annotated[TextPart, BeforeValidator(to_text_part)]], Field(min_length=1), Tag("<array>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[_Part], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
 ]
 
@@ -90,7 +90,7 @@ class ChatMessage(StrictModel):
     function_call: FunctionCall | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    annotations: list[dict[str, Any]] | None = None
+    annotations: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
     audio: None = None
 

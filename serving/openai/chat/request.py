@@ -55,7 +55,7 @@ ACCEPTED_WITHOUT_EFFECT = {
 class ChatRequest(ChoicesRequest):
     """POST /chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -78,7 +78,7 @@ class ChatRequest(ChoicesRequest):
     web_search_options: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:

@@ -28,9 +28,11 @@ def _prompt_kind(value: Any) -> str | None:
 
 Prompts = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[str], Field(min_length=1), Tag("<texts>")]
-    | Annotated[list[TokenId], Field(min_length=1), Tag("<ids>")]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("<id lists>")],
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<ids>")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]], Field(fail_fast=True), Tag("<id lists>")
+    ],
     Discriminator(_prompt_kind, custom_error_type="string_or_array", custom_error_message="string or array"),
 ]
 

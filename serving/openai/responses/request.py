@@ -76,14 +76,14 @@ class InputText(StrictModel):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[dict[str, Any]] | None = None
-    logprobs: list[dict[str, Any]] | None = None
+    annotations: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    logprobs: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     parsed: Any = None
 
 
 InputPart = Annotated[InputText, BeforeValidator(lambda value: to_text_part(value, "output_text"))]
 InputContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Field(min_length=1), Tag("<array>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
 ]
 
@@ -144,7 +144,7 @@ _AnyItem = Annotated[
     BeforeValidator(_known_item),
 ]
 Input = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[_AnyItem], Field(min_length=1), Tag("<array>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[_AnyItem], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
 ]
 
@@ -233,7 +233,7 @@ class ResponsesRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream_options: ResponseStreamOptions | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     moderation: dict[str, Any] | None = None
