@@ -1,4 +1,4 @@
-"""Token ids one by one -> text in whole characters, in total exactly the text of the whole run of ids."""
+"""Token ids one by one -> text in whole characters, in total the text of the whole run of ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ class Detokenizer:
     """Decodes a sliding window, because the text of a run of ids is not the sum of its tokens' texts: the first
     piece loses its leading space, and several byte tokens make one character."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        token_bytes: Callable[[int], bytes],
+        before: Sequence[int] = (),
+    ) -> None:
         """before: the ids whose text is continued, at least the last few. Their text is not returned."""
         self._decode = decode
+        self._token_bytes = token_bytes
         self._ids: list[int] = []  # the window
         self._num_sent = 0  # characters of the window's text that were returned
         for token_id in before[-WINDOW:]:
@@ -37,7 +43,13 @@ class Detokenizer:
         return fresh
 
     def flush(self) -> str:
-        """The rest at the end: replacement characters for an incomplete character."""
+        """The rest at the end. A character that is cut off there is one replacement character, though SentencePiece
+        decodes it to one for each byte."""
         rest = self._decode(self._ids)[self._num_sent :]
         self._num_sent += len(rest)
+        for length in range(MAX_INCOMPLETE_BYTES, 1, -1):
+            last = self._ids[-length:]
+            is_cut = b"".join(map(self._token_bytes, last)).decode(errors="replace") == REPLACEMENT
+            if is_cut and rest.endswith(REPLACEMENT * length) and self._decode(last) == REPLACEMENT * length:
+                return rest[: 1 - length]
         return rest

@@ -90,11 +90,20 @@ class PromptTooLong(PromptError):
 
 
 @dataclass(frozen=True)
+class TextToken:
+    """A token of an answer. `share`: what it has of the text, in UTF-8; a character may be split among tokens."""
+
+    logprob: TokenLogprob
+    share: bytes
+    is_trimmed: bool = False  # the share lacks the white space that the token begins with
+
+
+@dataclass(frozen=True)
 class TextDelta:
-    """More text of one answer; `num_tokens` and `logprobs` are of the tokens that it was decoded from."""
+    """More text of one answer. `tokens`: where log-probabilities are wanted, the tokens whose shares are the text."""
 
     text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: tuple[TextToken, ...] = ()
     num_tokens: int = 0
 
 

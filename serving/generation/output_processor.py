@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.engine.interface import TokenLogprob, TokenMask, TokenOutput
+from serving.engine.interface import TokenMask, TokenOutput
 from serving.generation.detokenizer import Detokenizer
 from serving.generation.interface import (
     AnswerParser,
@@ -13,10 +13,12 @@ from serving.generation.interface import (
     ChatEvent,
     Finished,
     TextDelta,
+    TextToken,
     ToolCallDelta,
     Usage,
 )
 from serving.generation.stop_strings import StopStrings
+from serving.generation.token_shares import TokenShares
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ class OutputProcessor:
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
+        token_bytes: Callable[[int], bytes],
         parser: AnswerParser,
         stop: tuple[str, ...],
         num_prompt_tokens: int,
         stop_token_ids: frozenset[int],
         before: Sequence[int] = (),
+        has_logprobs: bool = False,
     ) -> None:
         """stop_token_ids: they end the answer and have no text. before: the ids whose text the answer continues."""
-        self._detokenizer = Detokenizer(decode, before)
+        self._detokenizer = Detokenizer(decode, token_bytes, before)
         self._parser = parser
         self._stop = StopStrings(stop) if stop else None
         self._stop_token_ids = stop_token_ids
@@ -60,7 +64,7 @@ class OutputProcessor:
         self._num_reported = 0  # of them, those that deltas have counted
         self._num_cached_tokens = 0
         self._called_tools = False
-        self._logprobs: list[TokenLogprob] = []
+        self._shares = TokenShares(token_bytes) if has_logprobs else None
         self.is_over = False
 
     def push(self, output: TokenOutput) -> list[ChatEvent]:
@@ -70,8 +74,8 @@ class OutputProcessor:
         ended_by_token = output.finish_reason == "stop" and output.token_id in self._stop_token_ids
         events: list[ChatEvent] = []
         if not ended_by_token:
-            if output.logprob:
-                self._logprobs.append(output.logprob)
+            if output.logprob and self._shares is not None:
+                self._shares.push_token(output.logprob)
             events += self._show(self._parser.push(self._detokenizer.push(output.token_id)))
         if output.finish_reason and not self._is_stopped:
             events += self._show(self._parser.push(self._detokenizer.flush()))
@@ -93,27 +97,40 @@ class OutputProcessor:
             match part:
                 case TextDelta(text):
                     if shown := text if self._stop is None else self._stop.push(text):
-                        events.append(self._text(shown))
+                        events += self._text(shown)
                 case ToolCallDelta():
                     self._called_tools = True
-                    events += (*self._held_text(), part)
+                    events += self._held_text()
+                    if self._shares is not None:
+                        events += self._delta(*self._shares.flush(with_all_tokens=False))
+                        self._shares = None  # the tokens of calls have no share of the text
+                    events.append(part)
         return events
 
     def _held_text(self) -> list[TextDelta]:
         """Text that could have been the beginning of a stop string, and is not."""
         text = "" if self._stop is None else self._stop.flush()
-        return [self._text(text)] if text else []
+        return self._text(text) if text else []
 
-    def _text(self, text: str) -> TextDelta:
-        delta = TextDelta(text, tuple(self._logprobs), self._num_tokens - self._num_reported)
+    def _text(self, text: str) -> list[TextDelta]:
+        if self._shares is None:
+            return self._delta(text)
+        self._shares.push_text(text)
+        return self._delta(*self._shares.take())
+
+    def _delta(self, text: str, tokens: tuple[TextToken, ...] = ()) -> list[TextDelta]:
+        if not text and not tokens:
+            return []
+        delta = TextDelta(text, tokens, self._num_tokens - self._num_reported)
         self._num_reported = self._num_tokens
-        self._logprobs.clear()
-        return delta
+        return [delta]
 
     def _finish(self, reason: str) -> list[ChatEvent]:
         self.is_over = True
         usage = Usage(self._num_prompt_tokens, self._num_tokens, self._num_cached_tokens)
-        events: list[ChatEvent] = [self._text("")] if self._logprobs else []
+        events: list[ChatEvent] = []
+        if self._shares is not None:
+            events += self._delta(*self._shares.flush())
         if reason == "length":
             return [*events, Finished("length", usage)]
         return [*events, Finished("tool_calls" if self._called_tools else "stop", usage)]

@@ -192,7 +192,16 @@ class RunningModel:
         self.engine.generate(prompt.token_ids, samplings, queue, first_index, priority, masks)
         num_prompt_tokens, ends = len(prompt.token_ids), prompt.sampling.stop_token_ids
         return [
-            OutputProcessor(answer.decode, answer.parser(), prompt.stop, num_prompt_tokens, ends, prompt.before)
+            OutputProcessor(
+                answer.decode,
+                self.chat_format.token_bytes,
+                answer.parser(),
+                prompt.stop,
+                num_prompt_tokens,
+                ends,
+                prompt.before,
+                has_logprobs=prompt.sampling.num_top_logprobs is not None,
+            )
             for _ in range(prompt.n)
         ]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from serving.engine.interface import TokenLogprob
+from serving.generation.interface import TextToken
 from serving.openai.common import TokenBytes
 
 LOWEST_LOGPROB = -9999.0  # what OpenAI writes where the true value has no JSON: minus infinity
@@ -30,14 +30,30 @@ class TokenLogprobEntry(TopLogprob):
     top_logprobs: Annotated[list[TopLogprob], Field(max_length=20)]
 
 
-def to_entries(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[TokenLogprobEntry]:
+def to_entries(tokens: Sequence[TextToken], token_bytes: TokenBytes) -> list[TokenLogprobEntry]:
     entries: list[TokenLogprobEntry] = []
-    for entry in logprobs:
-        top = [_top(token_id, logprob, token_bytes) for token_id, logprob in entry.top]
-        entries.append({**_top(entry.token_id, entry.logprob, token_bytes), "top_logprobs": top})
+    for token in tokens:
+        top = [_top(raw, logprob) for raw, logprob in alternatives(token, token_bytes)]
+        entries.append({**_top(token.share, token.logprob.logprob), "top_logprobs": top})
     return entries
 
 
-def _top(token_id: int, logprob: float, token_bytes: TokenBytes) -> TopLogprob:
-    raw = token_bytes(token_id)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(raw)}
+def alternatives(token: TextToken, token_bytes: TokenBytes) -> list[tuple[bytes, float]]:
+    """(bytes, logprob) of the likeliest tokens in the place of this one, as they would stand in the text."""
+    found: list[tuple[bytes, float]] = []
+    for token_id, logprob in token.logprob.top:
+        raw = token.share if token_id == token.logprob.token_id else token_bytes(token_id)
+        found.append((raw.removeprefix(b" ") if token.is_trimmed else raw, logprob))
+    return found
+
+
+def to_text(raw: bytes, prefix: str = "") -> str:
+    """A token's text, or, if it is a part of a character, its bytes in OpenAI's notation, after the prefix."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _top(raw: bytes, logprob: float) -> TopLogprob:
+    return {"token": to_text(raw), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(raw)}

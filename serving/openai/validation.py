@@ -108,13 +108,10 @@ def _wrong_type(param: str, expected: str, value: Any) -> APIError:
 def _wrong_value(kind: str, param: str, value: Any, context: Mapping[str, Any]) -> APIError:
     match kind:
         case "literal_error":
+            if not isinstance(value, str):  # every value of every Literal in a request is a string
+                return _wrong_type(param, "a string", value)
             supported = str(context["expected"]).replace(" or ", " and ")
-            if isinstance(value, bool) or supported in ("True", "False"):
-                supported = supported.lower()
-            if not isinstance(value, str | bool):
-                return _wrong_type(param, "a boolean" if supported in ("true", "false") else "a string", value)
-            shown = f"'{_shorten(value, 100)}'" if isinstance(value, str) else str(value).lower()
-            return invalid(f"Invalid value: {shown}. Supported values are: {supported}.", param)
+            return invalid(f"Invalid value: '{_shorten(value, 100)}'. Supported values are: {supported}.", param)
         case "too_long" if isinstance(value, dict):
             most = context["max_length"]
             message = f"Invalid '{param}': too many properties. Expected an object with at most {most} properties."

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.engine.interface import TokenLogprob
-from serving.generation.interface import Finished, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import Finished, TextDelta, TextToken, ToolCallDelta, Usage
 from serving.http import server_sent_events as sse
 from serving.openai.chat.response import ChatCompletionStream, to_completion
 from serving.openai.common import ChunkOptions, Envelope, IndexedEvent
@@ -122,14 +122,14 @@ def test_line_separators_of_any_client_are_escaped() -> None:
 
 
 def test_minus_infinity_has_a_number_in_json() -> None:
-    impossible = TextDelta("A", (TokenLogprob(65, float("-inf"), ((65, float("-inf")),)),))
+    impossible = TextDelta("A", (TextToken(TokenLogprob(65, float("-inf"), ((65, float("-inf")),)), b"A"),))
     whole = to_completion([(0, impossible), (0, END)], ENVELOPE, ChunkOptions(logprobs=True), token_bytes)
     entry = json.loads(sse.to_json(whole))["choices"][0]["logprobs"]["content"][0]
     assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
 
 
 def test_tokens_that_are_parts_of_a_character_are_told_by_their_bytes() -> None:
-    parts = tuple(TokenLogprob(token_id, -1.0) for token_id in (0, 1, 2, 65))
+    parts = tuple(TextToken(TokenLogprob(token_id, -1.0), token_bytes(token_id)) for token_id in (0, 1, 2, 65))
     events = [(0, TextDelta("你A", parts)), (0, END)]
     prompts = PromptChoices(1, ("",))
     lists = to_text_completion([events], prompts, ENVELOPE, ChunkOptions(logprobs=True), token_bytes)
@@ -141,16 +141,26 @@ def test_tokens_that_are_parts_of_a_character_are_told_by_their_bytes() -> None:
 def test_best_of_keeps_the_likeliest_per_token() -> None:
     events: list[IndexedEvent] = []
     for index, logprob in enumerate((-3.0, -1.0, -2.0)):
-        events += [(index, TextDelta(str(index), (TokenLogprob(65, logprob),))), (index, END)]
+        events += [(index, TextDelta(str(index), (TextToken(TokenLogprob(65, logprob), b"%d" % index),))), (index, END)]
     whole = to_text_completion([events], PromptChoices(2, ("",)), ENVELOPE, PLAIN, token_bytes)
     assert [(choice["index"], choice["text"]) for choice in whole["choices"]] == [(0, "1"), (1, "2")]
     assert whole["usage"]["completion_tokens"] == 9
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
-parts = st.builds(
-    TextDelta, texts, st.lists(st.builds(TokenLogprob, st.integers(3, 99), st.floats(-9, 0)), max_size=2).map(tuple)
-)
+
+
+@st.composite
+def deltas_with_tokens(draw: st.DrawFn) -> TextDelta:
+    """A text, split among up to three tokens anywhere, in the middle of characters too."""
+    raw = draw(texts).encode()
+    cuts = sorted(draw(st.lists(st.integers(0, len(raw)), max_size=2)))
+    logprobs = st.builds(TokenLogprob, st.integers(3, 99), st.floats(-9, 0))
+    shares = [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    return TextDelta(raw.decode(), tuple(TextToken(draw(logprobs), share) for share in shares))
+
+
+parts = deltas_with_tokens()
 answers = st.lists(st.lists(parts, max_size=5), min_size=1, max_size=3)
 
 

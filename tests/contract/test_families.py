@@ -74,7 +74,8 @@ def test_the_answer_is_the_one_that_the_checkpoint_stands_for(running: Running) 
     choice = answer.choices[0]
     assert choice.logprobs
     spelled = [bytes(token.bytes or []) for token in choice.logprobs.content or []]
-    assert spelled == [running.model.chat_format.token_bytes(token_id) for token_id in expected]
+    assert len(spelled) == LENGTH
+    assert b"".join(spelled) == (choice.message.content or "").encode()
     assert choice.message.content == running.text(expected)
     assert choice.finish_reason == "length"
     parts = [chunk.choices[0] for chunk in sdk(running.app, streamed)]

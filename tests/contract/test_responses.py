@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,3 +336,65 @@ def test_bad_forms_are_named_as_this_endpoint_names_them(app: Starlette) -> None
     assert error_of({"text": {"format": {"type": "json_schema", "name": "x"}}})[0] == "text.format.schema"
     unsupported = {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}
     assert error_of({"text": {"format": unsupported}})[0].startswith("text.format")
+
+
+# Open Responses, the published specification of this endpoint for other servers, requires these of every response
+REQUIRED = {
+    *("id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id"),
+    *("instructions", "output", "error", "tools", "tool_choice", "truncation", "parallel_tool_calls", "text", "top_p"),
+    *("presence_penalty", "frequency_penalty", "top_logprobs", "temperature", "reasoning", "usage", "store"),
+    *("max_output_tokens", "max_tool_calls", "background", "service_tier", "metadata", "safety_identifier"),
+    "prompt_cache_key",
+}
+# what OpenAI's own objects have beside these, and why it is missing here: all of it is optional
+NOT_HERE = {
+    "access_programs": "refused in requests",
+    "conversation": "nothing is stored",
+    "image": "no image output",
+    "input_transformations": "the input is never changed",
+    "moderation": "answers are not moderated",
+    "prompt": "no stored templates",
+    "prompt_cache_diagnostics": "`usage` has the cached tokens",
+    "prompt_cache_options": "without effect",
+    "prompt_cache_retention": "without effect",
+    "tool_usage": "no built-in tools",
+    "phase": "one message is the whole answer",
+    "async_": "no tools that run by themselves",
+    "caller": "the model itself calls",
+    "namespace": "functions have no namespaces",
+    "context": "there is no reasoning",
+    "generate_summary": "there is no reasoning",
+    "mode": "there is no reasoning",
+    "verbosity": "comes back if it was sent",
+    "cache_write_tokens_details": "nothing is billed",
+    "allowed_callers": "the model itself calls",
+    "defer_loading": "all tools are offered",
+    "output_schema": "not sent to the model",
+}
+
+
+def test_a_response_has_every_field_that_openai_and_open_responses_have(app: Starlette) -> None:
+    tool = {"type": "function", "name": "f"}
+    asked = {**ASK, "presence_penalty": 0.5, "frequency_penalty": -1, "tools": [tool], "tool_choice": "none"}
+    got = post(app, "/responses", {**asked, "include": ["message.output_text.logprobs"], "top_logprobs": 1}).json()
+    assert (got["presence_penalty"], got["frequency_penalty"]) == (0.5, -1)
+    assert got.keys() >= REQUIRED
+    missing = dict(_missing(got, Response.model_validate(got)))
+    assert missing.keys() <= NOT_HERE.keys()
+    assert not any(is_required for is_required in missing.values())
+    default = post(app, "/responses", ASK).json()
+    assert (default["presence_penalty"], default["frequency_penalty"]) == (0, 0)
+
+
+def _missing(ours: Any, theirs: Any) -> Iterator[tuple[str, bool]]:
+    """(field, whether it is required) of OpenAI's type, for those that the value lacks, recursively."""
+    if isinstance(theirs, list):
+        for our_item, their_item in zip(ours, theirs, strict=True):
+            yield from _missing(our_item, their_item)
+    elif isinstance(theirs, BaseModel):
+        for name, field in type(theirs).model_fields.items():
+            key = field.alias or name
+            if key not in ours:
+                yield name, field.is_required()
+            else:
+                yield from _missing(ours[key], getattr(theirs, name))

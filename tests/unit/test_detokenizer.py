@@ -17,8 +17,21 @@ def decode_bytes(token_ids: Sequence[int]) -> str:
     return text.removeprefix(" ")
 
 
+def token_bytes(token_id: int) -> bytes:
+    return bytes([token_id])
+
+
+def decode_each(token_ids: Sequence[int]) -> str:
+    """One U+FFFD for each byte of a broken character, as SentencePiece does."""
+    try:
+        return bytes(token_ids).decode()
+    except UnicodeDecodeError as error:
+        before, rest = token_ids[: error.start], token_ids[error.start + 1 :]
+        return bytes(before).decode() + REPLACEMENT + decode_each(rest)
+
+
 def pieces(token_ids: bytes) -> list[str]:
-    detokenizer = Detokenizer(decode_bytes)
+    detokenizer = Detokenizer(decode_bytes, token_bytes)
     return [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
 
 
@@ -34,8 +47,17 @@ def test_bytes_that_are_no_text_give_what_the_whole_run_gives(data: bytes) -> No
     assert "".join(pieces(data)) == decode_bytes(data)
 
 
+@given(st.binary(max_size=20), st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), st.data())
+def test_a_character_that_is_cut_off_at_the_end_is_one_mark(before: bytes, last: str, data: st.DataObject) -> None:
+    before += b"."
+    cut = last.encode()[: data.draw(st.integers(1, len(last.encode()) - 1))]
+    detokenizer = Detokenizer(decode_each, token_bytes)
+    got = "".join([*(detokenizer.push(byte) for byte in before + cut), detokenizer.flush()])
+    assert got == decode_each(before) + REPLACEMENT
+
+
 def test_an_endless_run_of_broken_bytes_is_not_held_back() -> None:
-    detokenizer = Detokenizer(decode_bytes)
+    detokenizer = Detokenizer(decode_bytes, token_bytes)
     shown = "".join(detokenizer.push(0xFF) for _ in range(50))
     assert len(shown) >= 47
 
@@ -43,7 +65,7 @@ def test_an_endless_run_of_broken_bytes_is_not_held_back() -> None:
 @given(st.lists(st.sampled_from([b" you", b" ", b"\n", "好".encode()]), max_size=12), st.text(max_size=8))
 def test_what_goes_on_from_other_text_keeps_its_first_space(before: list[bytes], text: str) -> None:
     given_ids = b"".join(before)
-    detokenizer = Detokenizer(decode_bytes, given_ids)
+    detokenizer = Detokenizer(decode_bytes, token_bytes, given_ids)
     got = "".join([*(detokenizer.push(byte) for byte in text.encode()), detokenizer.flush()])
     assert got == (text if given_ids else text.removeprefix(" "))
 

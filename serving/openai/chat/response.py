@@ -8,8 +8,16 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from serving.engine.interface import TokenLogprob
-from serving.generation.interface import AnswerPart, ChatEvent, Finished, IndexedEvent, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import (
+    AnswerPart,
+    ChatEvent,
+    Finished,
+    IndexedEvent,
+    TextDelta,
+    TextToken,
+    ToolCallDelta,
+    Usage,
+)
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.errors import envelope as error_json
@@ -129,12 +137,12 @@ def to_completion(
     choices: list[ChatChoice] = []
     usages: list[Usage] = []
     for index, parts, finished in by_choice(events):
-        logprobs = [entry for part in parts if isinstance(part, TextDelta) for entry in part.logprobs]
+        tokens = [token for part in parts if isinstance(part, TextDelta) for token in part.tokens]
         choices.append(
             {
                 "index": index,
                 "message": _message(parts, options),
-                "logprobs": _logprobs(logprobs, token_bytes) if options.logprobs else None,
+                "logprobs": _logprobs(tokens, token_bytes) if options.logprobs else None,
                 "finish_reason": _reason(finished, options),
             }
         )
@@ -197,8 +205,8 @@ class ChatCompletionStream:
         if self._usage:
             self._usage.push(index, event)
         match event:
-            case TextDelta(text, logprobs):
-                shown = logprobs if self._options.logprobs else ()
+            case TextDelta(text, tokens):
+                shown = tokens if self._options.logprobs else ()
                 if not text and not shown:
                     return []
                 chunk = self._chunk(index, {"content": text}, _logprobs(shown, self._token_bytes) if shown else None)
@@ -250,8 +258,8 @@ class ChatCompletionStream:
         return sse.event(to_json(chunk))
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChoiceLogprobs:
-    return {"content": to_entries(logprobs, token_bytes), "refusal": None}
+def _logprobs(tokens: Sequence[TextToken], token_bytes: TokenBytes) -> ChoiceLogprobs:
+    return {"content": to_entries(tokens, token_bytes), "refusal": None}
 
 
 def _reason(event: Finished, options: ChunkOptions) -> FinishReason:

@@ -9,14 +9,22 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from serving.engine.interface import TokenLogprob
-from serving.generation.interface import AnswerPart, ChatEvent, Finished, IndexedEvent, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import (
+    AnswerPart,
+    ChatEvent,
+    Finished,
+    IndexedEvent,
+    TextDelta,
+    TextToken,
+    ToolCallDelta,
+    Usage,
+)
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.errors import envelope as error_json
 from serving.http.server_sent_events import to_json
 from serving.openai.common import ChunkOptions, Count, Envelope, TokenBytes, by_choice
-from serving.openai.logprobs import LOWEST_LOGPROB, Logprob
+from serving.openai.logprobs import LOWEST_LOGPROB, Logprob, alternatives, to_text
 from serving.openai.usage import CompletionUsage, RunningUsage, to_completion_usage, total_usage
 
 FinishReason = Literal["stop", "length"]
@@ -55,8 +63,7 @@ class Completion(TypedDict):
 class LogprobsFold:
     """Folds one choice's log-probabilities into the legacy lists.
 
-    `text_offset` counts characters of the answer. Tokens that were read together share the text that they gave, so a
-    character that consists of several tokens is where the first of them is, and no error outlives one delta.
+    `text_offset` counts characters of the answer; the tokens of one character have the same.
     """
 
     def __init__(self, token_bytes: TokenBytes) -> None:
@@ -67,28 +74,20 @@ class LogprobsFold:
         """The lists for more of the answer."""
         lists: LegacyLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for delta in deltas:
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            passed = 0
-            for entry in delta.logprobs:
-                lists["tokens"].append(self._name(entry.token_id))
-                lists["token_logprobs"].append(max(entry.logprob, LOWEST_LOGPROB))
-                lists["top_logprobs"].append(self._top(entry))
-                lists["text_offset"].append(self._offset + min(passed, len(delta.text)))
-                passed += len(decoder.decode(self._token_bytes(entry.token_id)))
-            self._offset += len(delta.text)
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            for token in delta.tokens:
+                lists["tokens"].append(to_text(token.share, "bytes:"))
+                lists["token_logprobs"].append(max(token.logprob.logprob, LOWEST_LOGPROB))
+                lists["top_logprobs"].append(self._top(token))
+                lists["text_offset"].append(self._offset)
+                self._offset += len(decoder.decode(token.share))
         return lists
 
-    def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        pairs = (*entry.top, (entry.token_id, entry.logprob))
-        return {self._name(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in pairs}
-
-    def _name(self, token_id: int) -> str:
-        """The token's text, or its bytes in OpenAI's notation where they are no whole characters."""
-        raw = self._token_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    def _top(self, token: TextToken) -> dict[str, float]:
+        """Of alternatives with the same text, the likeliest; the token itself in any case."""
+        likeliest_last = reversed(alternatives(token, self._token_bytes))
+        pairs = (*likeliest_last, (token.share, token.logprob.logprob))
+        return {to_text(raw, "bytes:"): max(logprob, LOWEST_LOGPROB) for raw, logprob in pairs}
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _texts(parts: Iterable[AnswerPart]) -> list[TextDelta]:
 
 def _mean_logprob(deltas: Iterable[TextDelta]) -> float:
     """Of an answer's tokens; the measure of `best_of`."""
-    logprobs = [entry.logprob for delta in deltas for entry in delta.logprobs]
+    logprobs = [token.logprob.logprob for delta in deltas for token in delta.tokens]
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
@@ -168,9 +167,9 @@ class CompletionStream:
         chunks = self._introduce(index)
         self._usage.push(index, event, index // self._prompts.n)
         match event:
-            case TextDelta(text, logprobs):
+            case TextDelta(text, tokens):
                 lists = self._logprobs[index].push([event]) if self._options.logprobs else None
-                if text or (logprobs and self._options.logprobs):
+                if text or (tokens and self._options.logprobs):
                     chunks.append(self._chunk(index, text, lists))
             case Finished():
                 chunks.append(self._chunk(index, "", finish_reason=_reason(event)))

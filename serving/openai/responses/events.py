@@ -11,8 +11,7 @@ from typing import Literal
 
 from typing_extensions import TypeAliasType, TypedDict
 
-from serving.engine.interface import TokenLogprob
-from serving.generation.interface import ChatEvent, Finished, IndexedEvent, TextDelta, ToolCallDelta
+from serving.generation.interface import ChatEvent, Finished, IndexedEvent, TextDelta, TextToken, ToolCallDelta
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.server_sent_events import to_json
@@ -132,7 +131,7 @@ class ResponseStream:
         self._item: OutputItem | None = None  # is being written
         self._call_index = 0  # among the answer's calls, of an item that is one
         self._pieces: list[str] = []  # of the item's text or arguments
-        self._logprobs: list[TokenLogprob] = []
+        self._tokens: list[TextToken] = []  # of the item's text
 
     def push(self, index: int, event: ChatEvent) -> list[str]:
         """The response events of one event of the only answer, index 0."""
@@ -141,8 +140,8 @@ class ResponseStream:
             self._emit_state("response.created")
             self._emit_state("response.in_progress")
         match event:
-            case TextDelta(text, logprobs):
-                shown = logprobs if self._shows_logprobs else ()
+            case TextDelta(text, tokens):
+                shown = tokens if self._shows_logprobs else ()
                 if text or shown:
                     self._push_text(text, shown)
             case ToolCallDelta():
@@ -162,18 +161,18 @@ class ResponseStream:
         self._emit_state("response.failed")
         return self._events
 
-    def _push_text(self, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+    def _push_text(self, text: str, tokens: Sequence[TextToken]) -> None:
         if self._item is None or self._item["type"] != "message":
             self._close("completed")
             self._open_message()
         self._pieces.append(text)
-        self._logprobs.extend(logprobs)
+        self._tokens.extend(tokens)
         self._emit(
             {
                 "type": "response.output_text.delta",
                 **self._text_position,
                 "delta": text,
-                "logprobs": to_entries(logprobs, self._token_bytes),
+                "logprobs": to_entries(tokens, self._token_bytes),
                 "sequence_number": self._number,
             }
         )
@@ -225,7 +224,7 @@ class ResponseStream:
         self._emit_part("response.content_part.added", _part("", []))
 
     def _open(self, item: OutputItem) -> None:
-        self._item, self._pieces, self._logprobs = item, [], []
+        self._item, self._pieces, self._tokens = item, [], []
         self._emit_item("response.output_item.added", item)
 
     def _close(self, status: Status) -> None:
@@ -234,7 +233,7 @@ class ResponseStream:
         if item is None:
             return
         if item["type"] == "message":
-            entries = to_entries(self._logprobs, self._token_bytes)
+            entries = to_entries(self._tokens, self._token_bytes)
             self._emit(
                 {
                     "type": "response.output_text.done",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from serving.generation.interface import Conversation, Message, ToolCall
 from serving.generation.pipeline import ChatJob
@@ -65,6 +65,8 @@ REFUSED_VALUES: dict[tuple[str, object], str] = {
 INPUT_ITEMS = ("message", "function_call", "function_call_output")
 LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
+# Literal[False] would take 0; true is one of REFUSED_VALUES
+OnlyFalse = Annotated[bool, WithJsonSchema({"const": False, "type": "boolean"})]
 
 
 def _kind(value: Any) -> Any:
@@ -240,8 +242,8 @@ class ResponsesRequest(GenerationRequest):
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: OnlyFalse | None = None
+    background: OnlyFalse | None = None
     truncation: Literal["disabled"] | None = None
 
     @model_validator(mode="before")

@@ -101,6 +101,7 @@ class Response(TypedDict):
     background: Literal[False]
     completed_at: Count | None
     error: ResponseError | None
+    frequency_penalty: float
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: Count | None
@@ -108,6 +109,7 @@ class Response(TypedDict):
     model: str
     output: list[OutputItem]
     parallel_tool_calls: bool
+    presence_penalty: float
     previous_response_id: None
     prompt_cache_key: str | None
     reasoning: ReasoningEcho
@@ -141,6 +143,7 @@ def unfinished_response(body: ResponsesRequest) -> Response:
         "background": False,
         "completed_at": None,
         "error": None,
+        "frequency_penalty": body.frequency_penalty,
         "incomplete_details": None,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -148,6 +151,7 @@ def unfinished_response(body: ResponsesRequest) -> Response:
         "model": body.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "presence_penalty": body.presence_penalty,
         "previous_response_id": None,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
