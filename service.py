@@ -159,6 +159,7 @@ if settings.cors_origins:
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
+        allow_private_network=True,  # a page of an allowed origin may call a server on its user's own network
         expose_headers=CORS_HEADERS,
     )
 route_names = RouteNames([*at_v1.routes, *at_root.routes])
