@@ -28,6 +28,7 @@ from serving.settings import BuildArguments, Settings, SettingsError
 from serving.worker.bentoml_adapter import (
     LOGGER,
     BentoMLService,
+    complete_log,
     container_image,
     forward_second_signal,
     worker_number,
@@ -122,6 +123,7 @@ class ChatGLM2:
 
     @bentoml.on_startup
     async def begin(self) -> None:
+        complete_log()
         await self._running.enter_async_context(runtime.running())
 
     async def __is_ready__(self) -> bool:
