@@ -28,6 +28,7 @@ from serving.settings import BuildArguments, Settings, SettingsError
 from serving.worker.bentoml_adapter import (
     LOGGER,
     BentoMLService,
+    complete_log,
     container_image,
     forward_second_signal,
     worker_number,
@@ -122,6 +123,7 @@ class ChatGLM2:
 
     @bentoml.on_startup
     async def begin(self) -> None:
+        complete_log()
         await self._running.enter_async_context(runtime.running())
 
     async def __is_ready__(self) -> bool:
@@ -159,6 +161,7 @@ if settings.cors_origins:
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
+        allow_private_network=True,  # a page of an allowed origin may call a server on its user's own network
         expose_headers=CORS_HEADERS,
     )
 route_names = RouteNames([*at_v1.routes, *at_root.routes])

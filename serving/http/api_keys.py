@@ -27,18 +27,23 @@ class APIKeys:
     """The accepted keys: only their SHA-256 digests are kept, each with a name for logs and limits.
 
     A file has one key a line, plain or `sha256:<64 hex digits>`, with an optional name after it; `#` begins a comment.
-    It is read again when it changes; while it is invalid, the previous keys stay in use.
+    It is read again when it changes. A file that is deleted or has no key revokes its keys: only those from settings
+    are accepted then. While it is invalid in another way, the previous keys stay in use.
     """
 
     def __init__(self, listed: Iterable[str] = (), file: Path | None = None) -> None:
         """Raises KeyFileError."""
         self._listed = _parse(listed)
         self._file = file
-        self._stamp: tuple[int, int] | None = None  # modification time and size of the file that was read
+        self._digest: bytes | None = None  # of the file's content when it was read last
         self._checked_at = -RELOAD_SECONDS
         self._names = dict(self._listed)
         if file is not None:
+            if not file.exists():
+                raise KeyFileError("the key file cannot be read (FileNotFoundError)")
             self._read(file)
+            if not self.num_keys:
+                raise KeyFileError("the key file contains no key")
 
     @property
     def num_keys(self) -> int:
@@ -75,19 +80,23 @@ class APIKeys:
 
     def _read(self, file: Path) -> None:
         try:
-            status = file.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
             raise KeyFileError(f"the key file cannot be read ({type(error).__name__})") from None
-        read = _parse(lines)
-        if not read:
-            raise KeyFileError("the key file contains no key")
-        self._names = {**self._listed, **read}
+        digest = hashlib.sha256(content).digest()  # time and size may be those of the previous content
+        if digest == self._digest:
+            return
+        self._digest = digest
+        try:
+            lines = content.decode().splitlines()
+        except UnicodeDecodeError:
+            raise KeyFileError("the key file is not UTF-8") from None
+        self._names = {**self._listed, **_parse(lines)}
         logger.info("%d API keys are in use", self.num_keys)
+        if not self._names:
+            logger.error("the key file contains no key: all requests are refused until it has one")
 
 
 def _parse(lines: Iterable[str]) -> dict[bytes, str]:

@@ -6,6 +6,7 @@ fails when one of them changes. models/store/bentoml_adapter.py has those of the
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -20,16 +21,39 @@ from bentoml.images import Image
 from starlette.types import ASGIApp
 
 from serving.openai.openapi import DESCRIPTION, PREFIX, VERSION, document
+from serving.safe_traceback import where_from
 from serving.settings import BuildArguments
 
 PYTHON = "3.11"
 
 LOGGER = "bentoml.chatglm"  # BentoML's workers print INFO lines of loggers below "bentoml", and warnings of all others
+OUR_LOGGERS = ("serving", "models", "kernels")
+# of BentoML, uvicorn and asyncio: those that log an exception of a request, whose message may quote the client
+REQUEST_LOGGERS = ("bentoml.serve", "bentoml._internal.server.http_app", "uvicorn.error", "asyncio")
 
 
 def worker_number() -> int:
     """Which of the service's workers this process is, counted from 0. BentoML counts from 1."""
     return (bentoml.server_context.worker_index or 1) - 1
+
+
+def complete_log() -> None:
+    """INFO lines of our own loggers are printed like BentoML's, and no line quotes a client. Once in a worker."""
+    level = logging.getLogger(LOGGER).getEffectiveLevel()
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(level)  # BentoML's handler is the root logger's, too
+    for name in REQUEST_LOGGERS:
+        logging.getLogger(name).addFilter(_without_exception_message)
+
+
+def _without_exception_message(record: logging.LogRecord) -> bool:
+    """Replaces the traceback of a record by one without the exception's message. A filter: always True."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        record.exc_info, record.exc_text = None, where_from(error)
+    if record.name == "asyncio":  # its further lines show the task's exception
+        record.msg, record.args = record.getMessage().partition("\n")[0], None
+    return True
 
 
 class BentoMLService(bentoml.Service[Any]):

@@ -1,8 +1,8 @@
-"""The uvicorn server of this process -> its signals and its idle connections.
+"""The uvicorn server of this process -> its signals and its idle connections; bytes of a connection -> requests.
 
-This file has every use of a name that uvicorn does not publish: the server is found through its signal handler, and
-`server_state.connections`, each connection's `cycle` and `transport`, and what SIGINT means after another signal.
-tests/unit/test_uvicorn_adapter.py fails when one of them changes.
+This file and http_protocol.py have every use of a name that uvicorn does not publish. Here: the server is found through
+its signal handler, and `server_state.connections`, each connection's `cycle` and `transport`, and what SIGINT means
+after another signal. tests/unit/test_uvicorn_adapter.py fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import uvicorn
+
+from serving.worker.http_protocol import install_protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IDLE_SECONDS = 30.0  # without a complete request head, or after a response that the client does not read
@@ -35,6 +37,7 @@ class UvicornServer:
         self._server = owner if isinstance(owner, uvicorn.Server) else None
         if self._server is not None:
             self._server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+            install_protocol(self._server.config)
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         # of each connection: its latest request, and when that was first seen to be complete
         self._idle_since: WeakKeyDictionary[Any, tuple[object, float]] = WeakKeyDictionary()

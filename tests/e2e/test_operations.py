@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -82,10 +84,34 @@ def test_browsers_of_the_configured_origin_may_call_and_others_may_not(guarded: 
     for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
         reply = requests.options(
             f"{guarded.base_url}/chat/completions",
-            headers={"origin": origin, "access-control-request-method": "POST"},
+            headers={
+                "origin": origin,
+                "access-control-request-method": "POST",
+                "access-control-request-private-network": "true",
+            },
             timeout=10,
         )
         assert ("access-control-allow-origin" in reply.headers) == allowed
+        assert reply.status_code == (200 if allowed else 400)
+        assert not allowed or reply.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
+def test_a_client_that_offers_an_upgrade_and_half_closes_is_answered(guarded: Server, path: str) -> None:
+    messages = [{"role": "user", "content": "你好"}]
+    chat_body = {"model": "chatglm", "messages": messages, "stream": True, "max_tokens": 4}
+    content = json.dumps(chat_body if path != "/generate" else {"prompt": "你好", "max_tokens": 4}).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(content)}\r\n"
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n\r\n"
+    )
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(head.encode() + content)
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b"HTTP/1.1 200 OK" in received
+    assert received.endswith(b"\r\n0\r\n\r\n")
 
 
 def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: Server) -> None:
@@ -119,6 +145,35 @@ def test_the_log_is_json_without_prompts_and_keys(guarded: Server) -> None:
     answered = [line for line in lines if line["path"] == "/v1/chat/completions" and line["status"] == 200]
     assert answered[-1]["client"] == "operator"
     assert answered[-1]["completion_tokens"] == 4
+
+
+def test_limits_of_bodies_hold_for_bentomls_route_and_health_is_answered_meanwhile(guarded: Server) -> None:
+    def post(content: bytes, **headers: str) -> requests.Response:
+        given = {**HEADERS, "content-type": "application/json", **headers}
+        return requests.post(f"{guarded.url}/generate", data=content, headers=given, timeout=60)
+
+    assert post(b"x" * 20_000_000).status_code == 413
+    assert post(b'{"prompt":"a","system":' + b"[" * 2000 + b"]" * 2000 + b"}").json()["error"]["code"] == "invalid_json"
+    assert post(b'{"prompt":[' + b"{}," * 100_000 + b"{}]}").status_code == 400
+    assert post(b"{}", **{"content-encoding": "gzip"}).status_code == 415
+    too_long = post(json.dumps({"prompt": f"{MARKER} " * 200_000}).encode())
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    wrong = post(json.dumps({"prompt": "x", "temperature": 9}).encode())
+    assert (wrong.status_code, wrong.json()["error"]["type"]) == (400, "invalid_request_error")
+    answer = post(json.dumps({"prompt": "你好", "max_tokens": 4}).encode())
+    assert answer.status_code == 200
+    assert not answer.text.startswith("{")
+    no_prompt = post(json.dumps({"prompt": [MARKER]}).encode())
+    assert no_prompt.status_code == 400  # BentoML's own answer; the exception in its log would quote the value
+    until(lambda: "ValidationError" in guarded.log.read_text(encoding="utf-8"))
+    assert MARKER not in guarded.log.read_text(encoding="utf-8")
+
+
+def test_lines_of_all_loggers_reach_the_log(guarded: Server) -> None:
+    """BentoML's root logger drops INFO lines; a change of the key file is one."""
+    keys = guarded.log.parent / "keys"
+    keys.write_text(keys.read_text() + "# the same keys\n")
+    until(lambda: chat(guarded, max_tokens=1).ok and "1 API keys are in use" in guarded.log.read_text(encoding="utf-8"))
 
 
 def test_a_killed_worker_is_replaced_and_its_gauges_are_deleted(guarded: Server) -> None:
@@ -208,3 +263,19 @@ def test_keys_that_cannot_be_read_stop_the_service_with_a_line_that_does_not_quo
     assert len(lines) == 1
     assert re.match(r"chatglm: CHATGLM_API_KEYS: key 1: expected", lines[0])
     assert "sk-secret" not in lines[0]
+
+
+def test_a_model_that_could_not_be_loaded_is_a_503_with_the_reason_on_every_route(tmp_path: Path) -> None:
+    with serving(tmp_path, {"CHATGLM_DEVICE": "cuda:77"}, wait=False) as server:
+        until(lambda: "could not be loaded" in server.log.read_text(encoding="utf-8"), 120)
+        question = {"prompt": f"你好 {MARKER}"}
+        for path in ("/generate", "/v1/chat/completions"):
+            body = (
+                question
+                if path == "/generate"
+                else {"model": "chatglm", "messages": [{"role": "user", "content": "x"}]}
+            )
+            reply = requests.post(server.url + path, json=body, timeout=30)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_load_failed"), path
+            assert reply.headers["content-type"] == "application/json"
+        assert requests.get(f"{server.url}/livez", timeout=30).status_code == 503

@@ -60,7 +60,42 @@ def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
     refused(keys, f"Bearer {SECRET}")
 
 
-@pytest.mark.parametrize("content", ["", "# nothing\n", "a b c\n", "sha256:12\n", "sk-x two/names\n", b"\xff\xfe"])
+def test_a_change_of_equal_time_and_size_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    file.write_text("sk-1 alice\n")
+    os.utime(file, ns=(1, 1))
+    keys = APIKeys(file=file)
+    file.write_text("sk-2 alice\n")
+    os.utime(file, ns=(1, 1))
+    assert keys.name_of("Bearer sk-2") == "alice"
+    refused(keys, "Bearer sk-1")
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n", "# sk-1 alice\n"])
+def test_an_emptied_or_deleted_file_revokes_its_keys_and_no_others(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    file = tmp_path / "keys"
+    for listed in ([], ["sk-0 root"]):
+        file.write_text("sk-1 alice\n")
+        keys = APIKeys(listed, file)
+        assert keys.name_of("Bearer sk-1") == "alice"
+        if content is None:
+            file.unlink()
+        else:
+            file.write_text(content)
+        refused(keys, "Bearer sk-1")
+        if listed:
+            assert keys.name_of("Bearer sk-0") == "root"
+        else:
+            assert "all requests are refused" in caplog.text
+        file.write_text("sk-2 bob\n")
+        assert keys.name_of("Bearer sk-2") == "bob"
+
+
+@pytest.mark.parametrize("content", ["a b c\n", "sha256:12\n", "sk-x two/names\n", b"\xff\xfe"])
 def test_a_file_that_became_wrong_changes_nothing_and_the_log_does_not_quote_it(
     content: str | bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,6 +114,9 @@ def test_a_file_that_became_wrong_changes_nothing_and_the_log_does_not_quote_it(
 def test_a_wrong_file_at_the_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read"):
         APIKeys(file=tmp_path / "missing")
+    (tmp_path / "empty").write_text("# nothing\n")
+    with pytest.raises(KeyFileError, match="contains no key"):
+        APIKeys(file=tmp_path / "empty")
 
 
 def test_keys_are_held_as_digests_only() -> None:

@@ -20,7 +20,7 @@ from serving.http.access_middleware import BENTOML_PATHS, HEALTH_PATHS
 from serving.http.pages import FOLDER
 from serving.openai.openapi import VERSION
 from serving.settings import BuildArguments
-from serving.worker.bentoml_adapter import LOGGER, BentoMLService, container_image, worker_number
+from serving.worker.bentoml_adapter import LOGGER, REQUEST_LOGGERS, BentoMLService, container_image, worker_number
 from tests.contract.tiny import send
 from tests.golden_data import REPOSITORY
 
@@ -173,6 +173,45 @@ def test_info_lines_below_bentomls_logger_are_printed_in_workers() -> None:
     configured = SERVER_LOGGING_CONFIG["loggers"].get(name, {})
     assert configured.get("level") == logging.INFO, changed(f"prints INFO lines of `{name}`", "log what is served")
     assert configured.get("handlers"), changed(f"prints INFO lines of `{name}`", "log what is served")
+
+
+WORKER = """
+import asyncio, logging, sys
+from bentoml._internal.log import configure_server_logging
+configure_server_logging()
+from serving.worker.bentoml_adapter import REQUEST_LOGGERS, complete_log
+complete_log()
+logging.getLogger("serving.http.api_keys").info("an info line")
+logging.getLogger("kernels.linears").info("another info line")
+logging.getLogger("other.library").info("not shown")
+for name in REQUEST_LOGGERS:
+    try:
+        int("MARKER")
+    except ValueError:
+        logging.getLogger(name).exception("a failure of %s", name)
+
+async def fail():
+    raise ValueError("MARKER")
+
+async def run():
+    asyncio.get_running_loop().create_task(fail())
+    await asyncio.sleep(0.01)
+
+asyncio.run(run())
+"""
+
+
+def test_our_info_lines_are_printed_and_exceptions_of_requests_without_their_messages() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WORKER], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    log = result.stdout + result.stderr
+    assert "an info line" in log, changed("has its handler on the root logger", "print our INFO lines")
+    assert "another info line" in log
+    assert "not shown" not in log
+    for name in set(REQUEST_LOGGERS) - {"asyncio"}:  # BentoML disables asyncio's
+        assert f"a failure of {name}\nValueError\n" in log
+    assert "MARKER" not in log
 
 
 def test_the_image_has_compilers_for_vllm_only_and_is_installed_by_uv() -> None:

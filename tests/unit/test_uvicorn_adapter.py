@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from serving.worker.http_protocol import HttpProtocol
 from serving.worker.uvicorn_adapter import KEEP_ALIVE_SECONDS, SIGNALS, UvicornServer
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
@@ -87,6 +88,9 @@ def test_the_server_is_found_through_its_signal_handler_and_its_keep_alive_time_
             (connection,) = server.server_state.connections
             assert getattr(connection, "timeout_keep_alive", None) == KEEP_ALIVE_SECONDS, changed(
                 "reads Config.timeout_keep_alive for each new connection", "keep idle connections for longer than httpx"
+            )
+            assert isinstance(connection, HttpProtocol), changed(
+                "reads Config.http_protocol_class for each new connection", "serve clients that half-close"
             )
             writer.close()
 
