@@ -81,6 +81,7 @@ def measure(
     def step() -> float:
         plan = scheduler.schedule()
         begun = time.perf_counter()
+        runner.move(plan.moves)
         results = runner.run(plan)
         seconds = time.perf_counter() - begun
         for each in plan.scheduled:

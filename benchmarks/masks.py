@@ -80,6 +80,7 @@ def stepper(
     def step() -> float:
         plan = scheduler.schedule()
         started = clock()
+        runner.move(plan.moves)
         results = runner.run(plan)
         for each in plan.scheduled:
             scheduler.computed(each)

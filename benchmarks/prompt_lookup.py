@@ -46,6 +46,7 @@ def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingPa
     steps, begun, reason = 0, time.perf_counter(), None
     while reason is None:
         plan = scheduler.schedule()
+        runner.move(plan.moves)
         results = runner.run(plan)
         steps += 1
         for each in plan.scheduled:

@@ -113,6 +113,14 @@ class RequestTooLarge(EngineError):
         self.num_tokens = num_tokens  # the capacity of the cache
 
 
+class UnknownToken(EngineError):
+    """A prompt has an id that the network has no embedding for. Prompts are checked before; this is the last guard."""
+
+    def __init__(self, token_id: int) -> None:
+        super().__init__(f"the network has no token {token_id}")
+        self.token_id = token_id
+
+
 class EngineStopped(EngineError):
     """The engine is stopping, dead or hanging; the request was not completed."""
 
@@ -271,7 +279,8 @@ class Engine(Protocol):
         """Start one answer for each of `samplings`. The outputs of the i-th come into `queue` as first_index + i.
 
         priority: smaller goes first. masks: one for each answer, from here on the engine's own.
-        Raises RequestTooLarge if prompt and answer can never fit, EngineStopped if the engine does not run.
+        Raises RequestTooLarge if prompt and answer can never fit, UnknownToken for an id that the network does not
+        have, EngineStopped if the engine does not run.
         """
         ...
 

@@ -55,15 +55,11 @@ def normalized(vector: Sequence[float]) -> list[float]:
 
 def _tokenize(model: RunningModel, value: str | tuple[int, ...], param: str) -> EmbeddedText:
     chat_format = model.chat_format
-    if isinstance(value, str):
-        try:
-            token_ids = tuple(chat_format.encode(value, model.context_length))
-        except PromptTooLong as error:
-            raise ContextOverflow(error.min_tokens, 0, model.context_length, param, is_minimum=True) from None
-        counted = _own_tokens(chat_format, token_ids)
-    else:
-        model.check_ids(value, param)
-        token_ids, counted = value, range(len(value))
+    try:
+        token_ids = tuple(model.encode(value, param, model.context_length))
+    except PromptTooLong as error:
+        raise ContextOverflow(error.min_tokens, 0, model.context_length, param, is_minimum=True) from None
+    counted = _own_tokens(chat_format, token_ids) if isinstance(value, str) else range(len(token_ids))
     if not counted:
         raise PromptError("The input must not be empty: it has no token to be embedded.", param)
     if len(token_ids) > model.context_length:

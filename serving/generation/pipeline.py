@@ -47,6 +47,7 @@ class CompletionJob:
 
     prompt: str | tuple[int, ...]
     sampling: SamplingParams
+    param: str = "prompt"  # the request's field that holds it
     stop: tuple[str, ...] = ()
     n: int = 1
     best_of: int = 1
@@ -103,18 +104,19 @@ class RunningModel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grammars", Grammars(self.chat_format))  # the dataclass is frozen
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids below this have a text and a row in the network's embedding, which may have fewer than the tokenizer."""
+        return min(self.chat_format.num_tokens, self.engine.shape.num_tokens)
+
     def build_prompt(self, job: ChatJob | CompletionJob) -> Prompt:
         """Tokenize and check a job. Raises PromptError. Pure; any thread."""
-        num_dropped, param = 0, "messages" if isinstance(job, ChatJob) else "prompt"
+        num_dropped, param = 0, "messages" if isinstance(job, ChatJob) else job.param
         try:
-            match job:
-                case ChatJob():
-                    token_ids, num_dropped = self._render_job(job)
-                case CompletionJob(prompt=str(text)):
-                    token_ids = self.chat_format.encode(text, self.context_length)
-                case CompletionJob(prompt=tuple(ids)):
-                    token_ids = list(ids)
-                    self.check_ids(ids, param)
+            if isinstance(job, ChatJob):
+                token_ids, num_dropped = self._render_job(job)
+            else:
+                token_ids = self.encode(job.prompt, param, self.context_length)
         except PromptTooLong as error:
             wanted = job.sampling.max_tokens
             raise ContextOverflow(error.min_tokens, wanted, self.context_length, param, is_minimum=True) from None
@@ -134,13 +136,25 @@ class RunningModel:
         before = self._before(job, token_ids)
         return Prompt(tuple(token_ids), sampling, job.stop, n, self._answer_spec(job), before, num_dropped)
 
-    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Raises PromptError for ids that have no text."""
+    def encode(self, raw: str | Sequence[int], param: str, context_length: int | None = None) -> list[int]:
+        """The ids of a raw prompt, which may be ids already; see `ChatFormat.encode`. Errors name `param`."""
+        try:
+            token_ids = self.chat_format.encode(raw, context_length) if isinstance(raw, str) else list(raw)
+        except PromptTooLong:
+            raise
+        except PromptError as error:
+            raise PromptError(error.message, param) from None
+        self._check_ids(token_ids, param)
+        return token_ids
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises PromptError for ids that the network does not have, whatever the tokenizer says."""
         if (unknown := self._unknown_id(token_ids)) is not None:
             raise PromptError(f"This model has no token {unknown}.", param)
 
     def _unknown_id(self, token_ids: Sequence[int]) -> int | None:
-        return next((i for i in token_ids if not 0 <= i < self.chat_format.num_tokens), None)
+        ends = (min(token_ids, default=0), max(token_ids, default=0))
+        return next((token_id for token_id in ends if not 0 <= token_id < self.num_tokens), None)
 
     def _render_job(self, job: ChatJob) -> tuple[list[int], int]:
         """(the prompt, the number of rounds dropped from it). Where the client named no length, rounds are dropped
@@ -176,8 +190,11 @@ class RunningModel:
     def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
         """The complete prompt of a conversation, for models without a tool syntax too; see `ChatFormat.render`."""
         if conversation.uses_tools and self.chat_format.tool_syntax is None:
-            return tool_prompt.render(self.chat_format, conversation, context_length)
-        return self.chat_format.render(conversation, context_length)
+            token_ids = tool_prompt.render(self.chat_format, conversation, context_length)
+        else:
+            token_ids = self.chat_format.render(conversation, context_length)
+        self._check_ids(token_ids, "messages")
+        return token_ids
 
     def start(
         self, prompt: Prompt, queue: OutputQueue[TokenOutput], first_index: int, priority: int

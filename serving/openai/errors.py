@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.engine.interface import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge
+from serving.engine.interface import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge, UnknownToken
 from serving.generation.interface import PromptError
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down
@@ -61,6 +61,8 @@ def from_exception(error: Exception) -> APIError:
                 "Please reduce the length of the prompt or of the completion."
             )
             return APIError(400, message, code="context_length_exceeded")
+        case UnknownToken():
+            return invalid(f"This model has no token {error.token_id}.", None)
         case EngineStopped():
             return shutting_down()
         case OutOfMemory():

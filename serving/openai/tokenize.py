@@ -61,7 +61,7 @@ async def tokenize(api: Api, request: Request) -> Response:
     body = await api.parse(request, TokenizeRequest)
     model = api.running_model(body.model)
     if body.messages is None:
-        token_ids = await asyncio.to_thread(model.chat_format.encode, body.prompt or "")
+        token_ids = await asyncio.to_thread(model.encode, body.prompt or "", "prompt")
     else:
         messages = tuple(message.to_message() for message in body.messages)
         tools = to_tools([tool.function for tool in body.tools])
@@ -81,11 +81,11 @@ async def tokenize(api: Api, request: Request) -> Response:
 async def detokenize(api: Api, request: Request) -> Response:
     """Token ids to text."""
     body = await api.parse(request, DetokenizeRequest)
-    chat_format = api.running_model(body.model).chat_format
+    model = api.running_model(body.model)
     for index, token_id in enumerate(body.tokens):
-        if token_id >= chat_format.num_tokens:
+        if token_id >= model.num_tokens:
             raise invalid(f"This model has no token {token_id}.", f"tokens[{index}]")
-    text: DetokenizedText = {"prompt": await asyncio.to_thread(chat_format.decode, body.tokens)}
+    text: DetokenizedText = {"prompt": await asyncio.to_thread(model.chat_format.decode, body.tokens)}
     return json_response(text)
 
 

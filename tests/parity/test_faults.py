@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,12 +15,14 @@ from serving.engine.interface import (
     EngineLimits,
     EngineStopped,
     OutOfMemory,
+    PoolingOutput,
     PromptLayout,
     RequestFailed,
     SamplingParams,
+    UnknownToken,
 )
 from serving.engine.native.engine import NativeEngine
-from serving.engine.output_queue import MAX_UNREAD
+from serving.engine.output_queue import MAX_UNREAD, OutputQueue
 from tests.contract.tiny import Meddled
 from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 
@@ -54,7 +56,7 @@ class Failing:
             raise self.error()
 
 
-def test_a_failed_forward_ends_its_batch_and_the_next_request_is_answered_rightly() -> None:
+def test_a_failed_forward_ends_its_request_and_the_next_one_is_answered_rightly() -> None:
     async def run() -> None:
         with meddled(Failing({3}, lambda: RuntimeError("injected"))) as engine:
             with pytest.raises(RequestFailed):
@@ -67,21 +69,82 @@ def test_a_failed_forward_ends_its_batch_and_the_next_request_is_answered_rightl
     asyncio.run(run())
 
 
-def test_two_failures_apart_do_not_end_the_engine_but_three_in_a_row_do() -> None:
+def test_a_step_that_fails_once_fails_no_request() -> None:
+    """Whatever it was, each part of the batch is computed again, with the slots that the first attempt wrote."""
+
     async def run() -> None:
-        with meddled(Failing({1, 3, 5, 8, 9, 10}, lambda: RuntimeError("injected"))) as engine:
+        with meddled(Failing({5, 9}, lambda: RuntimeError("injected"))) as engine:
+            answers = await asyncio.gather(*(tokens(engine, [*PROMPT, i], greedy(12)) for i in range(5)))
+            assert answers == [tiny_model().greedy([*PROMPT, i], 12) for i in range(5)]
+            await settled(engine)
+
+    asyncio.run(run())
+
+
+def test_a_device_that_fails_for_everything_ends_the_engine_but_not_at_once() -> None:
+    """Each failing step is two forwards: of the request, and of a token of the engine's own."""
+
+    async def run() -> None:
+        with meddled(Failing({1, 2, 3, 4, *range(6, 12)}, lambda: RuntimeError("injected"))) as engine:
+            for _ in range(2):
+                with pytest.raises(RequestFailed):
+                    await tokens(engine, PROMPT, greedy(4))
+            assert await tokens(engine, OTHER, greedy(1)) == tiny_model().greedy(OTHER, 1)
             for _ in range(3):
                 with pytest.raises(RequestFailed):
                     await tokens(engine, PROMPT, greedy(4))
-                assert await tokens(engine, OTHER, greedy(1)) == tiny_model().greedy(OTHER, 1)
-            assert engine.is_alive
-            await tokens(engine, OTHER, greedy(1))
-            for _ in range(3):
-                with pytest.raises(RequestFailed):
-                    await tokens(engine, PROMPT, greedy(4))
-            assert not engine.is_alive
+            await settled(engine)
+            while engine.is_alive:
+                await asyncio.sleep(0.01)
             with pytest.raises(EngineStopped):
                 await tokens(engine, PROMPT, greedy(4))
+
+    asyncio.run(run())
+
+
+def test_requests_that_fail_one_after_the_other_do_not_end_the_engine() -> None:
+    async def run() -> None:
+        with meddled(Failing(set(range(1, 21, 2)), lambda: RuntimeError("injected"))) as engine:
+            for _ in range(10):
+                with pytest.raises(RequestFailed):
+                    await tokens(engine, PROMPT, greedy(4))
+            assert await tokens(engine, PROMPT, greedy(4)) == tiny_model().greedy(PROMPT, 4)
+
+    asyncio.run(run())
+
+
+def test_an_id_that_the_network_does_not_have_is_refused_before_the_batch() -> None:
+    async def run() -> None:
+        with meddled(lambda: None) as engine:
+            for token_id in (VOCABULARY, -1):
+                with pytest.raises(UnknownToken):
+                    await tokens(engine, [7, token_id], greedy(4))
+                with closing(OutputQueue[PoolingOutput]()) as queue, pytest.raises(UnknownToken):
+                    engine.embed([([7, 8], range(2)), ([7, token_id], range(2))], queue)
+            assert not engine.is_busy
+
+    asyncio.run(run())
+
+
+def test_moves_that_fail_let_every_sequence_start_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A move within overlapping slots needs memory for a copy."""
+    clone, failed = torch.Tensor.clone, list[int]()
+
+    def failing(tensor: torch.Tensor, **options: object) -> torch.Tensor:
+        if threading.current_thread().name == "engine" and len(failed) < 3:
+            failed.append(1)
+            raise torch.OutOfMemoryError("injected")
+        return clone(tensor, **options)  # type: ignore[arg-type]
+
+    async def run() -> None:
+        with meddled(lambda: None, kv_tokens=512) as engine:
+            monkeypatch.setattr(torch.Tensor, "clone", failing)
+            answers = await asyncio.gather(*(tokens(engine, [*PROMPT, i], greedy(80 + 16 * i)) for i in range(6)))
+            monkeypatch.undo()
+            assert answers == [tiny_model().greedy([*PROMPT, i], 80 + 16 * i) for i in range(6)]
+            assert caplog.text.count("keys and values could not be moved") == len(failed) == 3
 
     asyncio.run(run())
 

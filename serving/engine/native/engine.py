@@ -31,12 +31,13 @@ from serving.engine.interface import (
     SamplingParams,
     TokenMask,
     TokenOutput,
+    UnknownToken,
 )
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs
 from serving.engine.native.device import is_out_of_memory
-from serving.engine.native.model_runner import ModelRunner
+from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
-from serving.engine.native.scheduler import ScheduledSequence, Scheduler
+from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from serving.engine.native.sequence import SequenceState
 from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.safe_traceback import where_from
@@ -48,7 +49,7 @@ Output = TokenOutput | PoolingOutput | EngineError
 StepOutputs = dict[OutputQueue[Any], list[tuple[int, Output]]]
 
 STUCK_SECONDS = 0.05  # between steps while everything that could run is paused
-MAX_FAILED_STEPS = 3  # in a row; then the engine stops
+MAX_FAILED_STEPS = 3  # in a row in which the device computed nothing at all; then the engine stops
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ class NativeEngine:
         masks: Sequence[TokenMask | None] | None = None,
     ) -> None:
         """See Engine. The prompt is computed once for all its answers."""
-        self._check_size("prompt and answer need", len(prompt_ids) + max(each.max_tokens for each in samplings))
+        self._check(prompt_ids, max(each.max_tokens for each in samplings))
         layout = self._runner.layout(prompt_ids)
         sequences = [
             SequenceState(
@@ -153,7 +154,8 @@ class NativeEngine:
 
     def embed(self, texts: Sequence[tuple[Sequence[int], range]], queue: OutputQueue[PoolingOutput]) -> None:
         """See Engine."""
-        self._check_size("the text needs", max(len(token_ids) for token_ids, _ in texts) + 1)
+        for token_ids, _ in texts:
+            self._check(token_ids, 1)
         nothing = SamplingParams(max_tokens=0)
         self._add(
             [SequenceState(list(ids), nothing, self._runner.layout(ids), pooled=counted) for ids, counted in texts],
@@ -173,10 +175,13 @@ class NativeEngine:
             self._commands.extend(commands)
             self._wake.notify()
 
-    def _check_size(self, what: str, num_needed: int) -> None:
-        size = self._scheduler.allocator.size
+    def _check(self, token_ids: Sequence[int], num_more: int) -> None:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < self.shape.vocab_size:  # it would fail the step, and all later ones on a GPU
+                raise UnknownToken(token_id)
+        num_needed, size = len(token_ids) + num_more, self._scheduler.allocator.size
         if num_needed > size:
-            raise RequestTooLarge(f"{what} {num_needed} tokens of cache, and there are {size}", num_needed, size)
+            raise RequestTooLarge(f"it needs {num_needed} tokens of cache, and there are {size}", num_needed, size)
 
     def _add(self, sequences: list[SequenceState], queue: OutputQueue[Any], first_index: int = 0) -> None:
         requests = [Request(self, sequence, queue, first_index + i) for i, sequence in enumerate(sequences)]
@@ -235,34 +240,76 @@ class NativeEngine:
 
     def _step(self) -> bool:
         """Run one step; False if there was nothing to compute."""
-        scheduler_output = self._scheduler.schedule()
-        scheduled = scheduler_output.scheduled
-        if not scheduled:
+        step = self._scheduler.schedule()
+        if not step.scheduled:
             return False
-        begun = time.monotonic()
-        for each in scheduled:
+        now = time.monotonic()
+        for each in step.scheduled:
             if each.sequence.queued_at is not None:
-                self.queue_seconds.append(begun - each.sequence.queued_at)
+                self.queue_seconds.append(now - each.sequence.queued_at)
                 each.sequence.queued_at = None
-        try:
-            results = self._runner.run(scheduler_output)
-        except Exception as error:  # noqa: BLE001
-            # whatever it was, the cache may be half written: these requests fail, the others start again
-            self._fail(scheduled, error)
+        if not self._move(step):
             return True
-        self._num_failed_steps = 0
-        seconds = time.monotonic() - begun
-        self._scheduler.pacer.observe(len(scheduler_output.decoding), scheduler_output.num_prompt_rows, seconds)
-        for each in scheduled:
+        if self._run_isolated(step):
+            self._num_failed_steps = 0
+        else:
+            self._check_device(step)
+        return True
+
+    def _run_isolated(self, step: SchedulerOutput, is_whole: bool = True) -> int:
+        """Run a step and emit its outputs. If it fails, it runs again without its newest sequence, and what still fails
+        in halves; only a sequence that fails alone gets an error. Returns the number of sequences that did not fail.
+
+        A failed step has written nothing but the slots of its own rows, which the next attempt writes again.
+        """
+        begun, size = time.monotonic(), len(step.scheduled)
+        try:
+            results = self._runner.run(step)
+        except Exception as error:  # noqa: BLE001
+            self._runner.recover(each.sequence for each in step.scheduled)
+            results = None
+            if size == 1:
+                self._fail(step.scheduled[0].sequence, error)
+            else:
+                logger.error("a step of %d sequences failed, it runs again in parts: %s", size, where_from(error))
+        num_succeeded = 0
+        if results is not None:
+            seconds = time.monotonic() - begun
+            self._scheduler.pacer.observe(len(step.decoding), step.num_prompt_rows, seconds)
+            num_succeeded = self._process(step, results)
+        elif size > 1:
+            newer, older = step.split(size - 1 if is_whole else size // 2)
+            num_succeeded = self._run_isolated(older, False) + self._run_isolated(newer, False)
+        if not is_whole:  # the outputs need not wait for the other parts; the health monitor takes each for progress
+            self.num_steps += 1
+            self._deliver()
+        return num_succeeded
+
+    def _move(self, step: SchedulerOutput) -> bool:
+        """Carry out a step's cache moves. False if that failed: the cache is lost, and every sequence starts again."""
+        try:
+            self._runner.move(step.moves)
+        except Exception:
+            logger.exception("keys and values could not be moved; %d sequences start again", len(step.scheduled))
+            self._scheduler.forget_cache()
+            self._runner.recover(each.sequence for each in step.scheduled)
+            return False
+        return True
+
+    def _process(self, step: SchedulerOutput, results: StepResults) -> int:
+        """Record what was computed and emit the outputs. Returns the number of sequences that did not fail."""
+        for each in step.scheduled:
             self._scheduler.computed(each)
+        num_failed = 0
         for each, result in results:
             if isinstance(result, PoolingOutput):
                 is_finite = math.isfinite(sum(result.vector))
                 self._emit(self._requests[each.sequence], result if is_finite else NotFinite())
                 self._remove(each.sequence)
             else:
+                num_failed += result[0].is_fault
                 self._append_all(each, result)
-        return True
+        return len(step.scheduled) - num_failed
 
     def _append_all(self, scheduled: ScheduledSequence, sampled: list[SampledToken]) -> None:
         """Append the token after the scheduled rows, then the one after each draft token, up to the first wrong one."""
@@ -297,21 +344,29 @@ class NativeEngine:
         if reason:
             self._remove(sequence)
 
-    def _fail(self, scheduled: tuple[ScheduledSequence, ...], error: Exception) -> None:
+    def _fail(self, sequence: SequenceState, error: Exception) -> None:
+        """The step of this sequence alone has failed."""
         if is_out_of_memory(error):
-            logger.error("a step of %d sequences ran out of memory: %s", len(scheduled), error)
+            logger.error("a step of one sequence ran out of memory: %s", error)
             failure: RequestFailed = OutOfMemory("the device ran out of memory")
         else:
-            logger.error("a step of %d sequences failed", len(scheduled), exc_info=error)
+            logger.error("a step of one sequence failed", exc_info=error)
             failure = RequestFailed("a fault in the engine ended this request")
-        self._num_failed_steps += 1
-        for each in scheduled:
-            self._emit(self._requests[each.sequence], failure)
-            self._remove(each.sequence, keep_prefix=False)
-        self._scheduler.forget_cache()
-        self._runner.recover()
+        self._emit(self._requests[sequence], failure)
+        self._remove(sequence, keep_prefix=False)
+
+    def _check_device(self, step: SchedulerOutput) -> None:
+        """Every sequence of a step has failed alone: either they are all at fault, or the device is."""
+        slots = self._scheduler.allocator.allocate(1)
+        assert slots is not None, "the sequences that failed have freed theirs"
+        used = {token_id for each in step.scheduled for token_id in each.sequence.token_ids}
+        is_working = self._runner.can_compute(
+            slots, next((i for i in range(self.shape.num_tokens) if i not in used), 0)
+        )
+        self._scheduler.allocator.free(slots)
+        self._num_failed_steps = 0 if is_working else self._num_failed_steps + 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
-            logger.critical("%d steps in a row failed: the engine stops", self._num_failed_steps)
+            logger.critical("nothing could be computed in %d steps in a row: the engine stops", self._num_failed_steps)
             self._is_stopping = True
 
     def _remove(self, sequence: SequenceState, keep_prefix: bool = True) -> None:

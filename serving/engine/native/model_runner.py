@@ -6,22 +6,37 @@ what is read after that copy is there already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.engine.interface import CAUSAL, CausalLM, PoolingOutput, PromptLayout, RaggedBatch, Span, SupportsWarmUp
+from serving.engine.interface import (
+    CAUSAL,
+    CausalLM,
+    PoolingOutput,
+    PromptLayout,
+    RaggedBatch,
+    SamplingParams,
+    Span,
+    SupportsWarmUp,
+)
 from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
 from serving.engine.native.attention_cuda import FLASH, choose_kernel, step_attention
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs, Rows
 from serving.engine.native.device import numbers_to_device, to_device
-from serving.engine.native.kv_cache import GRANULE
+from serving.engine.native.kv_cache import GRANULE, Move
 from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
-from serving.engine.native.sequence import SequenceState
+from serving.engine.native.sequence import SequenceState, SlotRange
+from serving.safe_traceback import where_from
+
+logger = logging.getLogger(__name__)
+
+StepResults = list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]]
 
 
 @dataclass(frozen=True)
@@ -82,34 +97,52 @@ class ModelRunner:
             self.graphs.capture_all()
 
     @torch.inference_mode()
-    def run(
-        self, scheduler_output: SchedulerOutput
-    ) -> list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]]:
-        """Run a step. For every sequence that reaches its end or fails: a vector, or the token after its rows and those
-        after each token of its draft."""
-        self._memory.apply(scheduler_output.moves)
+    def move(self, moves: Iterable[Move]) -> None:
+        """Move keys and values, in order. If it raises, the content of the cache is lost."""
+        self._memory.apply(moves)
+
+    @torch.inference_mode()
+    def run(self, scheduler_output: SchedulerOutput) -> StepResults:
+        """Run a step, whose moves were carried out. For every sequence that reaches its end or fails: a vector, or the
+        token after its rows and those after each token of its draft.
+
+        If it raises, the same rows can run again, after `recover`: only their own slots were written.
+        """
         batch = build_batch(scheduler_output.scheduled)
         hidden, logits = self._forward(scheduler_output, batch)
-        means = self._pool(hidden, batch.pooled)
+        sums = self._pool(hidden, batch.pooled)
         chunks, is_finite = _unfinished(hidden, scheduler_output.scheduled)
         owners = [each.sequence for each in batch.sampled for _ in range(1 + len(each.draft))]
         tokens = iter(self._sampler.sample(logits, owners) if owners else [])
-        results: list[tuple[ScheduledSequence, list[SampledToken] | PoolingOutput]] = [
-            (each, [next(tokens) for _ in range(1 + len(each.draft))]) for each in batch.sampled
-        ]
-        results += [(each, PoolingOutput(tuple(mean.tolist()))) for each, mean in means]
+        results: StepResults = [(each, [next(tokens) for _ in range(1 + len(each.draft))]) for each in batch.sampled]
+        for each, total in sums:
+            if each.is_sampled and each.sequence.pooled is not None:
+                results.append((each, PoolingOutput(tuple((total / len(each.sequence.pooled)).tolist()))))
         if is_finite is not None:
             pairs = zip(chunks, is_finite.tolist(), strict=True)
             results += [(chunk, [SampledToken(None)]) for chunk, good in pairs if not good]
+        self._sums |= {each.sequence: total for each, total in sums}  # last, so that a step that raises can run again
         return results
+
+    def can_compute(self, slots: SlotRange, token_id: int) -> bool:
+        """Whether the device can compute one token and sample after it. Writes into the first of these slots."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        trial = SequenceState([token_id], sampling, self.layout([token_id]), slots=slots)
+        try:
+            ((_, result),) = self.run(SchedulerOutput((), (), (ScheduledSequence(trial, 1),)))
+        except Exception as error:  # noqa: BLE001
+            logger.error("the device could not compute one token: %s", where_from(error))
+            return False
+        return isinstance(result, list) and not result[0].is_fault
 
     def forget(self, sequence: SequenceState) -> None:
         self._sampler.forget(sequence)
         self._sums.pop(sequence, None)
 
-    def recover(self) -> None:
-        """Free unused device memory after a step that failed."""
-        self._sums.clear()
+    def recover(self, sequences: Iterable[SequenceState]) -> None:
+        """After a step of these sequences that failed: their penalties are counted anew; frees unused memory."""
+        for sequence in sequences:
+            self._sampler.forget(sequence)
         if self._network.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -136,17 +169,14 @@ class ModelRunner:
         return hidden, self._network.logits(hidden if sampled_rows is None else hidden[sampled_rows])
 
     def _pool(self, hidden: Tensor, pooled: tuple[PooledRows, ...]) -> list[tuple[ScheduledSequence, Tensor]]:
-        """Add a step's rows to their texts' sums; the mean of every text that is complete, still on the device."""
-        means: list[tuple[ScheduledSequence, Tensor]] = []
+        """The sum of each text's rows up to and with this step's: [hidden_size] float32, still on the device."""
+        sums: list[tuple[ScheduledSequence, Tensor]] = []
         for rows in pooled:
-            sequence = rows.scheduled.sequence
             total = hidden[rows.first : rows.last].float().sum(dim=0)
-            if sequence.num_computed > 0:  # else the first chunk, perhaps again after a preemption
-                total += self._sums[sequence]
-            self._sums[sequence] = total
-            if rows.scheduled.is_sampled and sequence.pooled is not None:
-                means.append((rows.scheduled, total / len(sequence.pooled)))
-        return means
+            if rows.scheduled.sequence.num_computed > 0:  # else the first chunk, perhaps again after a preemption
+                total += self._sums[rows.scheduled.sequence]
+            sums.append((rows.scheduled, total))
+        return sums
 
 
 def build_batch(scheduled: tuple[ScheduledSequence, ...]) -> StepBatch:

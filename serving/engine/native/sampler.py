@@ -1,7 +1,7 @@
 """Logits -> one token a row, vectorised over the batch, with each row's own sampling parameters and random numbers.
 
-A row's random number is a function of its seed and of the position it is drawn for, so the same request gives the same
-text whatever else is in the batch, and again after a preemption.
+A row's random number is a function of its seed and of the position it is drawn for, so the same logits give the same
+token whatever else is in the batch, and again after a preemption.
 
 All work is enqueued before anything is read back: a batch waits for a GPU once, when its tokens are read.
 """

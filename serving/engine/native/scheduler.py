@@ -52,6 +52,16 @@ class SchedulerOutput:
     def num_prompt_rows(self) -> int:
         return sum(chunk.num_rows for chunk in self.chunks)
 
+    def split(self, num_oldest: int) -> tuple[SchedulerOutput, SchedulerOutput]:
+        """(the rows of the other sequences, the rows of the `num_oldest` that came first), after the moves."""
+        by_age = sorted((each.sequence for each in self.scheduled), key=lambda sequence: sequence.id)
+        oldest = set(by_age[:num_oldest])
+        decoding, chunks = (
+            [tuple(each for each in rows if (each.sequence in oldest) is is_old) for is_old in (False, True)]
+            for rows in (self.decoding, self.chunks)
+        )
+        return SchedulerOutput((), decoding[0], chunks[0]), SchedulerOutput((), decoding[1], chunks[1])
+
 
 @dataclass
 class SchedulerCounters:

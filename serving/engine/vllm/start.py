@@ -96,6 +96,6 @@ def _shape(config: Mapping[str, Any], num_tokens: int, context_length: int) -> N
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         hidden_size=int(config["hidden_size"]),
         vocab_size=int(config["vocab_size"]),
-        num_tokens=num_tokens,
+        num_tokens=min(num_tokens, int(config["vocab_size"])),
         max_positions=context_length,
     )

@@ -85,6 +85,7 @@ def to_completion_jobs(body: CompletionRequest, max_answers: int) -> list[Comple
     return [
         CompletionJob(
             prompt=prompt,
+            param="prompt" if len(prompts) == 1 else f"prompt[{i}]",
             sampling=body.sampling(length or DEFAULT_MAX_TOKENS, num_top_logprobs),
             stop=body.stop_strings,
             n=body.n,
@@ -93,5 +94,5 @@ def to_completion_jobs(body: CompletionRequest, max_answers: int) -> list[Comple
             echo=body.echo,
             ignore_eos=body.ignore_eos,
         )
-        for prompt in prompts
+        for i, prompt in enumerate(prompts)
     ]
