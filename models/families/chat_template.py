@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from models.tokenizers.tokenizer_json import PromptPiece
-from serving.generation.interface import Conversation, Message, PromptError, Tool
+from serving.generation.interface import Conversation, Message, PromptError, Tool, ToolCall
 
 # Annotated as str, it returns the rendered conversations and the positions of their answers.
 _render: Callable[..., Any] = render_jinja_template
@@ -123,10 +123,20 @@ class ChatTemplate:
             raise PromptError("The conversation is empty.")
         if conversation.continue_final and conversation.messages[-1].role != "assistant":
             raise PromptError("Only an assistant's message can be continued.")
+        try:
+            return self._pieces(conversation, has_texts_as_objects=False)
+        except PromptError:
+            calls = [call for message in conversation.messages for call in message.tool_calls]
+            if all(isinstance(call.parsed_arguments, dict) for call in calls):
+                raise
+            # some templates read the arguments of calls as an object, which cut JSON is not
+            return self._pieces(conversation, has_texts_as_objects=True)
+
+    def _pieces(self, conversation: Conversation, has_texts_as_objects: bool) -> list[PromptPiece]:
         marker = f"{secrets.randbits(80):025d}"  # digits survive every filter of a template
         try:
             messages = [
-                {"role": message.role, **self._escaped(_openai_fields(message), marker)}
+                {"role": message.role, **self._escaped(_openai_fields(message, has_texts_as_objects), marker)}
                 for message in conversation.messages
             ]
             tools = [self._escaped(_openai_tool(tool), marker) for tool in conversation.tools]
@@ -187,30 +197,28 @@ class ChatTemplate:
             end = position + len(forms[is_json[role]])
 
 
-def _openai_fields(message: Message) -> dict[str, Any]:
-    """A message as templates expect it, but for its role: OpenAI's fields, with the arguments of calls parsed."""
+def _openai_fields(message: Message, has_texts_as_objects: bool) -> dict[str, Any]:
+    """A message as templates expect it, but for its role: OpenAI's fields, with the arguments of calls parsed.
+
+    Text that is not a JSON object stays text, or becomes an object with that text.
+    """
     fields: dict[str, Any] = {"content": message.content}
     if message.name is not None:
         fields["name"] = message.name
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _parsed(call.arguments)}}
-            for call in message.tool_calls
-        ]
+        fields["tool_calls"] = [_openai_call(call, has_texts_as_objects) for call in message.tool_calls]
     return fields
+
+
+def _openai_call(call: ToolCall, has_text_as_object: bool) -> dict[str, Any]:
+    arguments = call.parsed_arguments
+    if has_text_as_object and isinstance(arguments, str):
+        arguments = {"arguments": arguments}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _openai_tool(tool: Tool) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}
-
-
-def _parsed(arguments: str) -> Any:
-    """Templates write arguments as JSON themselves; text that is not a JSON object stays text."""
-    try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments

@@ -6,7 +6,7 @@ import json
 import keyword
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from kernels.precision import Progress
 from models.families.answer_parsers import TrimmedAnswerParser
@@ -112,18 +112,15 @@ def _with_tool_prompt(messages: tuple[Message, ...], tools: tuple[Tool, ...]) ->
 
 
 def _call_as_code(call: ToolCall) -> str:
-    """An earlier call as the model wrote it: a fenced Python call with keyword arguments. Raises PromptError."""
-    try:
-        arguments: object = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        raise PromptError(f"The arguments of the call of {call.name!r} are not valid JSON.") from None
-    if not isinstance(arguments, dict):
-        raise PromptError(f"The arguments of the call of {call.name!r} are not a JSON object.")
-    named = cast("dict[str, object]", arguments)
-    if all(name.isidentifier() and not keyword.iskeyword(name) for name in named):
-        inner = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    """An earlier call as the model wrote it: a fenced Python call with keyword arguments, or with a string if its
+    arguments are not a JSON object."""
+    arguments = call.parsed_arguments
+    if isinstance(arguments, str):
+        inner = repr(arguments)
+    elif all(name.isidentifier() and not keyword.iskeyword(name) for name in arguments):
+        inner = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     else:
-        inner = f"**{named!r}"
+        inner = f"**{arguments!r}"
     return f"```python\ntool_call({inner})\n```"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from serving.engine.interface import TokenLogprob
 
@@ -15,11 +16,22 @@ AnswerEnd = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function call that the model made earlier in the conversation. `arguments` is JSON text."""
+    """A function call that the model made earlier in the conversation. `arguments` is what the model wrote as JSON."""
 
     id: str
     name: str
     arguments: str
+
+    @property
+    def parsed_arguments(self) -> dict[str, Any] | str:
+        """A JSON object, an empty one for no text; text that is not an object, such as a cut one, stays text."""
+        if not self.arguments.strip():
+            return {}
+        try:
+            parsed: object = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return self.arguments
+        return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else self.arguments
 
 
 @dataclass(frozen=True)

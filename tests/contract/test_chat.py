@@ -203,6 +203,19 @@ def test_a_format_with_tools_is_given_them(app3: Starlette) -> None:
     assert counted > without
 
 
+@pytest.mark.parametrize("arguments", ["", '{"city": "Bei', "[]", "null"])
+def test_a_history_whose_call_was_cut_is_answered(app: Starlette, app3: Starlette, arguments: str) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    history = [
+        {"role": "user", "content": "how is it"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    for application in (app, app3):
+        answer = post(application, "/chat/completions", {**ASK, "messages": history, "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+
+
 def test_errors_are_the_sdks_own_classes(app: Starlette) -> None:
     async def unknown(client: AsyncOpenAI) -> None:
         await client.chat.completions.create(**{**ASK, "model": "nobody"})

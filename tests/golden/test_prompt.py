@@ -164,10 +164,35 @@ def test_chatglm3_encodes_every_segment_between_role_ids(pieces: Path) -> None:
     assert chat_format.render(continued)[-len(segment(assistant, "", "It is")) :] == segment(assistant, "", "It is")
 
 
-@pytest.mark.parametrize("arguments", ["", "[1]", "{", "5", '{"a": ' + "[" * 100_000])
-def test_chatglm3_refuses_an_earlier_call_that_is_no_json_object(arguments: str, pieces: Path) -> None:
-    call = Message("assistant", "", tool_calls=(ToolCall("1", "get_weather", arguments),))
-    with pytest.raises(PromptError, match="get_weather"):
-        chatglm3(pieces).render(Conversation((Message("user", "x"), call, Message("tool", "y"))))
+@pytest.mark.parametrize(
+    ("arguments", "inner"),
+    [
+        ("", ""),
+        (" ", ""),
+        ("{}", ""),
+        ("[1]", "'[1]'"),
+        ('{"city": "Bei', """'{"city": "Bei'"""),
+        ("it's", '"it\'s"'),
+        ('{"a": ' + "[" * 100_000, '\'{"a": ' + "[" * 100_000 + "'"),
+    ],
+)
+def test_chatglm3_reads_an_earlier_call_whose_arguments_were_cut(arguments: str, inner: str, pieces: Path) -> None:
+    """A conversation with such a call was refused for ever: clients keep what `max_tokens` cut off."""
+    tokenizer, call = SentencePieceTokenizer(pieces), ToolCall("1", "get_weather", arguments)
+    called = Message("assistant", "", tool_calls=(call,))
+    ids = chatglm3(pieces).render(Conversation((Message("user", "x"), called, Message("tool", "y"))))
+    code = tokenizer.encode(f"```python\ntool_call({inner})\n```")
+    assert any(ids[i : i + len(code)] == code for i in range(len(ids)))
+
+
+def test_chatglm3_reads_arguments_of_any_depth(pieces: Path) -> None:
+    chat_format = chatglm3(pieces)
+    for depth in range(1, 1200, 7):
+        call = ToolCall("1", "get_weather", '{"a": ' + "[" * depth + "]" * depth + "}")
+        called = Message("assistant", "", tool_calls=(call,))
+        assert chat_format.render(Conversation((Message("user", "x"), called, Message("tool", "y"))))
+
+
+def test_chatglm3_answers_no_conversation_that_ends_with_an_answer(pieces: Path) -> None:
     with pytest.raises(PromptError, match="not assistant"):
         chatglm3(pieces).render(Conversation((Message("user", "x"), Message("assistant", "y"))))

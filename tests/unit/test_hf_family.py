@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from models.families.hf import FAMILY, HFFormat
+from models.families.hf import FAMILY, HFFormat, open_format
 from models.family import ImportRefused, LoadedNetwork
 from models.store.progress import no_progress
 from models.tokenizers.sentencepiece_to_json import convert
@@ -172,6 +172,26 @@ def test_tools_and_calls_are_rendered_as_transformers_renders_them(qwen: Importe
         tools=[{"type": "function", "function": function}],
     )
     assert qwen.chat_format.render(Conversation(messages, (tool,))) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [("tojson", "{}"), ("tojson", '"{\\"city\\": \\"Bei"'), ("items", ""), ("items", 'arguments={"city": "Bei')],
+)
+def test_an_earlier_call_whose_arguments_were_cut_is_quoted(tmp_path: Path, written: str, arguments: str) -> None:
+    """Some templates write the arguments as JSON, some read them as an object and fail with text."""
+    write_folder(tmp_path / "source", "qwen3")
+    file = tmp_path / "source" / "chat_template.jinja"
+    by_items = "{% for key, value in call.function.arguments|items %}{{ key }}={{ value }}{% endfor %}"
+    replaced = "{{ call.function.arguments | tojson }}" if written == "tojson" else by_items
+    file.write_text(file.read_text().replace("{{ call.function | tojson }}", f"({replaced})"))
+    (tmp_path / "stored").mkdir()
+    FAMILY.import_checkpoint(tmp_path / "source", tmp_path / "stored", {}, no_progress)
+    chat_format = open_format(tmp_path / "stored")
+    call = ToolCall("c", "f", '{"city": "Bei' if "Bei" in arguments else "")
+    called = Message("assistant", "", tool_calls=(call,))
+    ids = chat_format.render(Conversation((Message("user", "?"), called, Message("tool", "sunny"))))
+    assert f"({arguments})" in chat_format.decode(ids)
 
 
 def test_a_continued_answer_is_not_closed(every: Imported) -> None:

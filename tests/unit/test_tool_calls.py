@@ -153,6 +153,15 @@ def test_a_conversation_with_tools_becomes_one_that_alternates(language: str) ->
     assert "问：" in round_prompt(plain)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"), [("", "{}"), ('{"b":  1}', '{"b":  1}'), ('{"city": "Bei', '"{\\"city\\": \\"Bei"')]
+)
+def test_an_earlier_call_whose_arguments_were_cut_is_quoted(arguments: str, written: str) -> None:
+    history = (Message("assistant", "", tool_calls=(ToolCall("1", "f", arguments),)), Message("tool", "x"))
+    plain = without_tools(Conversation(history), "en")
+    assert plain.messages[0].content == f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>'
+
+
 def test_earlier_calls_become_text_without_tools_too() -> None:
     plain = without_tools(Conversation(HISTORY[1:5]), "en")
     assert [message.role for message in plain.messages] == ["user", "assistant", "user"]

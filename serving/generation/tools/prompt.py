@@ -106,7 +106,9 @@ def _system_as_user(conversation: Conversation) -> Conversation | None:
 
 
 def _written(call: ToolCall) -> str:
-    return f"{PLAIN.opening}{PLAIN.before.replace('{name}', call.name)}{call.arguments}{PLAIN.after}"
+    parsed = call.parsed_arguments
+    arguments = call.arguments if parsed and isinstance(parsed, dict) else json.dumps(parsed, ensure_ascii=False)
+    return f"{PLAIN.opening}{PLAIN.before.replace('{name}', call.name)}{arguments}{PLAIN.after}"
 
 
 def _listing(tools: Sequence[Tool]) -> str:
