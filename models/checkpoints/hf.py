@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kernels.precision import Progress
 from models.checkpoints.files import link_or_copy, read_json, refuse_lfs_pointer, require_space, write_json
+from models.checkpoints.hf_config import check_config
 from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards, read_tensors
 from models.family import ImportRefused
 from models.tokenizers.sentencepiece_to_json import convert
@@ -23,6 +24,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "chat_template_tool_use.jinja"
 CONFIGURATION_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "thinker_config")
+PROBLEMS = ("missing", "mismatched", "unexpected")  # of the weights that transformers loads
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -48,15 +50,8 @@ def read_config(source: Path) -> PretrainedConfig:
         parsed = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot read config.json: {_first_line(error)}") from None
+    check_config(config, parsed)
     return cast("PretrainedConfig", parsed)
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """The trained length. Raises ImportRefused if the configuration does not say."""
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int) or length < 1:
-        raise ImportRefused("config.json does not say max_position_embeddings, the length the model was trained for")
-    return length
 
 
 def import_weights(source: Path, target: Path, progress: Progress) -> dict[str, Any]:
@@ -102,10 +97,14 @@ def check_weights(target: Path) -> None:
         )
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot load this checkpoint: {_first_line(error)}") from None
-    for what in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loaded[1][what])
+    modules = {name for name, _ in loaded[0].named_modules()}
+    problems: dict[str, set[str]] = {kind: {str(key) for key in loaded[1][f"{kind}_keys"]} for kind in PROBLEMS}
+    # weights of further modules, such as a multi-token prediction, change no logits
+    problems["unexpected"] = {name for name in problems["unexpected"] if name.rsplit(".", 2)[0] in modules}
+    for what, keys in problems.items():
+        names = sorted(keys)
         if names:
-            raise ImportRefused(f"the checkpoint does not fit config.json ({what.split('_')[0]} weights: {names[0]} …)")
+            raise ImportRefused(f"the checkpoint does not fit config.json ({what} weights: {names[0]} …)")
 
 
 def import_tokenizer(source: Path, target: Path) -> None:

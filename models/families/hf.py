@@ -125,9 +125,10 @@ def open_format(folder: Path) -> HFFormat:
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
     from models.checkpoints import hf
+    from models.checkpoints.hf_config import context_length
     from models.families.chat_template import VICUNA
 
-    length = hf.context_length(hf.read_config(source))
+    length = context_length(hf.read_config(source))
     hf.import_template(source, target, VICUNA if options.get("template") == "vicuna" else None)
     hf.import_tokenizer(source, target)
     hf.write_config(source, target)

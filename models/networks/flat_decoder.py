@@ -22,7 +22,7 @@ from kernels.quantization import QuantizedLinear, concatenate
 from serving.engine.interface import CAUSAL, AttentionFunction, NetworkShape, PromptLayout, RaggedBatch
 
 INTERLEAVED = {GlmForCausalLM: True, LlamaForCausalLM: False}  # rotary embedding pairs neighbours, or else halves
-ROPE_TYPES = {"default", "linear", "llama3"}  # whose angles depend on the position alone
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # whose angles depend on the position alone
 
 
 def can_flatten(model: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_INCOMPLETE_BYTES = 3  # a character of UTF-8 has at most four
 WINDOW = 8  # tokens decoded again with each new one
+MAX_WINDOW = 32  # of text that has no beginning to cut at
 
 
 class Detokenizer:
@@ -40,7 +41,23 @@ class Detokenizer:
             tail_text = self._decode(tail)
             if tail_text and REPLACEMENT not in tail_text:
                 self._ids, self._num_sent = tail, len(tail_text)
+        if len(self._ids) > MAX_WINDOW:
+            self._shorten(text)
         return fresh
+
+    def _shorten(self, text: str) -> None:
+        """Bound the window where no single token has a text: a run of broken bytes, of spaces or of special tokens.
+
+        One special token breaks a character as many do. Bytes to come can change the last characters only, so that the
+        tokens in front of these are kept if the text ends in the same way; the first token keeps the space after it.
+        """
+        num_unsent = len(text) - self._num_sent
+        size = self._token_bytes
+        ids = [token for i, token in enumerate(self._ids) if i == 0 or size(token) or size(self._ids[i - 1])]
+        shorter = [ids[0], *ids[-WINDOW:]]
+        if len(ids) > MAX_WINDOW and text and self._decode(shorter).endswith(text[-MAX_INCOMPLETE_BYTES - 1 :]):
+            ids = shorter
+        self._ids, self._num_sent = ids, len(self._decode(ids)) - num_unsent
 
     def flush(self) -> str:
         """The rest at the end. A character that is cut off there is one replacement character, though SentencePiece

@@ -46,13 +46,16 @@ def _spread(model: PreTrainedModel) -> PreTrainedModel:
 
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
     "base": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
 }
 MODELS = {
     "glm": glm,
     "glm 32k, divided": lambda: glm(rope_parameters=ROPES["linear"]),
     "glm 32k, base": lambda: glm(rope_parameters=ROPES["base"]),
+    "glm, YaRN": lambda: glm(rope_parameters=ROPES["yarn"] | {"partial_rotary_factor": 0.5}),
     "llama": llama,
+    "llama, YaRN": lambda: llama(rope_parameters=ROPES["yarn"]),
     "llama, tied and biased": lambda: llama(attention_bias=True, tie_word_embeddings=True),
 }
 

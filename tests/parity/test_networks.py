@@ -52,10 +52,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 NETWORKS: dict[str, Callable[[], Any]] = {
     "glm-4": lambda: GlmForCausalLM(GlmConfig(**SIZES, attention_bias=True, rope_parameters=LONG_BASE)),
     "glm-4-0414": lambda: Glm4ForCausalLM(Glm4Config(**SIZES, attention_bias=True, rope_parameters=LONG_BASE)),
     "llama-3.1": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "llama with YaRN": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=YARN)),
+    "qwen2 with YaRN": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, rope_parameters=YARN)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
     "qwen2 with some windows": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)

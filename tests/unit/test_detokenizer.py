@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,51 @@ def test_a_character_that_is_cut_off_at_the_end_is_one_mark(before: bytes, last:
     detokenizer = Detokenizer(decode_each, token_bytes)
     got = "".join([*(detokenizer.push(byte) for byte in before + cut), detokenizer.flush()])
     assert got == decode_each(before) + REPLACEMENT
+
+
+ODD_RUNS = st.lists(
+    st.tuples(st.sampled_from([0x00, 0x20, 0x61, 0x80, 0xE4, 0xF0, 0x9F, 0xFF]), st.integers(1, 50)), max_size=8
+)
+
+
+def special_is_zero(token_id: int) -> bytes:
+    return bytes([token_id]) if token_id else b""
+
+
+def decode_with_special(token_ids: Sequence[int]) -> str:
+    return decode_bytes([i for i in token_ids if i])
+
+
+def decode_broken_by_special(token_ids: Sequence[int]) -> str:
+    """As SentencePiece: a special token between the bytes of a character breaks it."""
+    runs = bytes(token_ids).split(b"\0")
+    return "".join(run.decode("utf-8", errors="replace") for run in runs).removeprefix(" ")
+
+
+@given(ODD_RUNS, st.sampled_from([decode_with_special, decode_broken_by_special]))
+def test_long_runs_without_a_character_give_what_the_whole_run_gives(
+    runs: list[tuple[int, int]], decode: Callable[[Sequence[int]], str]
+) -> None:
+    detokenizer = Detokenizer(decode, special_is_zero)
+    token_ids = [token for token, count in runs for token in [token] * count]
+    got = [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
+    assert "".join(got) == decode(token_ids)
+
+
+@pytest.mark.parametrize("run", [[0xFF], [0x20], [0], [0xE4, 0], [0xF0, 0x9F], [0x80, 0x20]])
+def test_each_token_is_decoded_with_few_others(run: list[int]) -> None:
+    """An answer of broken bytes or of spaces took work in proportion to the square of its length."""
+    longest = 0
+
+    def decode(token_ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decode_with_special(token_ids)
+
+    detokenizer = Detokenizer(decode, special_is_zero)
+    for token in run * 1000:
+        detokenizer.push(token)
+    assert longest < 50
 
 
 def test_an_endless_run_of_broken_bytes_is_not_held_back() -> None:
