@@ -59,12 +59,20 @@ def test_a_value_of_another_type_is_refused_by_name(app: Starlette, path: str, n
     ("path", "change", "param"),
     [
         ("/chat/completions", {"messages": [{"role": True, "content": "x"}]}, "messages[0].role"),
-        ("/chat/completions", {"messages": [{"role": "user", "content": [{"type": 1}]}]}, "messages[0].content[0].type"),
+        (
+            "/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": 1}]}]},
+            "messages[0].content[0].type",
+        ),
         ("/chat/completions", {"response_format": {"type": False}}, "response_format.type"),
         ("/chat/completions", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ("/chat/completions", {"logit_bias": {"5": True}}, "logit_bias.5"),
         ("/chat/completions", {"tools": [{"type": True, "function": {"name": "f"}}]}, "tools[0].type"),
-        ("/tokenize", {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
+        (
+            "/tokenize",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]},
+            "tools[0].function.strict",
+        ),
         ("/completions", {"prompt": [5, 5.0]}, "prompt[1]"),
         ("/completions", {"prompt": [5, True]}, "prompt[1]"),
         ("/responses", {"tools": [{"type": "function", "name": "f", "strict": 0}]}, "tools[0].strict"),
@@ -73,7 +81,7 @@ def test_a_value_of_another_type_is_refused_by_name(app: Starlette, path: str, n
         ("/responses", {"text": {"verbosity": 1}}, "text.verbosity"),
         ("/detokenize", {"tokens": [5.0]}, "tokens[0]"),
     ],
-)  # fmt: skip
+)
 def test_nested_fields_likewise(app: Starlette, path: str, change: dict[str, Any], param: str) -> None:
     error = assert_openai_error(post(app, path, {**EXAMPLES[path], **change}), 400)
     assert (error["param"], error["code"]) == (param, "invalid_type")
