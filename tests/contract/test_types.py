@@ -81,7 +81,7 @@ def test_a_value_of_another_type_is_refused_by_name(app: Starlette, path: str, n
         ("/responses", {"text": {"verbosity": 1}}, "text.verbosity"),
         ("/detokenize", {"tokens": [5.0]}, "tokens[0]"),
     ],
-)  # fmt: skip
+)
 def test_nested_fields_likewise(app: Starlette, path: str, change: dict[str, Any], param: str) -> None:
     error = assert_openai_error(post(app, path, {**EXAMPLES[path], **change}), 400)
     assert (error["param"], error["code"]) == (param, "invalid_type")
