@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = "data: [DONE]\n\n"
@@ -17,6 +18,30 @@ def to_json(value: object) -> str:
     if "\u2028" in text or "\u2029" in text or "\x85" in text:
         text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
     return text
+
+
+def to_json_slices(value: object, depth: int = 5) -> Iterator[str]:
+    """The same text as `to_json`, in parts: encoding one part holds the interpreter for milliseconds only."""
+    if depth and isinstance(value, dict) and _has_containers(value.values()):
+        opening = "{"
+        for key, item in value.items():
+            yield f"{opening}{to_json(key)}:"
+            yield from to_json_slices(item, depth - 1)
+            opening = ","
+        yield "}"
+    elif depth and isinstance(value, list) and _has_containers(value[:1]):
+        opening = "["
+        for item in value:
+            yield opening
+            yield from to_json_slices(item, depth - 1)
+            opening = ","
+        yield "]"
+    else:
+        yield to_json(value)
+
+
+def _has_containers(values: Iterable[object]) -> bool:
+    return any(isinstance(value, dict | list) for value in values)
 
 
 def event(data: str, name: str | None = None) -> str:

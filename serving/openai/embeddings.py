@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from serving.generation import embedding
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import invalid
-from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, json_response
+from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, large_json_response
 from serving.openai.completions.request import Prompts, to_prompts
 from serving.openai.errors import context_overflow
 from serving.openai.streaming import unless_disconnected
@@ -79,7 +79,8 @@ async def create(api: Api, request: Request) -> Response:
     num_tokens = sum(len(text.token_ids) for text in texts)
     async with api.generations.embedding(request, model, num_tokens):
         vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
-    return json_response(await asyncio.to_thread(to_embedding_list, vectors, body, num_tokens))
+    num_numbers = sum(map(len, vectors))
+    return await large_json_response(lambda: to_embedding_list(vectors, body, num_tokens), num_numbers)
 
 
 def _check_dimensions(dimensions: int | None, hidden_size: int) -> None:

@@ -14,7 +14,7 @@ from serving.generation.interface import Conversation
 from serving.http.errors import invalid
 from serving.openai.chat.messages import ChatMessage
 from serving.openai.chat.tools import MAX_TOOLS, ToolDefinition, to_tools
-from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, TokenId, json_response
+from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, TokenId, large_json_response
 
 
 class TokenizeRequest(RequestBody):
@@ -67,26 +67,32 @@ async def tokenize(api: Api, request: Request) -> Response:
         tools = to_tools([tool.function for tool in body.tools])
         conversation = Conversation(messages, tools, body.continue_final_message)
         token_ids = await asyncio.to_thread(model.render, conversation)
-    token_bytes = model.chat_format.token_bytes
-    texts = [token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
-    tokens: Tokens = {
-        "count": len(token_ids),
-        "max_model_len": model.context_length,
-        "tokens": token_ids,
-        "token_strs": texts if body.return_token_strs else None,
-    }
-    return json_response(tokens)
+
+    def build() -> Tokens:
+        token_bytes = model.chat_format.token_bytes
+        texts = (token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids)
+        return {
+            "count": len(token_ids),
+            "max_model_len": model.context_length,
+            "tokens": token_ids,
+            "token_strs": list(texts) if body.return_token_strs else None,
+        }
+
+    return await large_json_response(build, len(token_ids))
 
 
 async def detokenize(api: Api, request: Request) -> Response:
     """Token ids to text."""
     body = await api.parse(request, DetokenizeRequest)
     model = api.running_model(body.model)
-    for index, token_id in enumerate(body.tokens):
-        if token_id >= model.num_tokens:
-            raise invalid(f"This model has no token {token_id}.", f"tokens[{index}]")
-    text: DetokenizedText = {"prompt": await asyncio.to_thread(model.chat_format.decode, body.tokens)}
-    return json_response(text)
+
+    def build() -> DetokenizedText:
+        for index, token_id in enumerate(body.tokens):
+            if token_id >= model.num_tokens:
+                raise invalid(f"This model has no token {token_id}.", f"tokens[{index}]")
+        return {"prompt": model.chat_format.decode(body.tokens)}
+
+    return await large_json_response(build, len(body.tokens))
 
 
 OPERATIONS = (

@@ -14,7 +14,7 @@ from serving.openai.common import (
     build_prompt,
     chunk_options,
     count_tokens,
-    json_response,
+    large_json_response,
 )
 from serving.openai.streaming import begin_stream, collect
 from serving.openai.validation import above_maximum
@@ -34,7 +34,8 @@ async def create(api: Api, request: Request) -> Response:
     if body.stream:
         chunks = ChatCompletionStream(envelope, options, token_bytes, len(prompt.token_ids))
         return await begin_stream(events, chunks, request, api.limits)
-    return json_response(to_completion(await collect(events, request), envelope, options, token_bytes))
+    collected = await collect(events, request)
+    return await large_json_response(lambda: to_completion(collected, envelope, options, token_bytes), len(collected))
 
 
 async def count_input_tokens(api: Api, request: Request) -> Response:

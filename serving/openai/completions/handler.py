@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from serving.generation.interface import IndexedEvent
 from serving.generation.pipeline import CompletionJob, RunningModel
-from serving.openai.common import Api, Operation, build_prompt, chunk_options, json_response
+from serving.openai.common import Api, Operation, build_prompt, chunk_options, large_json_response
 from serving.openai.completions.request import CompletionRequest, to_completion_jobs
 from serving.openai.completions.response import Completion, CompletionStream, PromptChoices, to_text_completion
 from serving.openai.streaming import begin_stream, collect
@@ -30,9 +30,12 @@ async def create(api: Api, request: Request) -> Response:
         chunks = CompletionStream(choices, envelope, options, token_bytes, lengths)
         return await begin_stream(events, chunks, request, api.limits)
     per_prompt: list[list[IndexedEvent]] = [[] for _ in prompts]
-    for index, event in await collect(events, request):
+    collected = await collect(events, request)
+    for index, event in collected:
         per_prompt[index // num_answers].append((index % num_answers, event))
-    return json_response(to_text_completion(per_prompt, choices, envelope, options, token_bytes))
+    return await large_json_response(
+        lambda: to_text_completion(per_prompt, choices, envelope, options, token_bytes), len(collected)
+    )
 
 
 def _echo(job: CompletionJob, model: RunningModel) -> str:

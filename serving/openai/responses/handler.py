@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response as HTTPResponse
 
-from serving.openai.common import Api, InputTokens, Operation, build_prompt, count_tokens, json_response
+from serving.openai.common import Api, InputTokens, Operation, build_prompt, count_tokens, large_json_response
 from serving.openai.responses.events import ResponseEvent, ResponseStream, to_response
 from serving.openai.responses.request import ResponsesRequest, to_chat_job
 from serving.openai.responses.response import Response, unfinished_response
@@ -22,7 +22,8 @@ async def create(api: Api, request: Request) -> HTTPResponse:
     events = api.generations.open(request, model, [prompt])
     if body.stream:
         return await begin_stream(events, chunks, request, api.limits)
-    return json_response(to_response(await collect(events, request), chunks))
+    collected = await collect(events, request)
+    return await large_json_response(lambda: to_response(collected, chunks), len(collected))
 
 
 async def count_input_tokens(api: Api, request: Request) -> HTTPResponse:
