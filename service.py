@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -111,6 +112,8 @@ class ChatGLM2:
                 from serving.worker.start_native import start_model  # imports torch, which the parent does not need
 
                 model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
+            gc.collect()
+            gc.freeze()  # a later full collection would hold the event loop while it visits all modules
             registry.model = model
             logger.info("%s is ready at http://localhost:8000/v1", stored.tag)
         except Exception as error:
