@@ -74,7 +74,7 @@ LogitBias = Annotated[
     Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
 ]
 NumTokens = Annotated[int, Field(ge=1)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopText = Annotated[str, StringConstraints(max_length=1024)]
 Stop = Annotated[
     Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=16), Tag("<array>")],
     STRING_OR_ARRAY,
@@ -138,7 +138,9 @@ class GenerationRequest(RequestBody):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """Without empty ones, which some editors send and which can stop nothing."""
+        given = (self.stop,) if isinstance(self.stop, str) else self.stop
+        return tuple(text for text in given if text)
 
     def sampling(self, max_tokens: int, num_top_logprobs: int | None) -> SamplingParams:
         """num_top_logprobs: None for no log-probabilities at all."""
