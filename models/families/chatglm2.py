@@ -135,7 +135,7 @@ def check_rounds(conversation: Conversation) -> tuple[str, tuple[Message, ...]]:
 def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) -> None:
     """Check that roles alternate. `offset`: index of the first turn in the request."""
     for i, message in enumerate(turns):
-        where = f"messages[{offset + i}]"
+        where = message.source or f"messages[{offset + i}]"
         if message.role == "tool" or message.tool_calls:
             raise PromptError(f"This model was not trained to call tools, but {where} holds a tool call or its result.")
         if message.role == "system":

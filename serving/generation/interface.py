@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from serving.engine.interface import TokenLogprob
@@ -43,6 +43,7 @@ class Message:
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    source: str = field(default="", compare=False)  # the request's field that it came from, for error messages
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,15 @@ class ContextOverflow(PromptError):
         self.max_tokens = max_tokens
         self.max_positions = max_positions
         self.at_least = "at least " if is_minimum else ""
-        total = num_prompt_tokens + max_tokens
-        super().__init__(
-            f"This model's maximum context length is {max_positions} tokens. However, you requested "
-            f"{self.at_least}{total} tokens ({num_prompt_tokens} in the {param}, {max_tokens} in the completion). "
-            f"Please reduce the length of the {param} or completion.",
-            param,
+        super().__init__(self.sentence(param), param)
+
+    def sentence(self, param: str) -> str:
+        """param: the request's field that holds the prompt."""
+        total = self.num_prompt_tokens + self.max_tokens
+        return (
+            f"This model's maximum context length is {self.max_positions} tokens. However, you requested "
+            f"{self.at_least}{total} tokens ({self.num_prompt_tokens} in the {param}, {self.max_tokens} in the "
+            f"completion). Please reduce the length of the {param} or completion."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -77,8 +78,11 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> API
 
 
 def unknown_url(method: str, path: str) -> APIError:
-    """404: no such endpoint."""
+    """404: no such endpoint. A base URL that was put in front of a whole path doubles `/v1` or a slash."""
     message = f"Unknown request URL: {method} {path[:200]}. Please check the URL for typos, or see the served /docs."
+    once = re.sub(r"^(/v1)+(?=/)", "/v1", re.sub("/+", "/", path[:200]))
+    if once != path[:200]:
+        message += f" Did you mean '{once}'?"
     return APIError(404, message, code="unknown_url")
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import (
@@ -68,10 +68,13 @@ STRING_OR_ARRAY = Discriminator(
 ModelName = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
-Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+LogitBias = Annotated[
+    dict[TokenIdText, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+]
 NumTokens = Annotated[int, Field(ge=1)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopText = Annotated[str, StringConstraints(max_length=1024)]
 Stop = Annotated[
     Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=16), Tag("<array>")],
     STRING_OR_ARRAY,
@@ -120,7 +123,7 @@ class GenerationRequest(RequestBody):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=1024)] = {}
+    logit_bias: LogitBias = {}
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop = []
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -135,7 +138,9 @@ class GenerationRequest(RequestBody):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """Without empty ones, which some editors send and which can stop nothing."""
+        given = (self.stop,) if isinstance(self.stop, str) else self.stop
+        return tuple(text for text in given if text)
 
     def sampling(self, max_tokens: int, num_top_logprobs: int | None) -> SamplingParams:
         """num_top_logprobs: None for no log-probabilities at all."""
@@ -309,8 +314,7 @@ async def build_prompt(
             return await asyncio.to_thread(model.build_prompt, job)
         return model.build_prompt(job)
     except ContextOverflow as error:
-        failure = errors.context_overflow(error, job.max_tokens_is_default)
-        raise replace(failure, param=_param(error, conversation_param)) from None
+        raise errors.context_overflow(error, job.max_tokens_is_default, _param(error, conversation_param)) from None
     except PromptError as error:
         raise invalid(error.message, _param(error, conversation_param)) from None
 

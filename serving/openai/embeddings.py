@@ -75,7 +75,7 @@ async def create(api: Api, request: Request) -> Response:
     try:
         texts = await asyncio.to_thread(embedding.tokenize, model, to_prompts(body.input))
     except ContextOverflow as error:
-        raise context_overflow(error, is_default=True) from None
+        raise context_overflow(error, is_default=True, param=error.param) from None
     num_tokens = sum(len(text.token_ids) for text in texts)
     async with api.generations.embedding(request, model, num_tokens):
         vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))

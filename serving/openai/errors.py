@@ -36,16 +36,19 @@ def deadline_passed(status: int, seconds: float) -> APIError:
     return APIError(status, message, SERVER_ERROR, None, "request_timeout", DO_NOT_RETRY)
 
 
-def context_overflow(error: ContextOverflow, is_default: bool) -> APIError:
-    """400: prompt and answer do not fit. `is_default`: the client named no length, so the prompt alone is at fault."""
-    message = error.message
+def context_overflow(error: ContextOverflow, is_default: bool, param: str) -> APIError:
+    """400: prompt and answer do not fit. `is_default`: the client named no length, so the prompt alone is at fault.
+
+    param: the request's field that holds the prompt.
+    """
+    message = error.sentence(param)
     if is_default:
         message = (
-            f"This model's maximum context length is {error.max_positions} tokens. However, your {error.param} "
+            f"This model's maximum context length is {error.max_positions} tokens. However, your {param} "
             f"resulted in {error.at_least}{error.num_prompt_tokens} tokens. "
-            f"Please reduce the length of the {error.param}."
+            f"Please reduce the length of the {param}."
         )
-    return APIError(400, message, param=error.param, code="context_length_exceeded")
+    return APIError(400, message, param=param, code="context_length_exceeded")
 
 
 def from_exception(error: Exception) -> APIError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import GenericAlias
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
+from serving import __version__
 from serving.http.errors import ErrorResponse
 from serving.openai.common import Operation, RequestBody, StreamOptions
 from serving.openai.router import OPERATIONS
@@ -34,7 +35,7 @@ def components() -> dict[str, dict[str, Any]]:
     exact = ConfigDict(extra="forbid")  # objects in answers have no other keys than the described
     schemas: dict[str, Any] = TypeAdapter[Any](all_types, config=exact).json_schema(ref_template=REF)["$defs"]
     for kind in bodies:
-        _allow_null(schemas[kind.__name__])
+        _allow_null(schemas[kind.__name__], kind.refused)
     failure = {
         "description": "A failure, in OpenAI's shape",
         "headers": {"x-request-id": {"schema": {"type": "string"}}},
@@ -48,7 +49,7 @@ def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
     """The whole description of the API, without BentoML's own routes."""
     return {
         "openapi": VERSION,
-        "info": {"title": "chatglm2", "version": "1"},
+        "info": {"title": "chatglm2", "version": __version__},
         "paths": {path: item for prefix in prefixes for path, item in paths(prefix).items()},
         "components": components(),
     }
@@ -92,11 +93,13 @@ def _server_sent(event: Any) -> dict[str, Any]:
     return {"type": "object", "required": ["data"], "properties": {"data": data, "event": {"type": "string"}}}
 
 
-def _allow_null(schema: dict[str, Any]) -> None:
-    """In bodies of requests null is the same as leaving an optional field out."""
+def _allow_null(schema: dict[str, Any], refused: Mapping[str, str]) -> None:
+    """In bodies of requests null is the same as leaving an optional field out; refused fields can only be null."""
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         if name in required or {"type": "null"} in field.get("anyOf", ()):
             continue
         labels = {key: field.pop(key) for key in ("default", "title", "description") if key in field}
         schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **labels}
+    for name, reason in refused.items():
+        schema["properties"][name] = {"type": "null", "description": reason}

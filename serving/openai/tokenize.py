@@ -63,7 +63,7 @@ async def tokenize(api: Api, request: Request) -> Response:
     if body.messages is None:
         token_ids = await asyncio.to_thread(model.encode, body.prompt or "", "prompt")
     else:
-        messages = tuple(message.to_message() for message in body.messages)
+        messages = tuple(message.to_message(index) for index, message in enumerate(body.messages))
         tools = to_tools([tool.function for tool in body.tools])
         conversation = Conversation(messages, tools, body.continue_final_message)
         token_ids = await asyncio.to_thread(model.render, conversation)

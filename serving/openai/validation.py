@@ -41,7 +41,7 @@ BOUNDS = {
 TAGS = frozenset(
     (
         *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
-        *("<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
+        *("<text>", "<refusal>", "<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
     )
 )
 REJECTED = "rejected"

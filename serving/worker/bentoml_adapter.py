@@ -84,7 +84,7 @@ class BentoMLService(bentoml.Service[Any]):
             spec,
             openapi=VERSION,
             # BentoML's own text shows images from other hosts
-            info=attr.evolve(spec.info, description=DESCRIPTION),
+            info=attr.evolve(spec.info, description=DESCRIPTION, version=own["info"]["version"]),
             paths={**items, **spec.paths},
             components=cast("Any", merged),
         )

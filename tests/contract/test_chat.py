@@ -251,3 +251,11 @@ def test_running_usage_needs_no_log_probabilities() -> None:
     prompts = {"model": NAME, "prompt": ["a", "b"], **running}
     for text_job in to_completion_jobs(CompletionRequest.model_validate(prompts), max_answers=2):
         assert text_job.sampling.num_top_logprobs is None
+
+
+def test_an_empty_stop_string_stops_nothing(app: Starlette) -> None:
+    """Continue's autocompletion sends one."""
+    whole = post(app, "/chat/completions", ASK).json()["choices"][0]["message"]
+    for stop in ("", [""], ["", "never"]):
+        response = post(app, "/chat/completions", {**ASK, "stop": stop})
+        assert response.json()["choices"][0]["message"] == whole

@@ -398,3 +398,44 @@ def _missing(ours: Any, theirs: Any) -> Iterator[tuple[str, bool]]:
                 yield name, field.is_required()
             else:
                 yield from _missing(ours[key], getattr(theirs, name))
+
+
+CALL_ITEM = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+OUTPUT_ITEM = {"type": "function_call_output", "call_id": "c1", "output": "x"}
+HI, HO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"input": [HI, HI]}, "input", "input[1] has the role user"),
+        ({"input": [HI, HI], "instructions": "Be."}, "input", "input[1] has the role user"),
+        ({"input": [HO, HI]}, "input", "input[0] has the role assistant"),
+        ({"input": [{"role": "system", "content": "a"}, HI], "instructions": "b"}, "input", "input[0] is another"),
+        ({"input": [HI, HO]}, "input", "The last message must have the role user"),
+        ({"input": [HI, CALL_ITEM, OUTPUT_ITEM, HO, HO, HI]}, "input", "input[4] has the role assistant"),
+        ({"input": [HI, OUTPUT_ITEM]}, "input[1]", "No tool call found for function call output with call_id c1."),
+        ({"input": [HI, CALL_ITEM]}, "input[1]", "No tool output found for function call c1."),
+        ({"input": [HI, CALL_ITEM, HI]}, "input[1]", "No tool output found for function call c1."),
+        ({"input": "hello " * 4000}, "input", "Please reduce the length of the input or"),
+        ({"input": "hello " * 90, "max_output_tokens": 250}, "input", "Please reduce the length of the input or"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", "input[0]"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "x"}}}}, "text.format", "'n'"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema", "text.format.schema"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "tools[0].name"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'tools'"),
+        ({"min_tokens": 9, "max_output_tokens": 2}, "min_tokens", "'max_output_tokens'"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "logit_bias"),
+    ],
+)
+def test_errors_name_the_fields_of_this_endpoint(
+    app: Starlette, change: dict[str, Any], param: str, words: str
+) -> None:
+    response = post(app, "/responses", {**ASK, **change})
+    error = assert_openai_error(response, 400)
+    assert error["param"] == param
+    assert words in error["message"]
+    for name in ("messages", "response_format", "max_tokens", "max_completion_tokens", "function.name"):
+        assert name not in error["message"]
+    counted = post(app, "/responses/input_tokens", {**ASK, **change})
+    assert "messages" not in counted.text

@@ -68,7 +68,7 @@ def build_answer_spec(
 def _description(constraint: AnswerConstraint) -> str:
     """How error messages call the constraint."""
     if isinstance(constraint, JsonAnswer):
-        return f"schema for response_format '{constraint.name}'"
+        return f"schema for {constraint.param} '{constraint.name}'"
     return f"'{constraint.param}'"
 
 

@@ -111,7 +111,7 @@ def json_or_calls_grammar(constraint: JsonAnswer, syntax: ToolSyntax, tools: Seq
 
 
 def _value(constraint: JsonAnswer) -> str:
-    what = f"schema for response_format '{constraint.name}'"
+    what = f"schema for {constraint.param} '{constraint.name}'"
     check_schema(constraint.schema, what, constraint.param, constraint.strict)
     return f"value: %json {_json(constraint.schema)}\n"
 

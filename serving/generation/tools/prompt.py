@@ -67,7 +67,7 @@ def render(chat_format: ChatFormat, conversation: Conversation, context_length: 
 def without_tools(conversation: Conversation, language: Language) -> Conversation:
     """The same conversation with tools, calls and results written as text."""
     instructions = INSTRUCTIONS[language]
-    turns: list[tuple[Role, list[str]]] = []  # the texts of one turn are joined at the end: there may be thousands
+    turns: list[tuple[Role, list[str], str]] = []  # the texts of one turn are joined at the end: there may be thousands
     names: dict[str, str] = {}  # of the tools called, by the id of the call
     ends_with_result = False
     for message in conversation.messages:
@@ -82,9 +82,9 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
         if ends_with_result and message.role in ("user", "tool"):
             turns[-1][1].append(text)
         else:
-            turns.append(("user" if message.role == "tool" else message.role, [text]))
+            turns.append(("user" if message.role == "tool" else message.role, [text], message.source))
         ends_with_result = message.role == "tool"
-    messages = [Message(role, "\n\n".join(texts)) for role, texts in turns]
+    messages = [Message(role, "\n\n".join(texts), source=source) for role, texts, source in turns]
     if conversation.tools:
         messages = _with_system(messages, instructions.tools.replace("{tools}", _listing(conversation.tools)))
     return replace(conversation, messages=tuple(messages), tools=())
@@ -92,7 +92,7 @@ def without_tools(conversation: Conversation, language: Language) -> Conversatio
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:
     if messages and messages[0].role == "system":
-        return [Message("system", f"{messages[0].content}\n\n{text}\n"), *messages[1:]]
+        return [replace(messages[0], content=f"{messages[0].content}\n\n{text}\n"), *messages[1:]]
     return [Message("system", f"{text}\n"), *messages]
 
 
@@ -100,7 +100,7 @@ def _system_as_user(conversation: Conversation) -> Conversation | None:
     """The system message merged into the first user message; None if the conversation does not begin with these two."""
     match conversation.messages:
         case (Message(role="system") as system, Message(role="user") as user, *rest):
-            return replace(conversation, messages=(Message("user", f"{system.content}\n{user.content}"), *rest))
+            return replace(conversation, messages=(replace(user, content=f"{system.content}\n{user.content}"), *rest))
         case _:
             return None
 

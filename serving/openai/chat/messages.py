@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, StringConstraints, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from serving.generation.interface import Message, Role, ToolCall
+from serving.http.errors import invalid
 from serving.openai.common import STRING_OR_ARRAY, StrictModel
 from serving.openai.validation import rejected
 
@@ -36,8 +37,8 @@ ROLES: dict[str, Role] = {
 }
 
 
-def to_text_part(value: Any, text_type: str = "text") -> Any:
-    """For a `before` validator of content parts: media are refused, an earlier refusal becomes a text."""
+def refuse_media(value: Any) -> Any:
+    """For a `before` validator of content parts."""
     if not isinstance(value, dict):
         return value
     part = cast("dict[str, Any]", value)
@@ -45,9 +46,23 @@ def to_text_part(value: Any, text_type: str = "text") -> Any:
     if isinstance(kind, str) and kind in MEDIA_PARTS:
         message = f"Image and audio input are not supported: the content part of type '{kind}' has to be text."
         raise rejected(message, code="unsupported_value")
-    if kind == "refusal" and part.keys() == {"type", "refusal"}:
-        return {"type": text_type, "text": part["refusal"]}
     return part
+
+
+def part_kind(value: Any) -> str:
+    """Which of the parts a value is; the tags never show in an error's path."""
+    return "<refusal>" if isinstance(value, dict) and value.get("type") == "refusal" else "<text>"
+
+
+class RefusalPart(StrictModel):
+    """An earlier answer's refusal, which is a text like any other."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class TextPart(StrictModel):
@@ -57,7 +72,11 @@ class TextPart(StrictModel):
     text: str
 
 
-_Part = Annotated[TextPart, BeforeValidator(to_text_part)]
+_Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(part_kind),
+    BeforeValidator(refuse_media),
+]
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[_Part], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
@@ -80,8 +99,23 @@ class MessageToolCall(StrictModel):
     index: int | None = None  # clients that glue stream deltas together send it back
 
 
+def _given(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"required": [field], "properties": {field: schema}}
+
+
+_HAS_CALLS = [_given("tool_calls", {"type": "array", "minItems": 1}), _given("function_call", {"type": "object"})]
+_RULES: list[Any] = [  # `ChatMessage._fields_agree` as JSON Schema
+    {"anyOf": [*_HAS_CALLS, _given("content", {"type": ["string", "array"]}), _given("refusal", {"type": "string"})]},
+    {"if": {"anyOf": _HAS_CALLS}, "then": _given("role", {"const": "assistant"})},
+    {"if": _given("role", {"const": "tool"}), "then": _given("tool_call_id", {"type": "string"})},
+    {"if": _given("role", {"const": "function"}), "then": _given("name", {"type": "string"})},
+]
+
+
 class ChatMessage(StrictModel):
     """One turn of the conversation."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": _RULES})
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -112,8 +146,8 @@ class ChatMessage(StrictModel):
         """The id of the call whose result this is, and the ids of the calls that it makes."""
         return self.tool_call_id if self.role == "tool" else None, [call.id for call in self.tool_calls or []]
 
-    def to_message(self) -> Message:
-        """The same for chat formats, with the role reduced to the four that they have."""
+    def to_message(self, index: int) -> Message:
+        """The same for chat formats, with the role reduced to the four that they have. index: in `messages`."""
         content = self.content
         text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content or [])
         calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or []]
@@ -123,13 +157,14 @@ class ChatMessage(StrictModel):
         if not text and not calls and self.refusal is not None:
             text = self.refusal
         call_id = self.name if self.role == "function" else self.tool_call_id
-        return Message(ROLES[self.role], text, self.name, tuple(calls), call_id)
+        return Message(ROLES[self.role], text, self.name, tuple(calls), call_id, f"messages[{index}]")
 
 
-def unanswered_call(turns: Sequence[tuple[str | None, Sequence[str]]]) -> tuple[int, str] | None:
-    """(index, what is wrong) of the first turn that breaks the rule; None if none does.
+def unanswered_call(turns: Sequence[tuple[str | None, Sequence[str]]]) -> tuple[int, list[str]] | None:
+    """(index, its calls without a result) of the first turn that breaks the rule; None if none does.
 
-    Every result of a tool follows the message that calls it, and every call has its result.
+    Every result of a tool follows the message that calls it, and every call has its result. Without such calls, the
+    turn is a result without its call.
     turns: of each message, the id of the call whose result it is, and the ids of the calls that it makes.
     """
     open_calls: list[str] = []  # in order, for the message
@@ -137,22 +172,30 @@ def unanswered_call(turns: Sequence[tuple[str | None, Sequence[str]]]) -> tuple[
     for index, (call_id, call_ids) in enumerate(turns):
         if call_id is not None:
             if call_id not in open_calls and call_id not in answered:
-                return index, (
-                    "Invalid parameter: messages with role 'tool' must be a response to a preceding message with "
-                    "'tool_calls' and its 'tool_call_id'."
-                )
+                return index, []
             answered.add(call_id)
             open_calls = [other for other in open_calls if other != call_id]
             continue
         if open_calls:
-            return index - 1, _missing(open_calls)
+            return index - 1, open_calls
         open_calls, answered = list(dict.fromkeys(call_ids)), set()
-    return (len(turns) - 1, _missing(open_calls)) if open_calls else None
+    return (len(turns) - 1, open_calls) if open_calls else None
 
 
-def _missing(call_ids: Iterable[str]) -> str:
-    return (
-        "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
-        "'tool_call_id'. The following tool_call_ids did not have response messages: "
-        + ", ".join(call_id[:64] for call_id in call_ids)
+def check_calls_are_answered(messages: Sequence[ChatMessage]) -> None:
+    """Raises APIError 400 for a result without its call, or the opposite."""
+    broken = unanswered_call([message.turn for message in messages])
+    if broken is None:
+        return
+    index, call_ids = broken
+    message = (
+        "Invalid parameter: messages with role 'tool' must be a response to a preceding message with 'tool_calls' and "
+        "its 'tool_call_id'."
     )
+    if call_ids:
+        message = (
+            "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+            "'tool_call_id'. The following tool_call_ids did not have response messages: "
+            + ", ".join(call_id[:64] for call_id in call_ids)
+        )
+    raise invalid(message, f"messages[{index}].role")

@@ -15,7 +15,7 @@ from serving.generation.pipeline import ChatJob
 from serving.generation.structured.grammar import USE_IF_WANTED, ToolUse
 from serving.http.errors import invalid
 from serving.openai import common
-from serving.openai.chat.messages import ChatMessage, unanswered_call
+from serving.openai.chat.messages import ChatMessage, check_calls_are_answered
 from serving.openai.chat.structured_outputs import (
     Choices,
     GuidedJson,
@@ -87,9 +87,7 @@ class ChatRequest(ChoicesRequest):
         if self.functions or self.function_call is not None:
             check_functions(self.functions, self.function_call, bool(self.tools) or self.tool_choice is not None)
         if any(message.role == "tool" or message.tool_calls for message in self.messages):
-            broken = unanswered_call([message.turn for message in self.messages])
-            if broken is not None:
-                raise invalid(broken[1], f"messages[{broken[0]}].role")
+            check_calls_are_answered(self.messages)
         if self.response_format is not None:
             check_response_format(self.response_format)
         if self.has_formats or self.offers_tools:
@@ -155,7 +153,9 @@ def to_chat_job(body: ChatRequest) -> ChatJob:
     length = body.requested_length
     return ChatJob(
         conversation=Conversation(
-            tuple(message.to_message() for message in body.messages), tools, body.continue_final_message
+            tuple(message.to_message(index) for index, message in enumerate(body.messages)),
+            tools,
+            body.continue_final_message,
         ),
         sampling=body.sampling(length or DEFAULT_MAX_TOKENS, (body.top_logprobs or 0) if body.logprobs else None),
         stop=body.stop_strings,

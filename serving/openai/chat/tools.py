@@ -55,7 +55,7 @@ class ToolDefinition(StrictModel):
 class ChosenFunction(StrictModel):
     """The name of the function that has to be called."""
 
-    name: str
+    name: FunctionName
 
     @property
     def selection(self) -> ToolSelection:

@@ -17,7 +17,15 @@ from serving.generation.pipeline import ChatJob
 from serving.generation.structured.grammar import AnswerConstraint, JsonAnswer
 from serving.http.errors import invalid
 from serving.openai import common
-from serving.openai.chat.messages import MAX_CALLS, PART_SEPARATOR, ROLES, to_text_part, unanswered_call
+from serving.openai.chat.messages import (
+    MAX_CALLS,
+    PART_SEPARATOR,
+    ROLES,
+    RefusalPart,
+    part_kind,
+    refuse_media,
+    unanswered_call,
+)
 from serving.openai.chat.request import DEFAULT_MAX_TOKENS
 from serving.openai.chat.structured_outputs import check_formats
 from serving.openai.chat.tools import (
@@ -83,7 +91,11 @@ class InputText(StrictModel):
     parsed: Any = None
 
 
-InputPart = Annotated[InputText, BeforeValidator(lambda value: to_text_part(value, "output_text"))]
+InputPart = Annotated[
+    Annotated[InputText, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(part_kind),
+    BeforeValidator(refuse_media),
+]
 InputContent = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
@@ -169,7 +181,7 @@ class FunctionChoice(StrictModel):
     """The function that has to be called."""
 
     type: Literal["function"]
-    name: str
+    name: FunctionName
 
     @property
     def selection(self) -> ToolSelection:
@@ -309,29 +321,35 @@ def _constraint(text_format: TextFormat | None) -> AnswerConstraint | None:
 
 
 def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
-    messages = [Message("system", body.instructions)] if body.instructions else []
+    messages = [Message("system", body.instructions, source="instructions")] if body.instructions else []
     if isinstance(body.input, str):
-        return (*messages, Message("user", body.input))
-    for item in body.input:
+        return (*messages, Message("user", body.input, source="input"))
+    for index, item in enumerate(body.input):
+        source = f"input[{index}]"
         match item:
             case MessageItem(role=role, content=content):
-                messages.append(Message(ROLES[role], _text(content)))
+                messages.append(Message(ROLES[role], _text(content), source=source))
             case FunctionCallItem(call_id=call_id, name=name, arguments=arguments):
                 # the calls of one answer, and its text, are one message of a chat
                 if not messages or messages[-1].role != "assistant":
-                    messages.append(Message("assistant", ""))
+                    messages.append(Message("assistant", "", source=source))
                 calls = (*messages[-1].tool_calls, ToolCall(call_id, name, arguments))
                 if len(calls) > MAX_CALLS:
                     message = f"Invalid 'input': more than {MAX_CALLS} function calls in a row."
                     raise invalid(message, "input", "array_above_max_length")
                 messages[-1] = replace(messages[-1], tool_calls=calls)
             case FunctionOutputItem(call_id=call_id, output=output):
-                messages.append(Message("tool", _text(output), tool_call_id=call_id))
+                messages.append(Message("tool", _text(output), tool_call_id=call_id, source=source))
     broken = unanswered_call([(m.tool_call_id, [call.id for call in m.tool_calls]) for m in messages])
     if broken is not None:
-        raise invalid(broken[1], "input")
+        index, call_ids = broken
+        message = f"No tool output found for function call {', '.join(call_id[:64] for call_id in call_ids)}."
+        if not call_ids:
+            call_id = messages[index].tool_call_id or ""
+            message = f"No tool call found for function call output with call_id {call_id[:64]}."
+        raise invalid(message, messages[index].source)
     return tuple(messages)
 
 
-def _text(content: str | list[InputText]) -> str:
+def _text(content: str | list[InputText | RefusalPart]) -> str:
     return content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content)
