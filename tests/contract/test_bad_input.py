@@ -206,7 +206,7 @@ def test_unknown_paths_methods_and_models_are_told_as_openai_tells_them(app: Sta
     unknown = assert_openai_error(send(app, "POST", "/no/such"), 404)
     assert unknown["message"].startswith("Unknown request URL: POST /no/such.")
     assert "Did you mean" not in unknown["message"]
-    for path in ("/v1/v1/chat/completions", "//v1//chat/completions", "/v1/v1/v1//chat/completions"):
+    for path in ("/v1/v1/chat/completions", "/v1//chat/completions", "/v1/v1/v1//chat/completions"):
         doubled = assert_openai_error(send(app, "POST", path), 404)
         assert doubled["message"].endswith(" Did you mean '/v1/chat/completions'?")
     wrong = send(app, "GET", "/chat/completions")
