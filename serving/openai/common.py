@@ -247,6 +247,7 @@ def chunk_options(body: ChoicesRequest, logprobs: bool, has_legacy_functions: bo
 
 
 BodyT = TypeVar("BodyT", bound=RequestBody)
+JobT = TypeVar("JobT")
 
 
 @dataclass(frozen=True)
@@ -259,10 +260,16 @@ class Api:
 
     async def parse(self, request: Request, kind: type[BodyT]) -> BodyT:
         """The body as a typed request. Raises APIError 400, 408, 413 or 415."""
+        return (await self.parse_job(request, kind, _no_job))[0]
+
+    async def parse_job(
+        self, request: Request, kind: type[BodyT], to_job: Callable[[BodyT], JobT]
+    ) -> tuple[BodyT, JobT]:
+        """The body as a typed request, and the job that it asks for. Raises APIError 400, 408, 413 or 415."""
         raw = await read_body(request, self.limits.body)
         if len(raw) > INLINE_BYTES:
-            return await asyncio.to_thread(_parse, raw, kind)
-        return _parse(raw, kind)
+            return await asyncio.to_thread(_parse, raw, kind, to_job)
+        return _parse(raw, kind, to_job)
 
     def running_model(self, name: str) -> RunningModel:
         """Raises APIError 404 for a name that is not served, 503 while the model is not loaded."""
@@ -281,12 +288,17 @@ def running_model(registry: ModelRegistry) -> RunningModel:
     raise errors.model_loading() if registry.error is None else errors.model_load_failed()
 
 
-def _parse(raw: bytes, kind: type[BodyT]) -> BodyT:
-    body = parse_object(raw)
+def _parse(raw: bytes, kind: type[BodyT], to_job: Callable[[BodyT], JobT]) -> tuple[BodyT, JobT]:
+    fields = parse_object(raw)
     try:
-        return kind.model_validate(body)
+        body = kind.model_validate(fields)
     except ValidationError as error:
         raise to_api_error(error) from None
+    return body, to_job(body)
+
+
+def _no_job(body: RequestBody) -> None:
+    """For requests that generate nothing."""
 
 
 @dataclass(frozen=True)

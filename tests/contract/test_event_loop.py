@@ -55,9 +55,9 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "log-probabilities of a completion": (
         "/completions", {"prompt": "x", "logprobs": 20, "n": 8, "max_tokens": 250, "ignore_eos": True}, 200,
     ),
-    "many messages": ("/chat/completions", {"messages": [*ROUND * 7_500, *USER]}, 400),
-    "many messages without text": ("/chat/completions", {"messages": [{"role": "user", "content": ""}] * 15_000}, 400),
-    "many items": ("/responses", {"input": USER * 10_000}, 400),
+    "many messages": ("/chat/completions", {"messages": [*ROUND * 20_000, *USER]}, 400),
+    "many messages without text": ("/chat/completions", {"messages": [{"role": "user", "content": ""}] * 40_000}, 400),
+    "many items": ("/responses", {"input": USER * 20_000}, 400),
     "counted messages": ("/chat/completions/input_tokens", {"messages": [*ROUND * 5_000, *USER]}, 200),
     "tokenized messages": ("/tokenize", {"messages": [*ROUND * 5_000, *USER]}, 200),
     "many prompts": ("/completions", {"prompt": ["hello world " * 20] * 128, "max_tokens": 1}, 200),

@@ -22,11 +22,11 @@ from serving.openai.validation import above_maximum
 
 async def create(api: Api, request: Request) -> Response:
     """Answer a conversation."""
-    body = await api.parse(request, ChatRequest)
+    body, job = await api.parse_job(request, ChatRequest, to_chat_job)
     model = api.running_model(body.model)
     if body.n > api.limits.max_n:
         raise above_maximum("n", api.limits.max_n, body.n)
-    prompt = await build_prompt(model, to_chat_job(body))
+    prompt = await build_prompt(model, job)
     envelope = api.envelope("chatcmpl", body.model)
     options = chunk_options(body, body.logprobs, has_legacy_functions=bool(body.functions))
     token_bytes = model.chat_format.token_bytes
@@ -40,9 +40,8 @@ async def create(api: Api, request: Request) -> Response:
 
 async def count_input_tokens(api: Api, request: Request) -> Response:
     """Count a conversation's tokens without answering it."""
-    body = await api.parse(request, ChatRequest)
-    model = api.running_model(body.model)
-    return await count_tokens(model, to_chat_job(body).conversation, "messages")
+    body, job = await api.parse_job(request, ChatRequest, to_chat_job)
+    return await count_tokens(api.running_model(body.model), job.conversation, "messages")
 
 
 OPERATIONS = (

@@ -14,8 +14,7 @@ from serving.openai.streaming import begin_stream, collect
 
 async def create(api: Api, request: Request) -> HTTPResponse:
     """Answer a conversation (stateless)."""
-    body = await api.parse(request, ResponsesRequest)
-    job = to_chat_job(body)
+    body, job = await api.parse_job(request, ResponsesRequest, to_chat_job)
     model = api.running_model(body.model)
     prompt = await build_prompt(model, job, "input")
     chunks = ResponseStream(unfinished_response(body), body.shows_logprobs, model.chat_format.token_bytes)
@@ -28,8 +27,7 @@ async def create(api: Api, request: Request) -> HTTPResponse:
 
 async def count_input_tokens(api: Api, request: Request) -> HTTPResponse:
     """Count an input's tokens without answering it."""
-    body = await api.parse(request, ResponsesRequest)
-    job = to_chat_job(body)
+    body, job = await api.parse_job(request, ResponsesRequest, to_chat_job)
     return await count_tokens(api.running_model(body.model), job.conversation, "input")
 
 
