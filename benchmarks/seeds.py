@@ -12,10 +12,11 @@ from contextlib import closing
 
 from benchmarks.demo import QUESTIONS, conversation, demo
 from models.family import LoadedNetwork
-from serving.engine.interface import EngineLimits, SamplingParams, TokenOutput
+from serving.engine.interface import EngineLimits, SamplingParams
 from serving.engine.native.device import kv_dtype
 from serving.engine.native.engine import NativeEngine
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import TokenOutput
 
 
 async def answer(engine: NativeEngine, prompt: list[int], seed: int, stop_token_ids: frozenset[int]) -> list[int]:

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import service
 from models.families import FAMILIES
-from serving.engine.interface import SamplingParams, TokenMask, TokenOutput
+from serving.engine.interface import SamplingParams, TokenMask
 from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.engine.outputs import TokenOutput
 from serving.generation.interface import ChatFormat
 from serving.worker.start_native import start_model
 

@@ -13,9 +13,10 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 
 from models.networks.transformers_decoder import TransformersDecoder
-from serving.engine.interface import CausalLM, EngineLimits, PoolingOutput, SamplingParams, TokenMask, TokenOutput
+from serving.engine.interface import CausalLM, EngineLimits, SamplingParams, TokenMask
 from serving.engine.native.engine import NativeEngine
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import PoolingOutput, TokenOutput
 
 VOCABULARY = 300
 OutputT = TypeVar("OutputT", TokenOutput, PoolingOutput)

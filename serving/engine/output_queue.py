@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Generic, Literal, Protocol, TypeVar
 
-from serving.engine.interface import EngineError, PoolingOutput, TokenOutput
+from serving.engine.outputs import EngineError, PoolingOutput, TokenOutput
 
 MAX_UNREAD = 512  # outputs; past it the sequences are paused until the reader has taken them
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from serving.engine.interface import PoolingOutput
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import PoolingOutput
 from serving.generation.interface import ChatFormat, PromptError, PromptTooLong
 from serving.generation.pipeline import ContextOverflow, RunningModel
 

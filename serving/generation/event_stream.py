@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from serving import metrics
 from serving.admission.admission_control import Permit
-from serving.engine.interface import TokenOutput
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import TokenOutput
 from serving.generation.interface import Finished, IndexedEvent
 from serving.generation.output_processor import OutputProcessor
 from serving.generation.pipeline import Prompt, RunningModel

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
-from serving.engine.interface import TokenLogprob
+from serving.engine.outputs import TokenLogprob
 
 Role = Literal["system", "user", "assistant", "tool"]
 Language = Literal["zh", "en"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from serving.engine.interface import TokenMask, TokenOutput
+from serving.engine.interface import TokenMask
+from serving.engine.outputs import TokenOutput
 from serving.generation.detokenizer import Detokenizer
 from serving.generation.interface import (
     AnswerParser,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from serving.engine.interface import Engine, SamplingParams, TokenOutput
+from serving.engine.interface import Engine, SamplingParams
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import TokenOutput
 from serving.generation import history
 from serving.generation.detokenizer import WINDOW
 from serving.generation.interface import ChatFormat, Conversation, PromptError, PromptTooLong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serving.engine.interface import TokenLogprob
+from serving.engine.outputs import TokenLogprob
 from serving.generation.interface import TextToken
 
 

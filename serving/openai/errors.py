@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.engine.interface import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge, UnknownToken
+from serving.engine.outputs import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge, UnknownToken
 from serving.generation.interface import PromptError
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engine.interface import TokenLogprob
+from serving.engine.outputs import TokenLogprob
 from serving.generation.interface import Finished, TextDelta, TextToken, ToolCallDelta, Usage
 from serving.http import server_sent_events as sse
 from serving.openai.chat.response import ChatCompletionStream, to_completion

@@ -17,8 +17,9 @@ import pytest
 from starlette.applications import Starlette
 
 from models.networks.transformers_decoder import TransformersDecoder
-from serving.engine.interface import EngineLimits, NotFinite
+from serving.engine.interface import EngineLimits
 from serving.engine.native.engine import NativeEngine
+from serving.engine.outputs import NotFinite
 from serving.generation.pipeline import RunningModel
 from tests.contract.tiny import (
     CONTEXT,

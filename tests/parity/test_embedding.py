@@ -9,9 +9,10 @@ from contextlib import closing
 import pytest
 import torch
 
-from serving.engine.interface import EngineLimits, PoolingOutput, RequestTooLarge
+from serving.engine.interface import EngineLimits
 from serving.engine.native.engine import NativeEngine
 from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import PoolingOutput, RequestTooLarge
 from tests.tiny import VOCABULARY, TinyModel, greedy, outputs_of, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(4)

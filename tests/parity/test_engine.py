@@ -15,13 +15,12 @@ from serving.engine.interface import (
     CAUSAL,
     AttentionFunction,
     EngineLimits,
-    EngineStopped,
     NetworkShape,
     PromptLayout,
     RaggedBatch,
-    RequestTooLarge,
     SamplingParams,
 )
+from serving.engine.outputs import EngineStopped, RequestTooLarge
 from tests.tiny import VOCABULARY, TinyModel, generate, generating, greedy, running, settled, tiny_model, tokens
 
 MODELS = {

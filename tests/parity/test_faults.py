@@ -11,18 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from serving.engine.interface import (
-    EngineLimits,
-    EngineStopped,
-    OutOfMemory,
-    PoolingOutput,
-    PromptLayout,
-    RequestFailed,
-    SamplingParams,
-    UnknownToken,
-)
+from serving.engine.interface import EngineLimits, PromptLayout, SamplingParams
 from serving.engine.native.engine import NativeEngine
 from serving.engine.output_queue import MAX_UNREAD, OutputQueue
+from serving.engine.outputs import EngineStopped, OutOfMemory, PoolingOutput, RequestFailed, UnknownToken
 from tests.contract.tiny import Meddled
 from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.interface import EngineLimits, RequestFailed, SamplingParams, TokenMask
+from serving.engine.interface import EngineLimits, SamplingParams, TokenMask
 from serving.engine.native.engine import NativeEngine
+from serving.engine.outputs import RequestFailed
 from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 
 MODEL = tiny_model(1)

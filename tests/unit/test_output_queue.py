@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from serving.engine.interface import EngineStopped, RequestFailed, TokenOutput
 from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.engine.outputs import EngineStopped, RequestFailed, TokenOutput
 
 Queue = OutputQueue[TokenOutput]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models.families.answer_parsers import PLACEHOLDER, ExactAnswerParser, TrimmedAnswerParser
 from models.families.chatglm_answer_parser import ChatGLMAnswerParser
 from models.tokenizers.sentencepiece import SentencePieceTokenizer
-from serving.engine.interface import TokenLogprob, TokenOutput
+from serving.engine.outputs import TokenLogprob, TokenOutput
 from serving.generation.interface import AnswerParser, ChatEvent, Finished, TextDelta, ToolCallDelta, ToolSyntax
 from serving.generation.output_processor import OutputProcessor, PlainTextParser
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser

@@ -16,23 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serving.engine.interface import (
-    CausalLM,
-    EngineCapabilities,
-    EngineError,
-    EngineLimits,
-    EngineStats,
-    EngineStopped,
-    NotFinite,
-    OutOfMemory,
-    PoolingOutput,
-    RequestFailed,
-    RequestTooLarge,
-    SamplingParams,
-    TokenMask,
-    TokenOutput,
-    UnknownToken,
-)
+from serving.engine.interface import CausalLM, EngineCapabilities, EngineLimits, EngineStats, SamplingParams, TokenMask
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs
 from serving.engine.native.device import is_out_of_memory
 from serving.engine.native.model_runner import ModelRunner, StepResults
@@ -40,6 +24,17 @@ from serving.engine.native.sampler import SampledToken
 from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from serving.engine.native.sequence import SequenceState
 from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.engine.outputs import (
+    EngineError,
+    EngineStopped,
+    NotFinite,
+    OutOfMemory,
+    PoolingOutput,
+    RequestFailed,
+    RequestTooLarge,
+    TokenOutput,
+    UnknownToken,
+)
 from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)

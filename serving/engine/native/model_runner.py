@@ -13,16 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.interface import (
-    CAUSAL,
-    CausalLM,
-    PoolingOutput,
-    PromptLayout,
-    RaggedBatch,
-    SamplingParams,
-    Span,
-    SupportsWarmUp,
-)
+from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span, SupportsWarmUp
 from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
 from serving.engine.native.attention_cuda import FLASH, choose_kernel, step_attention
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs, Rows
@@ -32,6 +23,7 @@ from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
 from serving.engine.native.sequence import SequenceState, SlotRange
+from serving.engine.outputs import PoolingOutput
 from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engine.interface import TokenLogprob
 from serving.engine.native.device import is_out_of_memory, numbers_to_device, to_device
 from serving.engine.native.sequence import SequenceState
+from serving.engine.outputs import TokenLogprob
 from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)

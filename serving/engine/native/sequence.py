@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-from serving.engine.interface import CAUSAL, FinishReason, PromptLayout, SamplingParams, TokenMask
+from serving.engine.interface import CAUSAL, PromptLayout, SamplingParams, TokenMask
 from serving.engine.native.prompt_lookup import PromptLookup
+from serving.engine.outputs import FinishReason
 
 _ids = count()
 

@@ -29,17 +29,19 @@ from serving.engine.interface import (
     EngineCapabilities,
     EngineLimits,
     EngineStats,
-    EngineStopped,
     NetworkShape,
+    SamplingParams,
+    TokenMask,
+)
+from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.engine.outputs import (
+    EngineStopped,
     PoolingOutput,
     RequestFailed,
     RequestTooLarge,
-    SamplingParams,
     TokenLogprob,
-    TokenMask,
     TokenOutput,
 )
-from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.vllm.known_tokens import KNOWN_TOKENS, NUM_TOKENS, SPECIFICATION, MaskMaker
 from serving.safe_traceback import where_from
 
