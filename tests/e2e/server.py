@@ -56,7 +56,11 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
 def serving(
     home: Path, settings: Mapping[str, str] | None = None, target: str | None = None, wait: bool = True
 ) -> Iterator[Server]:
-    """Start `bentoml serve`, wait until it is ready, end it with SIGTERM."""
+    """Start `bentoml serve`, wait until it is ready, end it with SIGTERM.
+
+    The model computes on one thread unless `settings` says otherwise: two spin while they wait for each other whenever
+    a test or its client has one of the cores.
+    """
     port = free_port()
     log = home / f"serve-{port}.log"
     home.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,7 @@ def serving(
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY if target is None else home,
-            env=environment(home, settings),
+            env=environment(home, {"CHATGLM_THREADS": "1", **(settings or {})}),
             stdout=output,
             stderr=output,
         )

@@ -62,7 +62,7 @@ def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
     files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
     assert {"web/page/chat.html", "web/page/vendor/markdown.js", "kernels/linears.py", "service.py"} <= files
     assert not [file for file in files if file.startswith(("tests/", "docs/")) or file.rpartition("/")[0] == "web"]
-    with serving(tmp_path, target="chatglm2:latest") as server:
+    with serving(tmp_path, {"CHATGLM_THREADS": "0"}, target="chatglm2:latest") as server:  # as many as there are cores
         client = OpenAI(base_url=server.base_url, api_key="none")
         answer = client.chat.completions.create(model="chatglm2-6b", messages=[{"role": "user", "content": "你好"}])
         assert answer.choices[0].message.content == SAMPLE_ANSWER

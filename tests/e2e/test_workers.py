@@ -28,7 +28,7 @@ def gauge(server: Server, name: str) -> float:
 
 
 def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
-    settings = {"CHATGLM_WORKERS": "2", "CHATGLM_THREADS": "1", "CHATGLM_KV_CACHE_GIB": "0.01"}
+    settings = {"CHATGLM_WORKERS": "2", "CHATGLM_KV_CACHE_GIB": "0.01"}
     with serving(tmp_path, settings) as server:
 
         def ask(_: int) -> str:
@@ -75,7 +75,6 @@ def begin_stream(server: Server, key: str) -> tuple[int, Iterator[bytes]]:
 def test_limits_apply_over_all_workers_and_a_killed_one_uses_none_of_them(tmp_path: Path) -> None:
     settings = {
         "CHATGLM_WORKERS": "2",
-        "CHATGLM_THREADS": "1",
         "CHATGLM_API_KEYS": "sk-minute minute,sk-at-once at-once",
         "CHATGLM_CLIENT_MAX_CONCURRENT": "3",
         "CHATGLM_CLIENT_REQUESTS_PER_MINUTE": "20",
