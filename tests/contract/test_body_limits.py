@@ -21,8 +21,8 @@ from serving.http import json_body
 from serving.http.access_middleware import AccessMiddleware, AccessPolicy, RouteNames, ServerState
 from serving.http.errors import APIError
 from serving.http.json_body import BodyLimits, BodyMiddleware, check_shape
-from tests.contract.guarded import CHAT, body, client, guarded
 from tests.contract.tiny import assert_openai_error
+from tests.contract.worker import CHAT, body, client, running_worker
 
 LIMITS = BodyLimits(max_bytes=100_000, max_depth=8, max_containers=1000, max_values=5000)
 
@@ -169,7 +169,7 @@ def test_bodies_of_unanswered_requests_are_bounded_together(monkeypatch: pytest.
 
 def test_requests_beyond_the_number_in_flight_are_a_429_and_health_is_not(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             worker.state.num_in_flight = 4096
             async with client(worker) as http:
                 reply = await http.post(CHAT, json=body())

@@ -18,8 +18,8 @@ from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
-from tests.contract.guarded import Guarded, at_rest, body, guarded
 from tests.contract.tiny import NAME
+from tests.contract.worker import Worker, at_rest, body, running_worker
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 CHAT = {**body(max_tokens=12), "ignore_eos": True}
@@ -59,9 +59,7 @@ class Cancelled:
             return
 
 
-async def cancelled_everywhere(
-    worker: Guarded, work: Callable[[], Coroutine[Any, Any, None]], is_repeated: bool
-) -> int:
+async def cancelled_everywhere(worker: Worker, work: Callable[[], Coroutine[Any, Any, None]], is_repeated: bool) -> int:
     """Cancel `work` at its first await, then at its second, and so on until it is not cancelled. Returns how many."""
     for at in range(400):
         stepped = Cancelled(work(), at, is_repeated)
@@ -78,7 +76,7 @@ async def cancelled_everywhere(
     raise AssertionError("it never ends")
 
 
-def asgi(worker: Guarded, path: str, payload: dict[str, Any]) -> Coroutine[Any, Any, None]:
+def asgi(worker: Worker, path: str, payload: dict[str, Any]) -> Coroutine[Any, Any, None]:
     """One request; every receive and send gives other tasks a turn, as a server does."""
     bodies = [json.dumps(payload).encode()]
 
@@ -100,21 +98,21 @@ def asgi(worker: Guarded, path: str, payload: dict[str, Any]) -> Coroutine[Any, 
 
 
 @pytest.fixture(scope="module")
-def worker(folder: Path) -> Iterator[Guarded]:
-    with guarded(folder) as running:
+def worker(folder: Path) -> Iterator[Worker]:
+    with running_worker(folder) as running:
         yield running
 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
 @pytest.mark.parametrize("kind", REQUESTS)
-def test_a_request_cancelled_at_any_await_gives_everything_back(worker: Guarded, kind: str, is_repeated: bool) -> None:
+def test_a_request_cancelled_at_any_await_gives_everything_back(worker: Worker, kind: str, is_repeated: bool) -> None:
     path, payload = REQUESTS[kind]
     num_waits = asyncio.run(cancelled_everywhere(worker, lambda: asgi(worker, path, payload), is_repeated))
     assert num_waits >= 2
 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
-def test_generate_cancelled_at_any_await_gives_everything_back(worker: Guarded, is_repeated: bool) -> None:
+def test_generate_cancelled_at_any_await_gives_everything_back(worker: Worker, is_repeated: bool) -> None:
     generations, registry = GenerationStarter(worker.admission, ApiLimits()), ModelRegistry(NAME, model=worker.model)
 
     async def generate() -> None:

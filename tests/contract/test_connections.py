@@ -14,11 +14,11 @@ import pytest
 import uvicorn
 
 from serving.worker.uvicorn_adapter import UvicornServer
-from tests.contract.guarded import Guarded, body, guarded
+from tests.contract.worker import Worker, body, running_worker
 
 
 @asynccontextmanager
-async def listening(worker: Guarded) -> AsyncIterator[int]:
+async def listening(worker: Worker) -> AsyncIterator[int]:
     """Serve it as BentoML does; the port on loopback."""
     server = uvicorn.Server(uvicorn.Config(worker.app, port=0, lifespan="off", log_level="critical"))
     serving = asyncio.create_task(server.serve())
@@ -33,7 +33,7 @@ def test_connections_without_a_complete_request_are_closed(folder: Path, monkeyp
     monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.2)
 
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.01)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.01)) as worker:
             async with listening(worker) as port:
                 server = UvicornServer()
                 slow_reader, slow_writer = await asyncio.open_connection("127.0.0.1", port)
@@ -65,7 +65,7 @@ def test_a_connection_with_one_short_request_after_another_is_kept(
     monkeypatch.setattr("serving.worker.uvicorn_adapter.IDLE_SECONDS", 0.3)
 
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with listening(worker) as port:
                 server = UvicornServer()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)

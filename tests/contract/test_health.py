@@ -21,8 +21,8 @@ from serving.engine.interface import EngineLimits
 from serving.http.access_log import AccessLog, to_fields
 from serving.http.access_middleware import RouteNames
 from serving.worker.tracing import Tracing
-from tests.contract.guarded import CHAT, Guarded, at_rest, body, client, guarded
 from tests.contract.tiny import assert_openai_error
+from tests.contract.worker import CHAT, Worker, at_rest, body, client, running_worker
 
 SECRET = "MARKER-of-a-prompt"
 SMALL = EngineLimits(max_sequences=2, kv_tokens=4096)
@@ -30,7 +30,7 @@ SMALL = EngineLimits(max_sequences=2, kv_tokens=4096)
 
 def test_without_a_key_every_path_but_health_is_a_401(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker, "mallory") as http:
                 for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/docs.json")):
                     reply = await http.request(method, path)
@@ -44,7 +44,7 @@ def test_without_a_key_every_path_but_health_is_a_401(folder: Path) -> None:
 @pytest.mark.parametrize("headers", [{"x-big": "x" * 40_000}, {f"x-{i}": "y" for i in range(200)}])
 def test_too_many_or_too_large_headers_are_a_431(headers: dict[str, str], folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 assert_openai_error(await http.get("/v1/models", headers=headers), 431)
 
@@ -55,7 +55,7 @@ def test_a_hung_step_fails_its_requests_and_the_engine_may_recover(folder: Path)
     step = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, step.wait, max_step_seconds=3) as worker:
+        with running_worker(folder, step.wait, max_step_seconds=3) as worker:
             monitor = worker.monitor
             try:
                 async with client(worker) as http:
@@ -81,7 +81,7 @@ def test_a_hung_step_fails_its_requests_and_the_engine_may_recover(folder: Path)
 
 
 def test_an_idle_engine_is_not_treated_as_hung(folder: Path) -> None:
-    with guarded(folder, max_step_seconds=1) as worker:
+    with running_worker(folder, max_step_seconds=1) as worker:
         for _ in range(10):
             worker.monitor.tick()
         assert worker.monitor.is_ready
@@ -92,7 +92,7 @@ def test_three_failed_steps_in_a_row_make_the_worker_not_alive(folder: Path) -> 
         raise RuntimeError("injected")
 
     async def run() -> None:
-        with guarded(folder, fail) as worker:
+        with running_worker(folder, fail) as worker:
             async with client(worker) as http:
                 for _ in range(3):
                     assert worker.monitor.is_alive
@@ -113,7 +113,7 @@ def test_a_fault_in_one_answers_text_ends_that_answer_alone(
     poison = 300
 
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.002)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.002)) as worker:
             decode = worker.model.chat_format.decode
 
             def raising(token_ids: Sequence[int]) -> str:
@@ -135,7 +135,7 @@ def test_a_fault_in_one_answers_text_ends_that_answer_alone(
 
 def test_while_draining_a_stream_continues_and_new_requests_get_503(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.005)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.005)) as worker:
             async with client(worker) as http:
                 stream = asyncio.create_task(http.post(CHAT, json=body(max_tokens=60, ignore_eos=True, stream=True)))
                 while not worker.engine.is_busy:
@@ -152,7 +152,7 @@ def test_while_draining_a_stream_continues_and_new_requests_get_503(folder: Path
     asyncio.run(run())
 
 
-async def _abort(worker: Guarded, payload: bytes, after_pieces: int, seconds: float) -> None:
+async def _abort(worker: Worker, payload: bytes, after_pieces: int, seconds: float) -> None:
     """Ask, and leave after some pieces of the answer or some seconds, whatever comes first."""
     sent = False
     left = asyncio.Event()
@@ -183,7 +183,7 @@ async def _abort(worker: Guarded, payload: bytes, after_pieces: int, seconds: fl
 
 def test_hundreds_of_clients_that_disconnect_at_every_stage_release_everything(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.001), SMALL, AdmissionLimits(1000)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.001), SMALL, AdmissionLimits(1000)) as worker:
             aborts = []
             for i in range(300):
                 payload = json.dumps(
@@ -208,7 +208,7 @@ def test_neither_prompts_nor_keys_are_in_any_log(folder: Path, caplog: pytest.Lo
             raise error
 
     async def run() -> None:
-        with guarded(folder, before) as worker:
+        with running_worker(folder, before) as worker:
             log = AccessLog("text", logging.getLogger("test.access"))
             async with client(worker) as http:
                 await http.post(CHAT, json=body(SECRET, max_tokens=1))
@@ -241,7 +241,7 @@ def test_a_body_that_is_sent_a_byte_at_a_time_is_a_408(folder: Path, monkeypatch
             await asyncio.sleep(0.05)
 
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 assert_openai_error(await http.post(CHAT, content=drip()), 408)
 
@@ -250,7 +250,7 @@ def test_a_body_that_is_sent_a_byte_at_a_time_is_a_408(folder: Path, monkeypatch
 
 def test_the_log_line_has_tokens_times_and_the_reason(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 await http.post(CHAT, json=body(max_tokens=3, ignore_eos=True), headers={"x-request-id": "mine"})
             fields = to_fields(worker.records[0], 0.5)
@@ -272,7 +272,7 @@ def test_the_log_line_has_tokens_times_and_the_reason(folder: Path) -> None:
 
 def test_a_json_log_line_is_json_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 await http.get("/v1/none%0A%22{}")
             AccessLog("json", logging.getLogger("test.json"))(worker.records[0], 0.5)
@@ -289,7 +289,7 @@ def test_a_request_is_one_span_that_continues_the_clients_trace(folder: Path) ->
     trace_id = "0af7651916cd43dd8448eb211c80319c"
 
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
                 await http.post(CHAT, json=body(max_tokens=3, ignore_eos=True), headers=headers)
@@ -320,7 +320,7 @@ def counted(name: str, **labels: str) -> float:
 
 def test_aborted_and_failed_requests_are_counted(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.002)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.002)) as worker:
             aborted, errors = counted("aborted_requests"), counted("request_errors", code="decimal_above_max_value")
             payload = json.dumps(body(max_tokens=200, ignore_eos=True, stream=True)).encode()
             await _abort(worker, payload, after_pieces=2, seconds=5)

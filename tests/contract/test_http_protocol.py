@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.worker.http_protocol import install_protocol
-from tests.contract.guarded import CHAT, at_rest, body, guarded
+from tests.contract.worker import CHAT, at_rest, body, running_worker
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 both_loops = pytest.mark.parametrize("loop", LOOPS)
@@ -73,7 +73,7 @@ def test_a_client_that_has_closed_its_sending_side_gets_its_whole_answer(
     monkeypatch.setattr("serving.worker.http_protocol.PROBE_SECONDS", 0.05)
 
     async def work() -> None:
-        with guarded(folder, lambda: time.sleep(0.05 if is_slow else 0)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.05 if is_slow else 0)) as worker:
             async with listening(worker.app) as port:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(request_of(body(max_tokens=8, ignore_eos=True, stream=stream)))
@@ -102,7 +102,7 @@ def test_a_client_that_leaves_cancels_its_generation(
         monkeypatch.setattr("serving.worker.http_protocol.PROBE_SECONDS", 0.2)
 
     async def work() -> None:
-        with guarded(folder, lambda: time.sleep(0.02)) as worker:
+        with running_worker(folder, lambda: time.sleep(0.02)) as worker:
             async with listening(worker.app) as port:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(request_of(body(max_tokens=200, ignore_eos=True, stream=stream)))
@@ -197,7 +197,7 @@ def test_a_response_to_http_1_0_has_no_chunks(loop: str, folder: Path) -> None:
         return head, content
 
     async def work() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with listening(worker.app) as port:
                 head, content = await ask(port, body(max_tokens=4, ignore_eos=True, stream=True))
                 assert b"transfer-encoding" not in head

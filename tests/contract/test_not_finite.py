@@ -24,7 +24,7 @@ from serving.generation.pipeline import RunningModel
 from tests.contract.tiny import (
     CONTEXT,
     NAME,
-    Meddled,
+    HookedNetwork,
     Scripted,
     assert_openai_error,
     chat_format,
@@ -112,7 +112,7 @@ def test_nothing_of_a_broken_prompt_is_left_for_those_who_begin_alike() -> None:
     def engine_with(value: float, hook: Callable[[], None]) -> NativeEngine:
         model = random_glm(num_tokens)
         model.get_input_embeddings().weight.data[broken] = value
-        network = Meddled(TransformersDecoder(model, num_tokens=num_tokens, max_positions=CONTEXT), hook)
+        network = HookedNetwork(TransformersDecoder(model, num_tokens=num_tokens, max_positions=CONTEXT), hook)
         return NativeEngine(network, EngineLimits(max_batch_tokens=16, kv_tokens=4096))
 
     async def run() -> list[int]:

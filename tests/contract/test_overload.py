@@ -24,8 +24,8 @@ from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
-from tests.contract.guarded import CHAT, SlowReader, at_rest, body, client, guarded
 from tests.contract.tiny import NAME, assert_openai_error
+from tests.contract.worker import CHAT, SlowReader, at_rest, body, client, running_worker
 
 SMALL = EngineLimits(max_sequences=2, kv_tokens=4096)
 
@@ -34,7 +34,7 @@ def test_past_the_queue_is_a_429_with_the_time_to_wait_and_all_others_are_answer
     released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, released.wait, SMALL, AdmissionLimits(max_queued_requests=2)) as worker:
+        with running_worker(folder, released.wait, SMALL, AdmissionLimits(max_queued_requests=2)) as worker:
             async with client(worker) as http, client(worker, "bob") as other:
                 waiting = [asyncio.create_task(http.post(CHAT, json=body(max_tokens=4))) for _ in range(3)]
                 await asyncio.sleep(0.2)
@@ -56,7 +56,7 @@ def test_past_the_queue_is_a_429_with_the_time_to_wait_and_all_others_are_answer
 
 def test_a_hundred_requests_of_one_client_do_not_delay_another_client(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.001), SMALL) as worker:
+        with running_worker(folder, lambda: time.sleep(0.001), SMALL) as worker:
             finished: list[str] = []
             async with client(worker) as greedy, client(worker, "bob") as modest:
 
@@ -81,7 +81,7 @@ def test_the_clients_own_deadline_is_a_408_and_the_slot_is_free(stream: bool, fo
     released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, released.wait, SMALL) as worker:
+        with running_worker(folder, released.wait, SMALL) as worker:
             async with client(worker) as http:
                 reply = await http.post(
                     CHAT, json=body(max_tokens=8, stream=stream), headers={"x-request-timeout": "0.3"}
@@ -99,7 +99,7 @@ def test_the_servers_deadline_is_a_504_and_cannot_be_lengthened(folder: Path) ->
     released = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, released.wait, SMALL, limits=ApiLimits(timeout_seconds=0.3)) as worker:
+        with running_worker(folder, released.wait, SMALL, limits=ApiLimits(timeout_seconds=0.3)) as worker:
             async with client(worker) as http:
                 reply = await http.post(CHAT, json=body(max_tokens=8), headers={"x-request-timeout": "60"})
                 assert_openai_error(reply, 504)
@@ -111,7 +111,7 @@ def test_the_servers_deadline_is_a_504_and_cannot_be_lengthened(folder: Path) ->
 
 def test_a_deadline_in_the_middle_of_a_stream_is_an_event(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, lambda: time.sleep(0.02), SMALL) as worker:
+        with running_worker(folder, lambda: time.sleep(0.02), SMALL) as worker:
             async with client(worker) as http:
                 reply = await http.post(
                     CHAT,
@@ -131,7 +131,7 @@ def test_a_deadline_in_the_middle_of_a_stream_is_an_event(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", "1e999"])
 def test_a_deadline_that_is_no_number_of_seconds_is_a_400(value: str, folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder) as worker:
+        with running_worker(folder) as worker:
             async with client(worker) as http:
                 reply = await http.post(CHAT, json=body(), headers={"x-request-timeout": value})
                 assert "x-request-timeout" in assert_openai_error(reply, 400)["message"]
@@ -141,7 +141,7 @@ def test_a_deadline_that_is_no_number_of_seconds_is_a_400(value: str, folder: Pa
 
 def test_limits_of_a_key_are_its_own(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=2)) as worker:
+        with running_worker(folder, admission_limits=AdmissionLimits(requests_per_minute=2)) as worker:
             async with client(worker) as http, client(worker, "bob") as other:
                 statuses = [(await http.post(CHAT, json=body(max_tokens=2))).status_code for _ in range(3)]
                 assert statuses == [200, 200, 429]
@@ -155,7 +155,7 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
 
 def test_the_native_route_has_the_same_admission(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
+        with running_worker(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
             registry = ModelRegistry(NAME, model=worker.model)
@@ -175,7 +175,7 @@ def test_the_native_route_releases_its_permit_however_early_its_client_leaves(fo
     never = threading.Event()
 
     async def run() -> None:
-        with guarded(folder, lambda: never.wait(0.2)) as worker:
+        with running_worker(folder, lambda: never.wait(0.2)) as worker:
             generations = GenerationStarter(worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
             registry = ModelRegistry(NAME, model=worker.model)
@@ -202,7 +202,7 @@ def test_out_of_memory_is_not_to_be_tried_again(folder: Path) -> None:
             raise torch.OutOfMemoryError("injected")
 
     async def run() -> None:
-        with guarded(folder, before) as worker:
+        with running_worker(folder, before) as worker:
             async with client(worker) as http:
                 reply = await http.post(CHAT, json=body(max_tokens=8))
                 assert assert_openai_error(reply, 500)["code"] == "out_of_memory"
@@ -214,7 +214,7 @@ def test_out_of_memory_is_not_to_be_tried_again(folder: Path) -> None:
 
 def test_a_small_cache_preempts_and_every_answer_is_the_same_as_alone(folder: Path) -> None:
     async def run() -> None:
-        with guarded(folder, engine_limits=EngineLimits(max_sequences=8, kv_tokens=512)) as worker:
+        with running_worker(folder, engine_limits=EngineLimits(max_sequences=8, kv_tokens=512)) as worker:
             async with client(worker) as http:
                 bodies = [
                     body(f"{i} hello", max_tokens=100, ignore_eos=True, seed=i, temperature=0.9) for i in range(8)
@@ -236,7 +236,7 @@ def test_a_reader_that_stops_reading_delays_no_other_request_and_is_dropped(fold
     limits = ApiLimits(stall_seconds=1.5)
 
     async def run() -> None:
-        with guarded(folder, engine_limits=replace(SMALL, kv_tokens=8192), limits=limits) as worker:
+        with running_worker(folder, engine_limits=replace(SMALL, kv_tokens=8192), limits=limits) as worker:
             payload = json.dumps(body(max_tokens=200, ignore_eos=True, stream=True)).encode()
             reader = SlowReader(worker, payload)
             reading = asyncio.create_task(reader.run())

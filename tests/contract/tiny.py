@@ -38,7 +38,7 @@ NAME = "chatglm2-6b"
 
 
 @dataclass
-class Meddled:
+class HookedNetwork:
     """A network that is really another one, with something done before every forward: waiting, or failing."""
 
     network: CausalLM
@@ -149,7 +149,7 @@ def serving(
     if script:
         network = Scripted(network, form.encode(script)[2:])  # without the prefix of a prompt
     engine = NativeEngine(
-        network if before is None else Meddled(network, before), EngineLimits(kv_tokens=max(4096, context))
+        network if before is None else HookedNetwork(network, before), EngineLimits(kv_tokens=max(4096, context))
     )
     engine.start()
     with in_front_of(RunningModel(engine, form, context, drops_oldest_rounds), limits) as app:

@@ -26,7 +26,7 @@ MARKER = "MARKER-of-a-prompt"
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("operations")
     keys = home / "keys"
     keys.write_text(f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()} operator\n")
@@ -67,21 +67,21 @@ def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.1)
 
 
-def test_health_needs_no_key_and_everything_else_does(guarded: Server) -> None:
+def test_health_needs_no_key_and_everything_else_does(two_workers: Server) -> None:
     for path in ("/livez", "/readyz", "/healthz"):
-        assert requests.get(guarded.url + path, timeout=10).status_code == 200
+        assert requests.get(two_workers.url + path, timeout=10).status_code == 200
     for path in ("/", "/docs.json", "/schema.json", "/metrics", "/models", "/v1/models", "/v1/nothing", "/generate"):
-        reply = requests.get(guarded.url + path, timeout=10)
+        reply = requests.get(two_workers.url + path, timeout=10)
         assert reply.status_code == 401, path
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"].startswith("Bearer")
-        assert requests.get(guarded.url + path, headers=HEADERS, timeout=10).status_code != 401, path
+        assert requests.get(two_workers.url + path, headers=HEADERS, timeout=10).status_code != 401, path
 
 
-def test_browsers_of_the_configured_origin_may_call_and_others_may_not(guarded: Server) -> None:
+def test_browsers_of_the_configured_origin_may_call_and_others_may_not(two_workers: Server) -> None:
     for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
         reply = requests.options(
-            f"{guarded.base_url}/chat/completions",
+            f"{two_workers.base_url}/chat/completions",
             headers={
                 "origin": origin,
                 "access-control-request-method": "POST",
@@ -95,7 +95,7 @@ def test_browsers_of_the_configured_origin_may_call_and_others_may_not(guarded: 
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
-def test_a_client_that_offers_an_upgrade_and_half_closes_is_answered(guarded: Server, path: str) -> None:
+def test_a_client_that_offers_an_upgrade_and_half_closes_is_answered(two_workers: Server, path: str) -> None:
     messages = [{"role": "user", "content": "你好"}]
     chat_body = {"model": "chatglm", "messages": messages, "stream": True, "max_tokens": 4}
     content = json.dumps(chat_body if path != "/generate" else {"prompt": "你好", "max_tokens": 4}).encode()
@@ -103,7 +103,7 @@ def test_a_client_that_offers_an_upgrade_and_half_closes_is_answered(guarded: Se
         f"POST {path} HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(content)}\r\n"
         "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n\r\n"
     )
-    address = urlsplit(guarded.url)
+    address = urlsplit(two_workers.url)
     with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(head.encode() + content)
         connection.shutdown(socket.SHUT_WR)
@@ -112,17 +112,17 @@ def test_a_client_that_offers_an_upgrade_and_half_closes_is_answered(guarded: Se
     assert received.endswith(b"\r\n0\r\n\r\n")
 
 
-def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: Server) -> None:
+def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(two_workers: Server) -> None:
     time.sleep(1.5)  # each worker counts tokens once a second, those of earlier tests, too
-    before = metrics(guarded)
+    before = metrics(two_workers)
     for _ in range(8):
-        assert chat(guarded, max_tokens=4, ignore_eos=True).status_code == 200
+        assert chat(two_workers, max_tokens=4, ignore_eos=True).status_code == 200
     for i in range(50):
-        requests.get(f"{guarded.base_url}/random-{i}", headers=HEADERS, timeout=10)
+        requests.get(f"{two_workers.base_url}/random-{i}", headers=HEADERS, timeout=10)
     generated = before.get("chatglm_generation_tokens_total", 0) + 8 * 4
-    until(lambda: metrics(guarded).get("chatglm_generation_tokens_total") == generated)
-    until(lambda: metrics(guarded)["chatglm_kv_cache_used_tokens"] == 0)
-    after = metrics(guarded)
+    until(lambda: metrics(two_workers).get("chatglm_generation_tokens_total") == generated)
+    until(lambda: metrics(two_workers)["chatglm_kv_cache_used_tokens"] == 0)
+    after = metrics(two_workers)
     assert after["chatglm_ready"] == 2
     assert (
         after["chatglm_time_to_first_token_seconds_count"] - before.get("chatglm_time_to_first_token_seconds_count", 0)
@@ -133,11 +133,11 @@ def test_metrics_add_up_over_two_workers_and_paths_do_not_make_series(guarded: S
     assert not any("random-" in name for name in after)
 
 
-def test_the_log_is_json_without_prompts_and_keys(guarded: Server) -> None:
-    chat(guarded, max_tokens=4)
-    chat(guarded, temperature=9)
-    until(lambda: '"status": 400' in guarded.log.read_text(encoding="utf-8"))
-    log = guarded.log.read_text(encoding="utf-8")
+def test_the_log_is_json_without_prompts_and_keys(two_workers: Server) -> None:
+    chat(two_workers, max_tokens=4)
+    chat(two_workers, temperature=9)
+    until(lambda: '"status": 400' in two_workers.log.read_text(encoding="utf-8"))
+    log = two_workers.log.read_text(encoding="utf-8")
     assert MARKER not in log
     assert KEY not in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
@@ -146,10 +146,10 @@ def test_the_log_is_json_without_prompts_and_keys(guarded: Server) -> None:
     assert answered[-1]["completion_tokens"] == 4
 
 
-def test_limits_of_bodies_hold_for_bentomls_route_and_health_is_answered_meanwhile(guarded: Server) -> None:
+def test_limits_of_bodies_hold_for_bentomls_route_and_health_is_answered_meanwhile(two_workers: Server) -> None:
     def post(content: bytes, **headers: str) -> requests.Response:
         given = {**HEADERS, "content-type": "application/json", **headers}
-        return requests.post(f"{guarded.url}/generate", data=content, headers=given, timeout=60)
+        return requests.post(f"{two_workers.url}/generate", data=content, headers=given, timeout=60)
 
     assert post(b"x" * 20_000_000).status_code == 413
     assert post(b'{"prompt":"a","system":' + b"[" * 2000 + b"]" * 2000 + b"}").json()["error"]["code"] == "invalid_json"
@@ -164,28 +164,33 @@ def test_limits_of_bodies_hold_for_bentomls_route_and_health_is_answered_meanwhi
     assert not answer.text.startswith("{")
     no_prompt = post(json.dumps({"prompt": [MARKER]}).encode())
     assert no_prompt.status_code == 400  # BentoML's own answer; the exception in its log would quote the value
-    until(lambda: "ValidationError" in guarded.log.read_text(encoding="utf-8"))
-    assert MARKER not in guarded.log.read_text(encoding="utf-8")
+    until(lambda: "ValidationError" in two_workers.log.read_text(encoding="utf-8"))
+    assert MARKER not in two_workers.log.read_text(encoding="utf-8")
 
 
-def test_lines_of_all_loggers_reach_the_log(guarded: Server) -> None:
+def test_lines_of_all_loggers_reach_the_log(two_workers: Server) -> None:
     """BentoML's root logger drops INFO lines; a change of the key file is one."""
-    keys = guarded.log.parent / "keys"
+    keys = two_workers.log.parent / "keys"
     keys.write_text(keys.read_text() + "# the same keys\n")
-    until(lambda: chat(guarded, max_tokens=1).ok and "1 API keys are in use" in guarded.log.read_text(encoding="utf-8"))
+    until(
+        lambda: (
+            chat(two_workers, max_tokens=1).ok
+            and "1 API keys are in use" in two_workers.log.read_text(encoding="utf-8")
+        )
+    )
 
 
-def test_a_killed_worker_is_replaced_and_its_gauges_are_deleted(guarded: Server) -> None:
-    workers = psutil.Process(guarded.process.pid).children()
-    stream = chat(guarded, stream=True, ignore_eos=True, max_tokens=4000)
+def test_a_killed_worker_is_replaced_and_its_gauges_are_deleted(two_workers: Server) -> None:
+    workers = psutil.Process(two_workers.process.pid).children()
+    stream = chat(two_workers, stream=True, ignore_eos=True, max_tokens=4000)
     next(stream.iter_lines())
     for worker in workers:
         worker.kill()
     time.sleep(1)
-    wait_until_ready(guarded)
-    until(lambda: metrics(guarded).get("chatglm_ready") == 2, 60)
-    assert metrics(guarded)["bentoml_service_request_in_progress"] <= 1
-    assert chat(guarded, max_tokens=4).status_code == 200
+    wait_until_ready(two_workers)
+    until(lambda: metrics(two_workers).get("chatglm_ready") == 2, 60)
+    assert metrics(two_workers)["bentoml_service_request_in_progress"] <= 1
+    assert chat(two_workers, max_tokens=4).status_code == 200
 
 
 def test_a_stopped_worker_continues_where_it_was_and_sigterm_lets_its_streams_finish(tmp_path: Path) -> None:
@@ -232,15 +237,15 @@ def test_after_the_grace_period_streams_get_an_error_and_the_server_ends(tmp_pat
         assert server.process.wait(30) == 0
 
 
-def test_a_second_signal_ends_at_once(guarded: Server) -> None:
-    stream = chat(guarded, stream=True, ignore_eos=True, max_tokens=8000, n=4)
+def test_a_second_signal_ends_at_once(two_workers: Server) -> None:
+    stream = chat(two_workers, stream=True, ignore_eos=True, max_tokens=8000, n=4)
     reading = threading.Thread(target=lambda: _read_all(stream), daemon=True)
     reading.start()
-    guarded.process.send_signal(signal.SIGTERM)
+    two_workers.process.send_signal(signal.SIGTERM)
     time.sleep(2)
-    assert guarded.process.poll() is None
-    guarded.process.send_signal(signal.SIGTERM)
-    assert guarded.process.wait(30) == 0  # of a grace period of 600 s
+    assert two_workers.process.poll() is None
+    two_workers.process.send_signal(signal.SIGTERM)
+    assert two_workers.process.wait(30) == 0  # of a grace period of 600 s
 
 
 def _read_all(stream: requests.Response) -> None:

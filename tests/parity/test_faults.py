@@ -15,7 +15,7 @@ from serving.engine.interface import EngineLimits, PromptLayout, SamplingParams
 from serving.engine.native.engine import NativeEngine
 from serving.engine.output_queue import MAX_UNREAD, OutputQueue
 from serving.engine.outputs import EngineStopped, OutOfMemory, PoolingOutput, RequestFailed, UnknownToken
-from tests.contract.tiny import Meddled
+from tests.contract.tiny import HookedNetwork
 from tests.tiny import VOCABULARY, generate, generating, greedy, running, settled, tiny_model, tokens
 
 PROMPT = [7, 8, 9, 10, 11]
@@ -23,13 +23,13 @@ OTHER = [30, 31, 32]
 
 
 @contextmanager
-def meddled(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[NativeEngine]:
+def hooked_engine(before: Callable[[], None], kv_tokens: int = 4096) -> Iterator[NativeEngine]:
     torch.set_num_threads(1)
-    with running(Meddled(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens)) as engine:
+    with running(HookedNetwork(tiny_model().network, before), EngineLimits(kv_tokens=kv_tokens)) as engine:
         yield engine
 
 
-class MisleadingLayout(Meddled):
+class MisleadingLayout(HookedNetwork):
     """Says something about a prompt that the scheduler cannot count with."""
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
@@ -50,7 +50,7 @@ class Failing:
 
 def test_a_failed_forward_ends_its_request_and_the_next_one_is_answered_rightly() -> None:
     async def run() -> None:
-        with meddled(Failing({3}, lambda: RuntimeError("injected"))) as engine:
+        with hooked_engine(Failing({3}, lambda: RuntimeError("injected"))) as engine:
             with pytest.raises(RequestFailed):
                 await tokens(engine, PROMPT, greedy(8))
             assert await tokens(engine, PROMPT, greedy(8)) == tiny_model().greedy(PROMPT, 8)
@@ -65,7 +65,7 @@ def test_a_step_that_fails_once_fails_no_request() -> None:
     """Whatever it was, each part of the batch is computed again, with the slots that the first attempt wrote."""
 
     async def run() -> None:
-        with meddled(Failing({5, 9}, lambda: RuntimeError("injected"))) as engine:
+        with hooked_engine(Failing({5, 9}, lambda: RuntimeError("injected"))) as engine:
             answers = await asyncio.gather(*(tokens(engine, [*PROMPT, i], greedy(12)) for i in range(5)))
             assert answers == [tiny_model().greedy([*PROMPT, i], 12) for i in range(5)]
             await settled(engine)
@@ -77,7 +77,7 @@ def test_a_device_that_fails_for_everything_ends_the_engine_but_not_at_once() ->
     """Each failing step is two forwards: of the request, and of a token of the engine's own."""
 
     async def run() -> None:
-        with meddled(Failing({1, 2, 3, 4, *range(6, 12)}, lambda: RuntimeError("injected"))) as engine:
+        with hooked_engine(Failing({1, 2, 3, 4, *range(6, 12)}, lambda: RuntimeError("injected"))) as engine:
             for _ in range(2):
                 with pytest.raises(RequestFailed):
                     await tokens(engine, PROMPT, greedy(4))
@@ -96,7 +96,7 @@ def test_a_device_that_fails_for_everything_ends_the_engine_but_not_at_once() ->
 
 def test_requests_that_fail_one_after_the_other_do_not_end_the_engine() -> None:
     async def run() -> None:
-        with meddled(Failing(set(range(1, 21, 2)), lambda: RuntimeError("injected"))) as engine:
+        with hooked_engine(Failing(set(range(1, 21, 2)), lambda: RuntimeError("injected"))) as engine:
             for _ in range(10):
                 with pytest.raises(RequestFailed):
                     await tokens(engine, PROMPT, greedy(4))
@@ -107,7 +107,7 @@ def test_requests_that_fail_one_after_the_other_do_not_end_the_engine() -> None:
 
 def test_an_id_that_the_network_does_not_have_is_refused_before_the_batch() -> None:
     async def run() -> None:
-        with meddled(lambda: None) as engine:
+        with hooked_engine(lambda: None) as engine:
             for token_id in (VOCABULARY, -1):
                 with pytest.raises(UnknownToken):
                     await tokens(engine, [7, token_id], greedy(4))
@@ -131,7 +131,7 @@ def test_moves_that_fail_let_every_sequence_start_again(
         return clone(tensor, **options)  # type: ignore[arg-type]
 
     async def run() -> None:
-        with meddled(lambda: None, kv_tokens=512) as engine:
+        with hooked_engine(lambda: None, kv_tokens=512) as engine:
             monkeypatch.setattr(torch.Tensor, "clone", failing)
             answers = await asyncio.gather(*(tokens(engine, [*PROMPT, i], greedy(80 + 16 * i)) for i in range(6)))
             monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_moves_that_fail_let_every_sequence_start_again(
 
 def test_out_of_memory_is_reported_as_such_and_the_engine_continues() -> None:
     async def run() -> None:
-        with meddled(Failing({2}, lambda: torch.OutOfMemoryError("injected"))) as engine:
+        with hooked_engine(Failing({2}, lambda: torch.OutOfMemoryError("injected"))) as engine:
             with pytest.raises(OutOfMemory):
                 await tokens(engine, PROMPT, greedy(8))
             assert await tokens(engine, PROMPT, greedy(8)) == tiny_model().greedy(PROMPT, 8)
@@ -155,7 +155,7 @@ def test_a_request_whose_sampling_raises_fails_alone() -> None:
     """A bias on a token that the network does not have raises inside the sampler, in a batch with a healthy request."""
 
     async def run() -> None:
-        with meddled(lambda: None) as engine:
+        with hooked_engine(lambda: None) as engine:
             sick = replace(greedy(12), logit_bias=((VOCABULARY + 5, 1.0),))
             healthy = asyncio.create_task(tokens(engine, PROMPT, greedy(24)))
             with pytest.raises(RequestFailed, match="sampler"):
@@ -169,7 +169,7 @@ def test_a_request_whose_sampling_raises_fails_alone() -> None:
 
 def test_a_prompt_whose_layout_raises_fails_alone() -> None:
     async def run() -> None:
-        with meddled(lambda: None) as engine:
+        with hooked_engine(lambda: None) as engine:
             with pytest.raises(TypeError):
                 await tokens(engine, None, greedy(4))  # type: ignore[arg-type]
             assert await tokens(engine, PROMPT, greedy(4)) == tiny_model().greedy(PROMPT, 4)
@@ -181,7 +181,7 @@ def test_a_reader_that_stops_reading_is_paused_and_delays_no_other_request() -> 
     length = 3 * MAX_UNREAD
 
     async def run() -> None:
-        with meddled(lambda: None) as engine:
+        with hooked_engine(lambda: None) as engine:
             async with generating(engine, PROMPT, [greedy(length)]) as outputs:
                 first = await anext(outputs)
                 before = -1
@@ -199,7 +199,7 @@ def test_a_reader_that_stops_reading_is_paused_and_delays_no_other_request() -> 
 
 def test_a_paused_reader_that_leaves_frees_its_slots() -> None:
     async def run() -> None:
-        with meddled(lambda: None) as engine:
+        with hooked_engine(lambda: None) as engine:
             async with generating(engine, PROMPT, [greedy(3 * MAX_UNREAD)]) as outputs:
                 await anext(outputs)
                 while engine.stats().generated_tokens < MAX_UNREAD:
@@ -214,7 +214,7 @@ def test_requests_in_a_hanging_step_fail_and_the_engine_may_continue() -> None:
     released = threading.Event()
 
     async def run() -> None:
-        with meddled(released.wait) as engine:
+        with hooked_engine(released.wait) as engine:
             try:
                 waiting = asyncio.create_task(tokens(engine, PROMPT, greedy(4)))
                 while not engine.is_busy:

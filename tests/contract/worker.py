@@ -24,14 +24,14 @@ from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
 from serving.worker.health import HealthMonitor
-from tests.contract.tiny import CONTEXT, NAME, Meddled, chat_format, random_network
+from tests.contract.tiny import CONTEXT, NAME, HookedNetwork, chat_format, random_network
 
 KEYS = ["sk-alice alice", "sk-bob bob"]
 CHAT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Guarded:
+class Worker:
     """Everything of one worker."""
 
     app: AccessMiddleware
@@ -44,7 +44,7 @@ class Guarded:
 
 
 @contextmanager
-def guarded(
+def running_worker(
     folder: Path,
     before: Callable[[], None] | None = None,
     engine_limits: EngineLimits | None = None,
@@ -52,11 +52,13 @@ def guarded(
     limits: ApiLimits | None = None,
     keys: list[str] | None = None,
     max_step_seconds: float = 60.0,
-) -> Iterator[Guarded]:
+) -> Iterator[Worker]:
     """A worker without BentoML around it, for as long as the block lasts."""
     format_ = chat_format(folder, "chatglm2")
     network = random_network(format_.num_tokens)
-    engine = NativeEngine(network if before is None else Meddled(network, before), engine_limits or EngineLimits())
+    engine = NativeEngine(
+        network if before is None else HookedNetwork(network, before), engine_limits or EngineLimits()
+    )
     engine.start()
     model = RunningModel(engine, format_, CONTEXT)
     registry = ModelRegistry(NAME, model=model)
@@ -69,7 +71,7 @@ def guarded(
     policy = AccessPolicy(accepted if accepted.num_keys else None, state, observers=observers)
     mounted = BodyMiddleware(Prefixed(app), (limits or ApiLimits()).body)
     try:
-        yield Guarded(
+        yield Worker(
             AccessMiddleware(mounted, policy, RouteNames([])),
             engine,
             model,
@@ -97,14 +99,14 @@ def body(content: str = "你好", **fields: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def client(worker: Guarded, name: str = "alice") -> AsyncIterator[httpx2.AsyncClient]:
+async def client(worker: Worker, name: str = "alice") -> AsyncIterator[httpx2.AsyncClient]:
     headers = {"authorization": f"Bearer sk-{name}"}
     transport = httpx2.ASGITransport(worker.app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test", headers=headers, timeout=60) as http:
         yield http
 
 
-async def at_rest(worker: Guarded, seconds: float = 10.0) -> None:
+async def at_rest(worker: Worker, seconds: float = 10.0) -> None:
     """Wait until no slot, no admission and no request is in use; fail if that does not happen."""
     async with asyncio.timeout(seconds):
         while True:
@@ -118,7 +120,7 @@ async def at_rest(worker: Guarded, seconds: float = 10.0) -> None:
 class SlowReader:
     """An ASGI client that reads the head and a few pieces of a stream and then blocks every send."""
 
-    def __init__(self, worker: Guarded, payload: bytes, num_taken: int = 3) -> None:
+    def __init__(self, worker: Worker, payload: bytes, num_taken: int = 3) -> None:
         self._worker = worker
         self._payload = payload
         self._num_taken = num_taken
