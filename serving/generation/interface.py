@@ -147,7 +147,12 @@ class Finished:
     usage: Usage
 
 
-AnswerPart = TextDelta | ToolCallDelta
+@dataclass(frozen=True)
+class RepeatedCall:
+    """The model wrote a call that it had made before in the same answer: the answer is over."""
+
+
+AnswerPart = TextDelta | ToolCallDelta | RepeatedCall
 ChatEvent = TextDelta | ToolCallDelta | Finished
 IndexedEvent = tuple[int, ChatEvent]  # (which answer of the request, its event)
 

@@ -13,6 +13,7 @@ from serving.generation.interface import (
     AnswerPart,
     ChatEvent,
     Finished,
+    RepeatedCall,
     TextDelta,
     TextToken,
     ToolCallDelta,
@@ -42,7 +43,7 @@ class PlainTextParser:
 
 
 class OutputProcessor:
-    """Processes the outputs of one choice. `is_over` also becomes true when a stop string was found."""
+    """Processes the outputs of one choice. `is_over` also becomes true at a stop string and at a repeated tool call."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class OutputProcessor:
         self._num_reported = 0  # of them, those that deltas have counted
         self._num_cached_tokens = 0
         self._called_tools = False
+        self._repeats_call = False
         self._shares = TokenShares(token_bytes) if has_logprobs else None
         self.is_over = False
 
@@ -89,8 +91,8 @@ class OutputProcessor:
 
     @property
     def _is_stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self._stop is not None and self._stop.hit
+        """Whether a stop string was found, or a call that was made before."""
+        return self._repeats_call or (self._stop is not None and self._stop.hit)
 
     def _show(self, parts: list[AnswerPart]) -> list[ChatEvent]:
         events: list[ChatEvent] = []
@@ -106,6 +108,8 @@ class OutputProcessor:
                         events += self._delta(*self._shares.flush(with_all_tokens=False))
                         self._shares = None  # the tokens of calls have no share of the text
                     events.append(part)
+                case RepeatedCall():
+                    self._repeats_call = True
         return events
 
     def _held_text(self) -> list[TextDelta]:

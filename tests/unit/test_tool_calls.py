@@ -17,6 +17,7 @@ from serving.generation.interface import (
     AnswerPart,
     Conversation,
     Message,
+    RepeatedCall,
     TextDelta,
     Tool,
     ToolCall,
@@ -58,6 +59,8 @@ def read(parser: AnswerParser, pieces: Iterable[str]) -> tuple[str, list[tuple[s
                 calls[-1] = (calls[-1][0], calls[-1][1] + arguments)
             case TextDelta():
                 assert not calls, "no text comes after a call"
+            case RepeatedCall():
+                raise AssertionError("no call was repeated")
     return "".join(part.text for part in parts if isinstance(part, TextDelta)), calls
 
 
@@ -106,6 +109,36 @@ def test_arguments_go_out_as_they_come() -> None:
     assert (first.name, first.arguments) == ("weather", "")
     assert parser.push('{"ci') == [ToolCallDelta(0, None, None, '{"ci')]
     assert parser.push('ty": 1}}') == [ToolCallDelta(0, None, None, 'ty": 1}')]
+
+
+@pytest.mark.parametrize("kind", SYNTAXES)
+def test_a_repeated_call_ends_the_answer(kind: str) -> None:
+    """A model of 135M parameters, held to calls, wrote one call eight times, until `max_tokens`."""
+    syntax, choose = SYNTAXES[kind], random.Random(7)
+    first, other = call(syntax, "weather", ARGUMENTS), call(syntax, "weather", ARGUMENTS.replace("1", "2"))
+    text = syntax.separator.join([first, other, call(syntax, "weather_now", ARGUMENTS), first, other])
+    for _ in range(50):
+        parser = ToolCallParser(syntax, NAMES, ExactAnswerParser(), is_forced=True)
+        parts = [part for piece in cuts(text, choose) for part in parser.push(piece)]
+        assert parts.pop() == RepeatedCall()
+        called = [(part.index, part.name) for part in parts if isinstance(part, ToolCallDelta) and part.name]
+        assert called == [(0, "weather"), (1, "weather"), (2, "weather_now")]
+        written = [
+            [part.arguments for part in parts if isinstance(part, ToolCallDelta) and part.index == i] for i in range(3)
+        ]
+        assert ["".join(pieces) for pieces in written] == [ARGUMENTS, ARGUMENTS.replace("1", "2"), ARGUMENTS]
+        assert parser.push("more") == []
+        assert parser.flush() == []
+
+
+def test_the_beginning_of_a_repeated_call_is_not_sent() -> None:
+    parser = ToolCallParser(PLAIN, NAMES, ExactAnswerParser(), is_forced=True)
+    parser.push(call(PLAIN, "weather", '{"city": "x"}'))
+    assert parser.push('\n<tool_call>{"name": "weather", "arguments": {"city": "') == []
+    begun, rest = parser.push("y")
+    assert isinstance(begun, ToolCallDelta)
+    assert (begun.index, begun.name) == (1, "weather")
+    assert rest == ToolCallDelta(1, None, None, '{"city": "y')
 
 
 @pytest.mark.parametrize("document", [ARGUMENTS, "{}", '{"a": "\\\\"}', '{"a": "\\u0022}"}', "[[], {}]"])

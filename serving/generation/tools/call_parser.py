@@ -6,7 +6,7 @@ import re
 import uuid
 from typing import Literal
 
-from serving.generation.interface import AnswerParser, AnswerPart, TextDelta, ToolCallDelta, ToolSyntax
+from serving.generation.interface import AnswerParser, AnswerPart, RepeatedCall, TextDelta, ToolCallDelta, ToolSyntax
 
 _SPACE = " \t\n\r\v\f"  # the white space of `bytes.lstrip`, which the mask uses
 _MARKS = re.compile(r'["\\{}\[\]]')
@@ -47,6 +47,8 @@ class ToolCallParser:
     """Passes text to the family's parser until the opening of a call is complete; reads only calls from there on.
 
     Arguments are returned as they arrive. A call that `max_tokens` cuts before its arguments begin is left out.
+    A call with the name and the arguments of an earlier one is not returned and ends the answer: some models repeat a
+    call until `max_tokens`. Deltas are held back while their call may still turn out to repeat another.
     is_forced: the answer consists of calls.
     """
 
@@ -57,9 +59,12 @@ class ToolCallParser:
         }
         self._openings = {syntax.opening.replace("{name}", name) for name in names}
         self._text = text
-        self._state: Literal["text", "head", "arguments", "after"] = "head" if is_forced else "text"
+        self._state: Literal["text", "head", "arguments", "after", "over"] = "head" if is_forced else "text"
         self._held = ""
+        self._name, self._arguments = "", ""  # of the call that is being read
         self._num_calls = 0
+        self._calls: list[tuple[str, str]] = []  # (name, arguments) of those that are complete
+        self._is_held = False  # nothing of the call was returned yet
         self._end = JsonEnd()
         self._is_start = True  # only white space so far
 
@@ -88,6 +93,9 @@ class ToolCallParser:
                 return self._read_arguments()
             case "after":
                 return self._read_after()
+            case "over":
+                self._held = ""
+                return []
 
     def _read_text(self) -> list[AnswerPart]:
         if self._syntax.is_at_start:
@@ -121,18 +129,33 @@ class ToolCallParser:
                 self._held = self._held[len(head) :]
                 self._state = "arguments"
                 self._end = JsonEnd()
-                self._num_calls += 1
-                return [ToolCallDelta(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name, "")]
+                self._name, self._arguments, self._is_held = name, "", True
+                return self._release()
         return []
 
     def _read_arguments(self) -> list[AnswerPart]:
         size = self._end.push(self._held)
-        if size is None:
-            text, self._held = self._held, ""
-        else:
-            text, self._held = self._held[:size], self._held[size:]
+        text, self._held = self._held[:size], "" if size is None else self._held[size:]
+        self._arguments += text
+        if size is not None:
             self._state = "after"
+            if (self._name, self._arguments) in self._calls:
+                self._state = "over"
+                return [RepeatedCall()]
+            self._calls.append((self._name, self._arguments))
+        if self._is_held:
+            return self._release()
         return [ToolCallDelta(self._num_calls - 1, None, None, text)] if text else []
+
+    def _release(self) -> list[AnswerPart]:
+        """The call so far, unless it may still repeat an earlier one."""
+        is_complete = self._state == "after"
+        if not is_complete and any(n == self._name and a.startswith(self._arguments) for n, a in self._calls):
+            return []
+        self._is_held = False
+        self._num_calls += 1
+        begun = ToolCallDelta(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", self._name, "")
+        return [begun, ToolCallDelta(begun.index, None, None, self._arguments)] if self._arguments else [begun]
 
     def _read_after(self) -> list[AnswerPart]:
         if self._held.startswith(self._syntax.after):
