@@ -101,8 +101,8 @@ def fresh_body(number: int) -> dict[str, Any]:
         parameters = {"type": "object", "properties": {f"p{number}": {"type": "string"}}, "required": [f"p{number}"]}
         function = {"name": f"f{number}", "parameters": parameters}
         return {**body, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-    properties = {f"p{i}": {"enum": [f"value {i} {j}" for j in range(6)]} for i in range(100)}
-    schema = {"$comment": f"{number}", "type": "object", "properties": properties, "required": list(properties)}
+    properties = {f"p{i}": {"enum": [f"value {i} {j} {number}" for j in range(6)]} for i in range(100)}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
     return {**body, "response_format": {"type": "json_schema", "json_schema": {"name": "fresh", "schema": schema}}}
 
 

@@ -21,10 +21,10 @@ def fresh_request(number: int) -> dict[str, Any]:
     body = {**ASK, "messages": [{"role": "user", "content": f"{number} hello how are you today?"}], "max_tokens": 2}
     if number % 4:
         names = [f"property_{i}" for i in range(100)]
-        properties = {name: {"enum": [f"{name}_{i}" for i in range(6)]} for name in names}
-        schema = {"$comment": f"{number}", "type": "object", "properties": properties, "required": names}
+        properties = {name: {"enum": [f"{name}_{i}_{number}" for i in range(6)]} for name in names}
+        schema = {"type": "object", "properties": properties, "required": names}
         return {**body, "response_format": json_schema(schema)}
-    function = {"name": f"f{number}", "parameters": {"$comment": f"{number}", **CITY}}
+    function = {"name": f"f{number}", "parameters": CITY}
     return {**body, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from models.families.chatglm2 import ChatGLM2Format
 from models.families.chatglm3 import CALL
 from models.tokenizers.sentencepiece import SentencePieceTokenizer
 from serving.engine.interface import TokenMask
-from serving.generation.interface import AnswerParser, TextDelta, Tool, ToolCallDelta
+from serving.generation.interface import AnswerParser, RepeatedCall, TextDelta, Tool, ToolCallDelta, ToolSyntax
 from serving.generation.structured.grammar import (
     AnswerConstraint,
     ChoiceAnswer,
@@ -24,6 +25,7 @@ from serving.generation.structured.grammar import (
     RegexAnswer,
     ToolUse,
     answer_grammar,
+    arguments_schema,
     call_grammars,
     forced_grammar,
 )
@@ -184,11 +186,16 @@ def test_what_is_shown_matches_the_pattern(answers: Answers, pattern: str) -> No
         assert re.fullmatch(pattern, text), text
 
 
+def argument_schemas(*tools: Tool) -> dict[str, dict[str, Any]]:
+    """What the grammars take for tools."""
+    return {tool.name: arguments_schema(tool) for tool in tools}
+
+
 GREEDY_FOR_SPACE: list[tuple[str, str]] = [
     ("a document", answer_grammar(JsonAnswer(TREE, "response_format"))),
     ("any object", answer_grammar(JsonAnswer({"type": "object"}, "response_format"))),
-    ("a call", forced_grammar(PLAIN, [Tool("grow", "", TREE)], ToolUse(is_required=True))),
-    ("a call of any kind", forced_grammar(CALL, [Tool("grow", "", {})], ToolUse(is_required=True))),
+    ("a call", forced_grammar(PLAIN, argument_schemas(Tool("grow", "", TREE)), ToolUse(is_required=True))),
+    ("a call of any kind", forced_grammar(CALL, {"grow": {"type": "object"}}, ToolUse(is_required=True))),
 ]
 
 
@@ -247,7 +254,9 @@ TOOLS = (Tool("weather", "", CITY), Tool("weather_now", "", {"type": "object", "
 
 @pytest.mark.parametrize("syntax", [PLAIN, CALL])
 def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: Any) -> None:
-    grammar = answers.grammars.compile(forced_grammar(syntax, TOOLS, ToolUse(is_required=True)), "", "")
+    grammar = answers.grammars.compile(
+        forced_grammar(syntax, argument_schemas(*TOOLS), ToolUse(is_required=True)), "", ""
+    )
     choose, numbers = random.Random(2), set[int]()
     for _ in range(40):
         ids = answers.random(grammar.new_mask(), choose, 2000)
@@ -259,7 +268,7 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
             jsonschema.validate(json.loads(arguments), schema)
     assert min(numbers) == 1
     assert max(numbers) > 1
-    named = forced_grammar(syntax, TOOLS, ToolUse(is_required=True, name="weather", is_parallel=False))
+    named = forced_grammar(syntax, argument_schemas(TOOLS[0]), ToolUse(is_required=True, name="weather"))
     ids = answers.random(answers.grammars.compile(named, "", "").new_mask(), choose)
     assert ids is not None
     assert [
@@ -270,6 +279,8 @@ def test_forced_calls_are_calls_and_fit_their_schemas(answers: Answers, syntax: 
 def called(parser: ToolCallParser, text: str) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
     for part in [*parser.push(text), *parser.flush()]:
+        if isinstance(part, RepeatedCall):
+            break
         assert isinstance(part, ToolCallDelta), part
         if part.name is not None:
             calls.append((part.name, ""))
@@ -277,13 +288,17 @@ def called(parser: ToolCallParser, text: str) -> list[tuple[str, str]]:
     return calls
 
 
+def call_mask(answers: Answers, syntax: ToolSyntax, tools: Sequence[Tool], use: ToolUse) -> ToolCallMask:
+    """The mask of an answer that may begin a call by itself."""
+    bodies, between = call_grammars(syntax, argument_schemas(*tools), use)
+    compiled = {opening: answers.grammars.compile(text, "", "") for opening, text in bodies.items()}
+    more = answers.grammars.compile(between, "", "") if between else None
+    return ToolCallMask(compiled, more, answers.grammars.vocabulary, syntax.is_at_start)
+
+
 @pytest.mark.parametrize("syntax", [PLAIN, CALL])
 def test_a_call_that_the_model_begins_is_held_to_its_schema(answers: Answers, syntax: Any) -> None:
-    grammars = {
-        opening: answers.grammars.compile(text, "", "")
-        for opening, text in call_grammars(syntax, TOOLS, ToolUse(is_parallel=False)).items()
-    }
-    mask = ToolCallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+    mask = call_mask(answers, syntax, TOOLS, ToolUse(is_parallel=False))
     opening = syntax.opening.replace("{name}", "weather_now")
     begins = " " + opening if syntax.is_at_start else "So: a < b. " + opening
     token_ids = [answers.tokens.index(bytes([byte])) for byte in begins.encode()]
@@ -297,13 +312,35 @@ def test_a_call_that_the_model_begins_is_held_to_its_schema(answers: Answers, sy
     assert after.endswith(syntax.after)
 
 
+@pytest.mark.parametrize("syntax", [PLAIN, CALL])
+def test_further_calls_are_held_to_their_own_schemas_and_the_answer_may_end_after_each(
+    answers: Answers, syntax: Any
+) -> None:
+    """With ChatGLM3's syntax, where the opening is the name, each tool once had a grammar of all tools."""
+    tools = (*TOOLS, Tool("her", "", CITY))  # "weather" ends as "her" does
+    written = [(syntax.opening + syntax.before).replace("{name}", tool.name) for tool in tools]
+    arguments = ('{"city": "x"}', "{}", '{"city":"y"}')
+    calls = [begin + made + syntax.after for begin, made in zip(written, arguments, strict=True)]
+    mask = call_mask(answers, syntax, tools, ToolUse())
+    for i, text in enumerate(calls):
+        for byte in ((syntax.separator if i else "") + text).encode():
+            token_id = answers.tokens.index(bytes([byte]))
+            assert token_id in answers.allowed(mask), (text, chr(byte))
+            mask.accept(token_id)
+        assert answers.format.stop_token_ids <= set(answers.allowed(mask))
+    again = call_mask(answers, syntax, tools, ToolUse(is_parallel=False))
+    for byte in calls[0].encode():
+        again.accept(answers.tokens.index(bytes([byte])))
+    assert set(answers.allowed(again)) == answers.format.stop_token_ids
+    specified = answers.grammars.mask_of(mask.specification)
+    for byte in calls[1].encode():
+        specified.accept(answers.tokens.index(bytes([byte])))
+    assert set(answers.allowed(specified)) > answers.format.stop_token_ids
+
+
 def test_text_without_a_call_is_never_masked(answers: Answers) -> None:
     for syntax in (PLAIN, CALL):
-        grammars = {
-            opening: answers.grammars.compile(text, "", "")
-            for opening, text in call_grammars(syntax, TOOLS, ToolUse()).items()
-        }
-        mask = ToolCallMask(grammars, answers.grammars.vocabulary, syntax.is_at_start)
+        mask = call_mask(answers, syntax, TOOLS, ToolUse())
         for byte in b"1 < 2, weather_then\nweather\n<tool_ca> ":
             words = mask.allowed()
             forbidden = set(range(len(answers.tokens))) - set(answers.allowed(mask).tolist())

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from serving.generation.interface import ChatFormat, PromptError, Tool, ToolSyntax
 from serving.generation.output_processor import AnswerSpec
 from serving.generation.structured.grammar import (
+    ANY_ARGUMENTS,
     AnswerConstraint,
     JsonAnswer,
     ToolUse,
     answer_grammar,
+    arguments_schema,
     call_grammars,
     forced_grammar,
     json_or_calls_grammar,
 )
-from serving.generation.structured.json_schema import check_schema
+from serving.generation.structured.schema_parser import Work
 from serving.generation.structured.token_masks import Grammar, Grammars, ToolCallMask
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
@@ -35,33 +38,37 @@ def build_answer_spec(
     answer_prefix: the text that the answer continues, if the client gave one.
     Raises PromptError for a schema, pattern or list of choices that cannot be enforced.
     """
+    work = Work()
     if constraint is not None:
-        grammar = grammars.compile(answer_grammar(constraint), _description(constraint), constraint.param)
+        grammar = grammars.compile(answer_grammar(constraint, work), _description(constraint), constraint.param)
         if not tools:
             return AnswerSpec(ConstrainedText, _decode_bytes(chat_format), grammar.new_mask)
     syntax = chat_format.tool_syntax or PLAIN
+    tools = tuple(tool for tool in tools if use.name in (None, tool.name))  # no other can be called
     names = tuple(tool.name for tool in tools)
-    enforced = tuple(_enforceable(tool, syntax, grammars, use.is_required or tool.strict) for tool in tools)
+    schemas = _argument_schemas(tools, syntax, grammars, use, work)
     if use.is_required:
-        grammar = _compile(grammars, forced_grammar(syntax, enforced, use))
+        grammar = _compile(grammars, forced_grammar(syntax, schemas, use))
         return AnswerSpec(
             lambda: ToolCallParser(syntax, names, ConstrainedText(), is_forced=True),
             _decode_bytes(chat_format),
             grammar.new_mask,
         )
     if isinstance(constraint, JsonAnswer):
-        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, enforced, use))
+        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, schemas, use))
         at_start = replace(syntax, is_at_start=True)  # an opening inside of a document is its text
         return AnswerSpec(
             lambda: ToolCallParser(at_start, names, ConstrainedText(), is_forced=False),
             _decode_bytes(chat_format),
             grammar.new_mask,
         )
-    by_opening = {opening: _compile(grammars, text) for opening, text in call_grammars(syntax, enforced, use).items()}
+    bodies, between = call_grammars(syntax, schemas, use)
+    compiled = {opening: _compile(grammars, text) for opening, text in bodies.items()}
+    more = None if between is None else _compile(grammars, between)
     return AnswerSpec(
         lambda: ToolCallParser(syntax, names, chat_format.parser(answer_prefix), is_forced=False),
         chat_format.decode,
-        lambda: ToolCallMask(by_opening, grammars.vocabulary, syntax.is_at_start),
+        lambda: ToolCallMask(compiled, more, grammars.vocabulary, syntax.is_at_start),
     )
 
 
@@ -72,20 +79,26 @@ def _description(constraint: AnswerConstraint) -> str:
     return f"'{constraint.param}'"
 
 
-def _enforceable(tool: Tool, syntax: ToolSyntax, grammars: Grammars, must_enforce: bool) -> Tool:
-    """The tool; with any object for arguments if its schema cannot be compiled and the request allows that.
+def _argument_schemas(
+    tools: tuple[Tool, ...], syntax: ToolSyntax, grammars: Grammars, use: ToolUse, work: Work
+) -> dict[str, dict[str, Any]]:
+    """What is compiled for each tool's arguments: any object where its schema is not supported and need not be.
 
-    must_enforce: the tool is strict or a call is required. Raises PromptError then.
+    Raises PromptError for a tool that is strict, or that a required call may name.
     """
-    what = f"schema for function '{tool.name}'"
-    try:
-        check_schema(tool.parameters, what, "tools", tool.strict)
-        grammars.compile(forced_grammar(syntax, [tool], ToolUse(is_required=True, is_parallel=False)), what, "tools")
-    except PromptError:
-        if must_enforce:
-            raise
-        return replace(tool, parameters={})
-    return tool
+    schemas: dict[str, dict[str, Any]] = {}
+    one_call = ToolUse(is_required=True, is_parallel=False)
+    for tool in tools:
+        try:
+            schema = arguments_schema(tool, work)
+            alone = forced_grammar(syntax, {tool.name: schema}, one_call)
+            grammars.compile(alone, f"schema for function '{tool.name}'", "tools")
+        except PromptError:
+            if use.is_required or tool.strict:
+                raise
+            schema = ANY_ARGUMENTS
+        schemas[tool.name] = schema
+    return schemas
 
 
 def _compile(grammars: Grammars, grammar: str) -> Grammar:

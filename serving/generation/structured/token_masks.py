@@ -23,6 +23,7 @@ from torch import Tensor
 
 from serving.engine.interface import TokenMask
 from serving.generation.interface import PromptError
+from serving.generation.structured.grammar import MAX_CALLS
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ NUM_TRIAL_RUNS = 2
 MAX_TRIAL_TOKENS = 48
 MAX_TRIAL_SECONDS = 0.25
 _POSITION = re.compile(r"^at \d+\(\d+\): ")
-_PREFIXES = ("failed to compile JSON schema: ", "failed to parse ")
+_PREFIXES = ("failed to compile JSON schema: ", "failed to parse ", "error: ")
+_LIMITS = ("fuel", "too large", "too big", "stack level", "Unable to determine")  # in llguidance's messages
 
 
 class MaskFailed(Exception):
@@ -156,14 +158,12 @@ class Grammars:
     def mask_of(self, specification: str) -> TokenMask:
         """The mask of a `TokenMask.specification`, for another process than the one that made it."""
         parts = json.loads(specification)
-        grammars = {
-            opening: self.compile(text, "specification", "specification", is_tested=True)
-            for opening, text in parts["grammars"].items()
-        }
-        if parts["is_free_before"]:
-            return ToolCallMask(grammars, self.vocabulary, parts["is_at_start"])
-        (grammar,) = grammars.values()
-        return grammar.new_mask()
+        name = "specification"
+        if isinstance(parts, str):
+            return self.compile(parts, name, name, is_tested=True).new_mask()
+        bodies = {opening: self.compile(text, name, name, is_tested=True) for opening, text in parts["bodies"].items()}
+        between = None if parts["between"] is None else self.compile(parts["between"], name, name, is_tested=True)
+        return ToolCallMask(bodies, between, self.vocabulary, parts["is_at_start"])
 
 
 class Grammar:
@@ -188,9 +188,14 @@ class GrammarMask:
 
     @property
     def specification(self) -> str:
-        return json.dumps({"grammars": {"": self._text}, "is_free_before": False})
+        return json.dumps(self._text)
 
-    def allowed(self) -> Tensor | None:
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far matches the grammar."""
+        return self._matcher.is_accepting()
+
+    def allowed(self) -> Tensor:
         self._matcher.unsafe_compute_mask_ptr(self._words.data_ptr(), self._words.nbytes)
         if self._matcher.is_error():
             raise MaskFailed(_reason(self._matcher.get_error()))
@@ -202,29 +207,43 @@ class GrammarMask:
 
 
 class ToolCallMask:
-    """Free text until the opening of a call is complete, then the grammar of that opening; a TokenMask.
+    """Free text until the opening of a call is complete, then calls; a TokenMask.
 
-    A token that completes an opening and has more bytes is forbidden: the grammar has to see all bytes behind it.
+    bodies: for each opening the grammar of the rest of its call; between: the grammar of what follows a call, up to the
+    end of the next call's opening, None if there is one call only. A token that completes an opening and has more bytes
+    is forbidden: the grammar has to see all bytes behind it.
     is_at_start: only the beginning of the answer, white space aside, can be an opening.
     """
 
-    def __init__(self, grammars: Mapping[str, Grammar], vocabulary: Vocabulary, is_at_start: bool) -> None:
-        self._grammars = {opening.encode(): grammar for opening, grammar in grammars.items()}
+    def __init__(
+        self, bodies: Mapping[str, Grammar], between: Grammar | None, vocabulary: Vocabulary, is_at_start: bool
+    ) -> None:
+        self._bodies = {opening.encode(): grammar for opening, grammar in bodies.items()}
+        self._between = between
         self._vocabulary = vocabulary
         self._is_at_start = is_at_start
-        self._longest = max(map(len, self._grammars))
-        self._tail = b""
+        self._longest = max(map(len, self._bodies))
+        self._tail = b""  # of the text outside of calls
         self._is_free_text = False
-        self._call_mask: GrammarMask | None = None
+        self._body: GrammarMask | None = None  # of the call that is being written
+        self._next: GrammarMask | None = None  # of the text behind it
+        self._num_calls = 0
 
     @property
     def specification(self) -> str:
-        grammars = {opening.decode(): grammar.text for opening, grammar in self._grammars.items()}
-        return json.dumps({"grammars": grammars, "is_free_before": True, "is_at_start": self._is_at_start})
+        bodies = {opening.decode(): grammar.text for opening, grammar in self._bodies.items()}
+        between = self._between.text if self._between else None
+        return json.dumps({"bodies": bodies, "between": between, "is_at_start": self._is_at_start})
 
     def allowed(self) -> Tensor | None:
-        if self._call_mask is not None:
-            return self._call_mask.allowed()
+        if self._body is not None:
+            words = self._body.allowed()
+            if self._can_call_again():
+                self._next = self._next or self._new_next()
+                words = words | self._next.allowed()
+            return words
+        if self._next is not None:
+            return self._next.allowed()
         if self._is_free_text:
             return None
         forbidden = [token_id for rest in self._missing() for token_id in self._vocabulary.overshooting(rest)]
@@ -236,25 +255,49 @@ class ToolCallMask:
         return bits.view(torch.int32)
 
     def accept(self, token_id: int) -> None:
-        if self._call_mask is not None:
-            self._call_mask.accept(token_id)
-            return
-        if self._is_free_text:
+        if self._body is not None:
+            if token_id in self._vocabulary.stop_token_ids or not self._can_call_again():
+                self._body.accept(token_id)
+                return
+            self._next = self._next or self._new_next()
+            self._body = None
+        if self._next is not None:
+            self._next.accept(token_id)
+        elif self._is_free_text:
             return
         self._tail += self._vocabulary.tokens[token_id]
-        if self._is_at_start:
+        if self._next is None and self._is_at_start:
             self._tail = self._tail.lstrip()
-            self._is_free_text = not any(opening.startswith(self._tail) for opening in self._grammars)
-        for opening, grammar in self._grammars.items():
-            if self._tail.endswith(opening):
-                self._is_free_text = False
-                self._call_mask = grammar.new_mask()
-        self._tail = self._tail if self._is_at_start else self._tail[-self._longest :]
+            self._is_free_text = not any(opening.startswith(self._tail) for opening in self._bodies)
+        opening = self._complete_opening()
+        if opening is not None:
+            self._body, self._next, self._tail = self._bodies[opening].new_mask(), None, b""
+            self._num_calls += 1
+        elif not self._is_at_start:
+            self._tail = self._tail[-self._longest :]
+
+    def _complete_opening(self) -> bytes | None:
+        """The opening that the text ends with, if a call begins there."""
+        if self._next is None and self._is_at_start:
+            return self._tail if self._tail in self._bodies else None
+        if self._next is not None and not self._next.may_end:
+            return None
+        ends = [opening for opening in self._bodies if self._tail.endswith(opening)]
+        return max(ends, key=len, default=None)  # of two names, one may end as the other
+
+    def _can_call_again(self) -> bool:
+        """Whether the call is complete and another one may follow it."""
+        is_possible = self._between is not None and self._num_calls < MAX_CALLS
+        return is_possible and self._body is not None and self._body.may_end
+
+    def _new_next(self) -> GrammarMask:
+        assert self._between is not None
+        return self._between.new_mask()
 
     def _missing(self) -> list[bytes]:
         """The missing bytes of each opening that the text so far may have begun."""
         missing: list[bytes] = []
-        for opening in self._grammars:
+        for opening in self._bodies:
             if self._is_at_start:
                 missing += [opening[len(self._tail) :]] if opening.startswith(self._tail) else []
             else:
@@ -295,8 +338,13 @@ def _random_bit(mask: int, num_bits: int, choose: random.Random) -> int:
 
 def _reason(error: str) -> str:
     """llguidance's message in one line, without positions in the grammar text, which the client never saw."""
+    if any(word in error for word in _LIMITS):
+        return "it is too complex to be compiled."
+    if "circular references" in error:
+        return "a '$ref' that leads back to itself beside other keywords is not supported."
     lines = error.strip().split("\n")
     line = _POSITION.sub("", next((line for line in lines if line.startswith("error: ")), lines[0]))
     for prefix in _PREFIXES:
         line = line.removeprefix(prefix)
+    line = line.replace("Unsatisfiable schema: ", "no document satisfies it: ", 1)
     return line[:300].rstrip(".") + "."
