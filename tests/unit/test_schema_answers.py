@@ -153,6 +153,16 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [["a"], ["c", "a"], ["b", "c", "a"]],
         [[], ["a", "a"]],
     ),
+    "lookaheads": (
+        {"type": "string", "pattern": r"^(?=.*[0-9])(?!ab|cd$)[a-d0-9]{2,4}$"},
+        ["a1", "cd1", "a111"],
+        ["ab1", "cd", "aa"],
+    ),
+    "contains": (
+        {"type": "array", "items": {"enum": [1, "x"]}, "contains": {"type": "integer"}, "maxItems": 3},
+        [[1], [1, "x"], [1, 1, "x"]],
+        [[], ["x"]],
+    ),
     "one property at least": ({**AB, "minProperties": 1}, [{"a": "x"}, {"b": 1, "c": None}], [{}]),
     "allOf with references": (
         {"$defs": {"base": {"properties": {"id": WHOLE}, "required": ["id"]}},
@@ -171,6 +181,13 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
          "prefixItems": [{"$ref": "#here"}, {"$ref": "http://x/y#/$defs/a"}], "items": False, "type": "array"},
         [["x", "y"], []],
         [[1], ["x", "y", "z"]],
+    ),
+    "an identifier inside of the schema": (
+        {"$id": "http://x/root",
+         "$defs": {"t": WHOLE, "a": {"$id": "inner", "$defs": {"t": TEXT}, "$ref": "#/$defs/t"}},
+         "prefixItems": [{"$ref": "inner"}, {"$ref": "#/$defs/t"}], "items": False, "type": "array"},
+        [["x", 1], ["x"]],
+        [[1], ["x", "y"]],
     ),
     "draft 4": (
         {"$schema": "http://json-schema.org/draft-04/schema#", "type": "array", "items": [WHOLE, TEXT],
@@ -220,7 +237,7 @@ def test_answers_of_a_format_are_what_validators_take_for_it(answers: Answers, n
 KEYWORDS = [
     *("type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "minProperties"),
     *("maxProperties", "items", "prefixItems", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum"),
-    *("minLength", "maxLength", "pattern", "anyOf", "oneOf", "allOf", "not", "if", "dependentRequired"),
+    *("minLength", "maxLength", "pattern", "contains", "anyOf", "oneOf", "allOf", "not", "if", "dependentRequired"),
     *("dependentSchemas", "propertyNames", "$ref", "uniqueItems", "multipleOf"),
 ]
 OF_SCHEMAS = {"anyOf", "oneOf", "allOf", "not", "if", "dependentSchemas", "properties", "items", "prefixItems"}
@@ -252,8 +269,9 @@ def random_schema(choose: random.Random, depth: int = 0) -> Any:
             "additionalProperties": lambda: choose.choice([False, True, {"type": "string"}]),
             "items": inner,
             "not": inner,
+            "contains": inner,
             "prefixItems": lambda: [inner() for _ in range(choose.randint(1, 2))],
-            "pattern": lambda: choose.choice(["^x", "y$", "^[a-c]*$", r"\d"]),
+            "pattern": lambda: choose.choice(["^x", "y$", "^[a-c]*$", r"\d", "^(?!x|a$)"]),
             "dependentRequired": lambda: {choose.choice("abc"): choose.sample("abc", choose.randint(0, 2))},
             "dependentSchemas": lambda: {choose.choice("abc"): inner()},
             "propertyNames": lambda: choose.choice([{"pattern": "^[ab]"}, {"enum": ["a", "x"]}, {"maxLength": 2}]),

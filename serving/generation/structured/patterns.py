@@ -11,9 +11,12 @@ from typing import Any
 import llguidance
 
 MAX_REPEATS = 5000  # product of nested bounds in a pattern
-MAX_PATTERN = 2000  # characters
+MAX_PATTERN = 5000  # characters
 
 _ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_ATOM_OR_CHARACTER = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+_GROUP = re.compile(r"\((?:\?:)?((?:[^()\\]|\\.)*)\)(\$?)")
+_LITERAL = re.compile(r"(?:[\w\s/@:,;=!<>%&#\"'~`-]|\\[^\w\s])+")
 _CLASS = re.compile(r"\\.", re.DOTALL)
 _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\((?:\?[^()]*?:)?|\)|\{(\d{1,9})(?:,(\d{0,9}))?\}", re.DOTALL)
 # the fewest characters that any regular-expression engine means by a class, and the most
@@ -134,22 +137,71 @@ def _error(schema: dict[str, object]) -> str:
     return str(llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))))
 
 
-def complement(texts: Iterable[str]) -> str:
-    """A pattern that every text but these matches."""
-    tree: dict[str, Any] = {}
+def split_lookaheads(pattern: str) -> list[str]:
+    """Patterns that together mean what a pattern with lookaheads at its beginning means; [pattern] if it has none.
+
+    `^(?=a)b` becomes `^b` and `^a`; `^(?!a|b)c`, with literal texts a and b, becomes `^c` and a pattern of what begins
+    with neither of them.
+    """
+    found: list[str] = []
+    rest = pattern.removeprefix("^")
+    while pattern.startswith("^") and rest.startswith(("(?=", "(?!")):
+        end, has_branches = _group_end(rest)
+        inner = rest[3:end]
+        lookahead = f"^(?:{inner})" if rest.startswith("(?=") else _negative_lookahead(inner)
+        if end < 0 or has_branches or lookahead is None:
+            return [pattern]
+        found.append(lookahead)
+        rest = rest[end + 1 :]
+    return [f"^{rest}", *found] if found else [pattern]
+
+
+def _group_end(pattern: str) -> tuple[int, bool]:
+    """(end of the group that the pattern begins with, or -1; whether there are branches outside of groups)."""
+    depth = position = 0
+    end, has_branches = -1, False
+    for atom in _ATOM_OR_CHARACTER.findall(pattern):
+        depth += (atom == "(") - (atom == ")")
+        has_branches = has_branches or (depth == 0 and atom == "|")
+        if depth == 0 and end < 0:
+            end = position
+        position += len(atom)
+    return end, has_branches
+
+
+def _negative_lookahead(inner: str) -> str | None:
+    """A pattern of the texts at whose beginning none of the literal branches matches; None for other branches."""
+    group = _GROUP.fullmatch(inner)
+    texts, is_whole = (group[1].split("|"), bool(group[2])) if group else (inner.split("|"), False)
+    whole, prefixes = list[str](), list[str]()
     for text in texts:
+        literal = text.removesuffix("$")
+        if not _LITERAL.fullmatch(literal):
+            return None
+        plain = re.sub(r"\\(.)", r"\1", literal)
+        if is_whole or literal != text:
+            whole += [plain, f"{plain}\n"]  # Python's `$` matches in front of a last line break, too
+        else:
+            prefixes.append(plain)
+    return complement(whole, prefixes)
+
+
+def complement(texts: Iterable[str], prefixes: Iterable[str] = ()) -> str:
+    """A pattern that every text matches but these, and but those that begin with one of the prefixes."""
+    tree: dict[str, Any] = {}
+    for text, kind in [*((text, "") for text in texts), *((text, "prefix") for text in prefixes)]:
         node = tree
         for character in text:
             node = node.setdefault(character, {})
-        node[""] = {}
+        node[kind] = {}
     return f"^({_complement(tree)})$"
 
 
 def _complement(tree: dict[str, Any]) -> str:
     """What may follow a prefix of excluded texts: nothing if it is none itself, another character, or another rest."""
-    characters = sorted(character for character in tree if character)
+    characters = sorted(character for character in tree if len(character) == 1)
     excluded = "".join(f"\\x{{{ord(c):X}}}" for c in characters)
     branches = [] if "" in tree else [""]
     branches.append(rf"(?s:[^{excluded}].*)" if excluded else "(?s:.+)")
-    branches += [rf"\x{{{ord(c):X}}}({_complement(tree[c])})" for c in characters]
+    branches += [rf"\x{{{ord(c):X}}}({_complement(tree[c])})" for c in characters if "prefix" not in tree[c]]
     return "|".join(branches)

@@ -16,6 +16,7 @@ from serving.generation.structured.schema_logic import STEP, SchemaLogic, is_emp
 from serving.generation.structured.schema_parser import TYPES, Node, SchemaError, Work, key_of
 
 MAX_ARRAYS = 256  # without repetition, of the values of one enum
+MAX_CONTAINED = 16
 MATCH = 1.5  # units of work to match a name with a pattern, or to compare two patterns
 EVERY_NAME = {"", "^", ".*", "^.*", ".*$", "(.*)", "(?s:.*)"}  # patterns that every name matches
 
@@ -82,6 +83,7 @@ class SchemaMerger:
             self._explain(atoms, "'minLength' is greater than 'maxLength'")
             return None
         patterns = [atom[key] for atom in atoms for key in ("pattern", "format") if key in atom]
+        patterns += [pattern for atom in atoms for pattern in atom.get("lookaheads", ())]
         if excluded := [text for atom in atoms for text in atom.get("except", ())]:
             patterns.append(complement(excluded))
         if patterns:
@@ -93,8 +95,12 @@ class SchemaMerger:
         out = _extremes(atoms, largest=("minItems",), smallest=("maxItems",))
         items = self._value([atom["items"] for atom in atoms if "items" in atom])
         first: list[Node] = []
-        for index in range(max(len(atom.get("prefixItems", ())) for atom in atoms)):
-            item = self._value([schema for atom in atoms for schema in item_schemas(atom, index)])
+        contained = self._contained(atoms)
+        if contained:
+            out["minItems"] = max(len(contained), out.get("minItems", 0))
+        for index in range(max(len(contained), *(len(atom.get("prefixItems", ())) for atom in atoms))):
+            schemas = [schema for atom in atoms for schema in item_schemas(atom, index)]
+            item = self._value(schemas + contained[index : index + 1])
             if item is False:
                 items = False
                 break
@@ -111,13 +117,23 @@ class SchemaMerger:
             out["prefixItems"] = first
         return out if items is True else {**out, "items": items}
 
+    def _contained(self, atoms: Sequence[Node]) -> list[Node]:
+        """What the first items are, so that the array contains what it has to."""
+        found: list[Node] = []
+        for atom in [atom for atom in atoms if "contains" in atom]:
+            least = atom.get("minContains", 1)
+            if least > MAX_CONTAINED:
+                raise SchemaError(pointer_of(atoms), f"'minContains' greater than {MAX_CONTAINED} is not supported.")
+            found += [atom["contains"]] * least
+        return found
+
     def _unique_arrays(self, atoms: Sequence[Node], counts: dict[str, Any], pointer: str) -> list[list[Any]]:
         """All arrays of a few values without repetition, in any order; if these are too many, in the enum's order."""
         items = [item for atom in atoms for item in item_schemas(atom, 0)]
         rules = [atom for atom in self._logic.atoms(items) if isinstance(atom, dict)]
         is_plain = all(atom.keys() <= {"enum", "type", "pointer"} for atom in rules)
         values = self._logic.accepted_values(rules) if is_plain else None
-        if values is None or any("prefixItems" in atom for atom in atoms):
+        if values is None or any(atom.keys() & {"prefixItems", "contains"} for atom in atoms):
             raise SchemaError(pointer, "'uniqueItems' is supported for items with a short 'enum' only.")
         sizes = range(counts.get("minItems", 0), min(counts.get("maxItems", len(values)), len(values)) + 1)
         for choose, count in ((permutations, math.perm), (combinations, math.comb)):

@@ -10,13 +10,13 @@ Annotations and keywords that restrict nothing are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, cast
 from urllib.parse import unquote, urldefrag, urljoin
 
-from serving.generation.structured.patterns import FORMATS, check_pattern, portable, syntax_error
+from serving.generation.structured.patterns import FORMATS, check_pattern, portable, split_lookaheads, syntax_error
 
 MAX_WORK = 9_000.0  # units of about 0.1 ms for one request: parsing, rewriting and compiling all its schemas
 MAX_PROPERTIES = 1000  # of one object
@@ -25,9 +25,10 @@ MAX_NUMBER = 1e300
 MAX_COUNT = 2**53  # of lengths and items
 PATTERN_CHARACTERS = 50.0  # that are checked with one unit of work
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-DIALECTS = ("2020-12", "2019-09", "draft-07", "draft-06", "draft-04", "json-schema.org/schema")
+OLD_DRAFTS = ("draft-00", "draft-01", "draft-02", "draft-03")
+VALUES = ("enum", "const", "default", "examples")  # they hold no schemas
 UNSUPPORTED = (
-    *("contains", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
+    *("maxContains", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
     *("extends", "disallow", "divisibleBy"),  # of draft 3
 )
 
@@ -74,14 +75,13 @@ class _Parser:
         self._schema = schema
         self._work = work
         self._dialect = str(schema.get("$schema", "2020-12"))
-        self._base = next((schema[key] for key in ("$id", "id") if isinstance(schema.get(key), str)), "")
-        self._resources: dict[str, str] | None = None  # URI without its empty fragment -> JSON pointer
+        self._resources = _Resources(schema, self._dialect)
         self._definitions: dict[str, Node] = {}
         self._missing: list[tuple[str, str]] = []  # (target, where it is referred to)
 
     def parse(self) -> ParsedSchema:
-        if not any(known in self._dialect for known in DIALECTS):
-            raise SchemaError("", f"'$schema' must be one of the drafts {', '.join(DIALECTS)}.")
+        if any(old in self._dialect for old in OLD_DRAFTS):
+            raise SchemaError("", f"'$schema' {self._dialect!r} is not supported: drafts 4 to 2020-12 are.")
         root = self._node(self._schema, "")
         while self._missing:
             pointer, referred_at = self._missing.pop()
@@ -199,8 +199,12 @@ class _Parser:
 
     def _pattern(self, node: Node, key: str, value: Any, pointer: str) -> None:
         text = _expect(value, str, key, pointer, "a string")
-        node[key] = self._portable(text, pointer)
-        node["widest"] = portable(text, widest=True)
+        first, *lookaheads = split_lookaheads(text)
+        node[key] = self._portable(first, pointer)
+        if lookaheads:
+            node["lookaheads"] = [self._portable(lookahead, pointer) for lookahead in lookaheads]
+        else:
+            node["widest"] = portable(text, widest=True)
 
     def _portable(self, text: str, pointer: str) -> str:
         """The pattern for the compiler, once it was found to support it."""
@@ -210,7 +214,7 @@ class _Parser:
         self._work.count(1 + len(text) / PATTERN_CHARACTERS)
         error = syntax_error(portable(text))
         if error and "look" in error and "around" in error:
-            raise SchemaError(pointer, "the pattern uses look-around or word boundaries, which are not supported.")
+            raise SchemaError(pointer, "the pattern uses look-around or word boundaries, which are not supported here.")
         if error:
             line = next((line for line in error.splitlines() if line.startswith("error: ")), error.splitlines()[0])
             reason = f"the pattern is not supported: {line.removeprefix('error: ')[:200].rstrip('.')}."
@@ -228,36 +232,12 @@ class _Parser:
 
     def _reference(self, node: Node, key: str, value: Any, pointer: str) -> None:
         reference = _expect(value, str, key, pointer, "a string")
-        target = self._pointer(reference)
+        target = self._resources.resolve(reference, pointer)
         if target is None:
             reason = f"'$ref' {reference!r} is not supported: only references inside of the schema can be resolved."
             raise SchemaError(pointer, reason)
         node[key] = target
         self._missing.append((target, pointer))
-
-    def _pointer(self, reference: str) -> str | None:
-        """The JSON pointer of the schema that a reference names; None for another document."""
-        uri, fragment = urldefrag(urljoin(self._base, reference) if self._base else reference)
-        fragment = unquote(fragment)
-        resources = self._known_resources()
-        if not fragment.startswith("/") and fragment:
-            return resources.get(f"{uri}#{fragment}") or resources.get(f"#{fragment}")
-        if uri in ("", urldefrag(self._base)[0]):
-            return fragment
-        return None if uri not in resources else resources[uri] + fragment
-
-    def _known_resources(self) -> dict[str, str]:
-        """The pointers of all schemas that have an identifier or an anchor."""
-        if self._resources is None:
-            self._resources = {}
-            for pointer, value in _objects_in(self._schema):
-                for key in ("$id", "id", "$anchor"):
-                    name = value.get(key)
-                    if isinstance(name, str) and pointer:
-                        name = f"#{name}" if key == "$anchor" else name
-                        self._resources[name] = pointer
-                        self._resources[urljoin(self._base, name)] = pointer
-        return self._resources
 
     def _target(self, pointer: str, referred_at: str) -> Any:
         value: Any = self._schema
@@ -276,11 +256,12 @@ _Reader = Callable[[_Parser, Node, str, Any, str], None]
 _READERS: dict[str, _Reader] = {
     **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), _Parser._schema_list),
     **dict.fromkeys(("properties", "patternProperties"), _Parser._schema_map),
-    **dict.fromkeys(("additionalProperties", "additionalItems", "propertyNames"), _Parser._schema_value),
+    **dict.fromkeys(("additionalProperties", "additionalItems", "propertyNames", "contains"), _Parser._schema_value),
     **dict.fromkeys(("not", "if", "then", "else"), _Parser._schema_value),
     **dict.fromkeys(("dependencies", "dependentRequired", "dependentSchemas"), _Parser._dependencies),
     **dict.fromkeys(
-        ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _Parser._count
+        ("minLength", "maxLength", "minItems", "maxItems", "minContains", "minProperties", "maxProperties"),
+        _Parser._count,
     ),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _Parser._bound),
     **dict.fromkeys(("enum", "const"), _Parser._enum),
@@ -338,13 +319,38 @@ def _escape(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _objects_in(value: Any, pointer: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every JSON object with its pointer. Iterative: used before the nesting is known to be small."""
-    stack: list[tuple[str, Any]] = [(pointer, value)]
-    while stack:
-        at, item = stack.pop()
-        if isinstance(item, dict):
-            yield at, item
-            stack += [(f"{at}/{_escape(str(key))}", inner) for key, inner in item.items()]
-        elif isinstance(item, list):
-            stack += [(f"{at}/{i}", inner) for i, inner in enumerate(item)]
+class _Resources:
+    """The identifiers and anchors of a schema."""
+
+    def __init__(self, schema: Any, dialect: str) -> None:
+        id_key = "id" if "draft-04" in dialect else "$id"
+        is_old = "draft-0" in dialect  # keywords beside a `$ref` are ignored
+        self._bases: dict[str, str] = {"": ""}  # JSON pointer of a schema with an identifier -> its URI
+        self._pointers: dict[str, str] = {}  # URI, with an anchor as its fragment -> JSON pointer
+        stack: list[tuple[str, Any, str]] = [("", schema, "")]
+        while stack:
+            pointer, value, base = stack.pop()
+            if isinstance(value, list):
+                stack += [(f"{pointer}/{i}", item, base) for i, item in enumerate(value)]
+            if not isinstance(value, dict):
+                continue
+            name = None if is_old and "$ref" in value else value.get(id_key)
+            if isinstance(name, str) and name.startswith("#"):
+                self._pointers.setdefault(base + name, pointer)
+            elif isinstance(name, str):
+                base = self._bases[pointer] = urldefrag(urljoin(base, name))[0]
+            self._pointers.setdefault(base, pointer)
+            if isinstance(value.get("$anchor"), str):
+                self._pointers.setdefault(f"{base}#{value['$anchor']}", pointer)
+            stack += [(f"{pointer}/{_escape(key)}", item, base) for key, item in value.items() if key not in VALUES]
+
+    def resolve(self, reference: str, pointer: str) -> str | None:
+        """The JSON pointer of what a reference in the schema at `pointer` names; None for another document."""
+        while pointer not in self._bases:
+            pointer = pointer.rpartition("/")[0]
+        base = self._bases[pointer]
+        uri, fragment = urldefrag(base + reference if reference.startswith("#") else urljoin(base, reference))
+        fragment = unquote(fragment)
+        if fragment and not fragment.startswith("/"):
+            return self._pointers.get(f"{uri}#{fragment}")
+        return self._pointers[uri] + fragment if uri in self._pointers else None
