@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from serving.generation.interface import ChatFormat, PromptError, Tool, ToolSyntax
 from serving.generation.output_processor import AnswerSpec
@@ -24,6 +25,8 @@ from serving.generation.structured.token_masks import Grammar, Grammars, ToolCal
 from serving.generation.tools.call_parser import ConstrainedText, ToolCallParser
 from serving.generation.tools.prompt import PLAIN
 
+Made = TypeVar("Made")
+
 
 def build_answer_spec(
     chat_format: ChatFormat,
@@ -40,35 +43,37 @@ def build_answer_spec(
     """
     work = Work()
     if constraint is not None:
-        grammar = grammars.compile(answer_grammar(constraint, work), _description(constraint), constraint.param)
+        text = answer_grammar(constraint, work)
         if not tools:
+            grammar = grammars.compile(text, _description(constraint), constraint.param)
             return AnswerSpec(ConstrainedText, _decode_bytes(chat_format), grammar.new_mask)
     syntax = chat_format.tool_syntax or PLAIN
-    tools = tuple(tool for tool in tools if use.name in (None, tool.name))  # no other can be called
-    names = tuple(tool.name for tool in tools)
-    schemas = _argument_schemas(tools, syntax, grammars, use, work)
+    calls = _Calls(tools, syntax, use, grammars, work)
     if use.is_required:
-        grammar = _compile(grammars, forced_grammar(syntax, schemas, use))
+        grammar = calls.compile(lambda schemas: _compile(grammars, forced_grammar(syntax, schemas, use)))
         return AnswerSpec(
-            lambda: ToolCallParser(syntax, names, ConstrainedText(), is_forced=True),
+            lambda: ToolCallParser(syntax, calls.names, ConstrainedText(), is_forced=True),
             _decode_bytes(chat_format),
             grammar.new_mask,
         )
     if isinstance(constraint, JsonAnswer):
-        grammar = _compile(grammars, json_or_calls_grammar(constraint, syntax, schemas, use))
+        document = constraint
+        try:
+            grammar = calls.compile(lambda s: _compile(grammars, json_or_calls_grammar(document, syntax, s, use)))
+        except PromptError:
+            grammars.compile(text, _description(constraint), constraint.param)  # raises if it is the one at fault
+            raise
         at_start = replace(syntax, is_at_start=True)  # an opening inside of a document is its text
         return AnswerSpec(
-            lambda: ToolCallParser(at_start, names, ConstrainedText(), is_forced=False),
+            lambda: ToolCallParser(at_start, calls.names, ConstrainedText(), is_forced=False),
             _decode_bytes(chat_format),
             grammar.new_mask,
         )
-    bodies, between = call_grammars(syntax, schemas, use)
-    compiled = {opening: _compile(grammars, text) for opening, text in bodies.items()}
-    more = None if between is None else _compile(grammars, between)
+    bodies, between = calls.compile(lambda schemas: _compile_calls(grammars, call_grammars(syntax, schemas, use)))
     return AnswerSpec(
-        lambda: ToolCallParser(syntax, names, chat_format.parser(answer_prefix), is_forced=False),
+        lambda: ToolCallParser(syntax, calls.names, chat_format.parser(answer_prefix), is_forced=False),
         chat_format.decode,
-        lambda: ToolCallMask(compiled, more, grammars.vocabulary, syntax.is_at_start),
+        lambda: ToolCallMask(bodies, between, grammars.vocabulary, syntax.is_at_start),
     )
 
 
@@ -79,30 +84,67 @@ def _description(constraint: AnswerConstraint) -> str:
     return f"'{constraint.param}'"
 
 
-def _argument_schemas(
-    tools: tuple[Tool, ...], syntax: ToolSyntax, grammars: Grammars, use: ToolUse, work: Work
-) -> dict[str, dict[str, Any]]:
-    """What is compiled for each tool's arguments: any object where its schema is not supported and need not be.
+class _Calls:
+    """The tools that can be called, and the schemas of their arguments.
 
-    Raises PromptError for a tool that is strict, or that a required call may name.
+    A schema that is not supported is refused if the tool is strict or a call is required; else any object is accepted.
     """
-    schemas: dict[str, dict[str, Any]] = {}
-    one_call = ToolUse(is_required=True, is_parallel=False)
-    for tool in tools:
+
+    def __init__(
+        self, tools: tuple[Tool, ...], syntax: ToolSyntax, use: ToolUse, grammars: Grammars, work: Work
+    ) -> None:
+        """Raises PromptError."""
+        self._tools = [tool for tool in tools if use.name in (None, tool.name)]  # no other can be called
+        self._syntax = syntax
+        self._is_required = use.is_required
+        self._grammars = grammars
+        self.names = tuple(tool.name for tool in self._tools)
+        self._schemas: dict[str, dict[str, Any]] = {}
+        for tool in self._tools:
+            self._set(tool, partial(arguments_schema, tool, work))
+
+    def _set(self, tool: Tool, schema: Callable[[], dict[str, Any]]) -> None:
         try:
-            schema = arguments_schema(tool, work)
-            alone = forced_grammar(syntax, {tool.name: schema}, one_call)
-            grammars.compile(alone, f"schema for function '{tool.name}'", "tools")
+            self._schemas[tool.name] = schema()
         except PromptError:
-            if use.is_required or tool.strict:
+            if self._is_required or tool.strict:
                 raise
-            schema = ANY_ARGUMENTS
-        schemas[tool.name] = schema
-    return schemas
+            self._schemas[tool.name] = ANY_ARGUMENTS
+
+    def compile(self, make: Callable[[dict[str, dict[str, Any]]], Made]) -> Made:
+        """What `make` makes of the schemas. If it cannot, each tool is compiled alone, to find those at fault."""
+        try:
+            return make(self._schemas)
+        except PromptError:
+            for tool in self._tools:
+                self._set(tool, partial(self._compiled_alone, tool))
+        try:
+            return make(self._schemas)
+        except PromptError:  # they are too complex together
+            for tool in self._tools:
+                self._set(tool, partial(self._refused, tool))
+            return make(self._schemas)
+
+    def _refused(self, tool: Tool) -> dict[str, Any]:
+        raise PromptError(f"Invalid schema for function '{tool.name}': all tools together are too complex.", "tools")
+
+    def _compiled_alone(self, tool: Tool) -> dict[str, Any]:
+        schema = self._schemas[tool.name]
+        text = forced_grammar(self._syntax, {tool.name: schema}, ToolUse(is_required=True, is_parallel=False))
+        self._grammars.compile(text, f"schema for function '{tool.name}'", "tools")
+        return schema
 
 
 def _compile(grammars: Grammars, grammar: str) -> Grammar:
     return grammars.compile(grammar, "'tools'", "tools")
+
+
+def _compile_calls(
+    grammars: Grammars, texts: tuple[dict[str, str], str | None]
+) -> tuple[dict[str, Grammar], Grammar | None]:
+    bodies, between = texts
+    compiled = {opening: _compile(grammars, text) for opening, text in bodies.items()}
+    return compiled, None if between is None else _compile(grammars, between)
 
 
 def _decode_bytes(chat_format: ChatFormat) -> Callable[[Sequence[int]], str]:

@@ -21,6 +21,8 @@ MAX_NESTING = 100  # of its text; llguidance's JSON parser ends at 128
 MAX_DEPTH = 500  # schemas inside schemas, references followed once; the compiler's stack ends at about 1,600
 MAX_MULTIPLE = 20_000  # least common multiple of all `multipleOf`; the states of the automaton that counts
 
+BOUNDS = ("minimum", "maximum")
+
 Schema = Mapping[str, Any]
 
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -59,7 +61,7 @@ def _supported(schema: Schema, strict: bool, work: Work) -> dict[str, Any]:
     result = rewrite(parsed, work)
     if _depth(result) > MAX_DEPTH:
         raise SchemaError("", f"it is nested more than {MAX_DEPTH} levels deep, references followed.")
-    work.count(_compile_work(result))
+    _count_compilation(result, work)
     return result
 
 
@@ -140,12 +142,11 @@ def _depth(schema: Schema) -> int:
     return deepest
 
 
-def _compile_work(schema: Schema) -> float:
-    """Units of about 0.1 ms that llguidance needs at most to compile the schema and to try it.
+def _count_compilation(schema: Schema, work: Work) -> None:
+    """Counts what llguidance needs at most to compile the schema and to try it.
 
     Measured with llguidance 1.9 on schemas of up to 300 KB, by the number of schemas, properties, patterns and values.
     """
-    units = 0.0
     stack: list[Any] = [schema]
     while stack:
         node = stack.pop()
@@ -155,23 +156,20 @@ def _compile_work(schema: Schema) -> float:
             continue
         properties, required = node.get("properties", {}), {*node.get("required", ())}
         num_optional = sum(name not in required for name in properties)
-        units += 1 + 0.2 * len(properties) + num_optional**2 / 1500 + len(node.get("patternProperties", ())) ** 2 / 5
-        units += len(node["pattern"]) / 120 if "pattern" in node else 0
-        units += 3 * bool(
-            node.keys() & {"minimum", "exclusiveMinimum"} and node.keys() & {"maximum", "exclusiveMaximum"}
-        )
+        work.count(1 + 0.2 * len(properties) + num_optional**2 / 1500 + len(node.get("patternProperties", ())) ** 2 / 5)
+        if "pattern" in node:
+            work.count_once(node["pattern"], len(node["pattern"]) / 120)
+        low, high = (tuple(node.get(key) for key in (bound, f"exclusive{bound.title()}")) for bound in BOUNDS)
+        if any(bound is not None for bound in low) and any(bound is not None for bound in high):
+            work.count_once((low, high), 3)
         if "enum" in node:
-            num_values, num_characters = (
-                _measure(node["enum"])[0],
-                sum(len(v) for v in node["enum"] if isinstance(v, str)),
-            )
-            units += (0.8 if "pattern" in node else 0.15) * num_values + num_characters / 400
+            characters = sum(len(value) for value in node["enum"] if isinstance(value, str))
+            work.count((0.8 if "pattern" in node else 0.15) * _measure(node["enum"])[0] + characters / 400)
         for key, value in node.items():
             if key in ("properties", "patternProperties", "$defs"):
                 stack += cast("dict[str, Any]", value).values()
             elif key in ("items", "additionalProperties", "prefixItems", "anyOf", "allOf"):
                 stack.append(value)
-    return units
 
 
 def _check_references(parsed: ParsedSchema) -> None:

@@ -49,6 +49,13 @@ class Work:
 
     def __init__(self) -> None:
         self._units = 0.0
+        self._seen: set[object] = set()
+
+    def count_once(self, part: object, units: float) -> None:
+        """Counts a part of a grammar that takes no more work when it is compiled again."""
+        if part not in self._seen:
+            self._seen.add(part)
+            self.count(units)
 
     def count(self, units: float) -> None:
         """Raises SchemaError at the limit."""

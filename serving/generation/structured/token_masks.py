@@ -27,7 +27,7 @@ from serving.generation.structured.grammar import MAX_CALLS
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED = 64  # compiled grammars
+MAX_CACHED = 256  # compiled grammars
 MAX_CACHED_BYTES = 32 * 2**20  # their memory, as `_estimated_bytes` counts it
 NUM_TRIAL_RUNS = 2
 MAX_TRIAL_TOKENS = 48
