@@ -191,7 +191,7 @@ class Draw:
 
     def __init__(self, logits: Tensor, sequences: list[SequenceState]) -> None:
         """logits: [rows, vocabulary] float32."""
-        self._sequences, vocabulary = sequences, logits.shape[-1]
+        vocabulary = logits.shape[-1]
         self._settings = [_settings(sequence, vocabulary) for sequence in sequences]
         settings = to_device(torch.tensor(self._settings, dtype=torch.float64), logits.device)
         # relative to the maximum, so that a tiny temperature cannot overflow
