@@ -4,6 +4,8 @@ Requests in flight are bounded by what the engines run at once plus a queue. Wit
 tokens (start-time fair queueing): a client's next request starts where its last one ends in virtual time, so 200
 requests of one client do not delay other clients' requests; and no client may take more than a share of the queue.
 Limits hold for all workers of the machine together; turns are taken in front of each worker's engine.
+
+A request is admitted twice: with its answers before any work is done for it, and with its tokens once they are counted.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from serving.admission.rate_limits import TokenBucket, minute_buckets, rate_head
 from serving.http.errors import APIError
 
 RATE_SECONDS = 30.0  # memory of the completion rates
+UNKNOWN_SECONDS = 5.0  # to wait while nothing has ended yet
 CLIENT_SHARE = 0.75  # of everything in flight that one client may have
 MAX_IDLE_CLIENTS = 4096  # whose turns are remembered; past it those with nothing in flight are forgotten
 
@@ -65,6 +68,19 @@ class CompletionRate:
 
 
 @dataclass
+class RefusedWork:
+    """What was refused and will come again: it waits like a queue, which empties at the completion rate."""
+
+    amount: float = 0.0
+    updated: float = 0.0
+
+    def left(self, per_second: float, now: float) -> float:
+        self.amount = max(0.0, self.amount - per_second * (now - self.updated))
+        self.updated = now
+        return self.amount
+
+
+@dataclass
 class _Client:
     """Its turns in front of this worker's engine."""
 
@@ -76,12 +92,26 @@ class _Client:
 class Permit:
     """One admitted request. Must be closed when the request is over; closing again has no effect."""
 
-    priority: int  # for the engine: smaller goes first
     headers: dict[str, str]
     _admission: Admission
     _client: str
+    _capacity: Capacity
     _reservation: Reservation
+    priority: int = 0  # for the engine: smaller goes first
     _is_open: bool = True
+
+    def claim(self, num_tokens: int) -> None:
+        """The prompt and the longest answers that it may get have so many tokens: take a turn in front of the engine.
+
+        Raises APIError 429 with the seconds to wait, and has closed the permit then.
+        """
+        try:
+            self._reservation, self.priority, self.headers = self._admission.claim(
+                self._client, self._reservation, num_tokens, self._capacity
+            )
+        except APIError:
+            self.close(0)
+            raise
 
     def started(self) -> None:
         """The first token came: virtual time has reached this request."""
@@ -108,35 +138,52 @@ class Admission:
     _clients: dict[str, _Client] = field(default_factory=dict[str, _Client])
     _answer_rate: CompletionRate = field(default_factory=CompletionRate)
     _token_rate: CompletionRate = field(default_factory=CompletionRate)
+    _refused: RefusedWork = field(default_factory=RefusedWork)  # answers
 
-    def admit(self, name: str, num_answers: int, num_tokens: int, capacity: Capacity) -> Permit:
-        """Raises APIError 429 with the seconds to wait.
-
-        name: the client's; num_tokens: the prompt and the longest answers that it may get.
-        """
+    def admit(self, name: str, num_answers: int, capacity: Capacity) -> Permit:
+        """Before a request is tokenized. name: the client's. Raises APIError 429 with the seconds to wait."""
         now = self.clock()
         # reserved before it is checked: two workers that do so at the same instant see each other
-        reservation = self.usage_table.reserve(name, num_answers, num_tokens)
+        reservation = self.usage_table.reserve(name, num_answers)
         usage = self.usage_table.usage(reservation)
         requests, tokens = self._buckets(usage, now)
         try:
             self._check_concurrency(usage, now)
             requests.check(1)
-            tokens.check(num_tokens)
+            tokens.check(1)
             self._check_queue(usage, reservation, capacity, now)
         except APIError:
             self.usage_table.release(reservation)
             raise
-        if self.limits.requests_per_minute or self.limits.tokens_per_minute:
+        if self.limits.requests_per_minute:
             requests.level -= 1
-            tokens.level -= num_tokens
             self._store(reservation, usage, requests, tokens, now)
-        client = self._clients.get(name) or self._new_client(name)
-        self._count(client, 1, reservation)
+        self._count(self._clients.get(name) or self._new_client(name), 1, reservation)
+        headers = self._queue_headers(usage, capacity, now) | requests.headers() | tokens.headers()
+        return Permit(headers, self, name, capacity, reservation)
+
+    def claim(
+        self, name: str, reservation: Reservation, num_tokens: int, capacity: Capacity
+    ) -> tuple[Reservation, int, dict[str, str]]:
+        """The same request with its tokens: (its reservation, its turn, response headers). See `Permit.claim`."""
+        now = self.clock()
+        claimed = self.usage_table.claim(reservation, num_tokens)
+        usage = self.usage_table.usage(claimed)
+        requests, tokens = self._buckets(usage, now)
+        try:
+            tokens.check(num_tokens)
+            self._check_queue(usage, claimed, capacity, now)
+        except APIError:
+            self.usage_table.claim(claimed, -num_tokens)
+            raise
+        if self.limits.tokens_per_minute:
+            tokens.level -= num_tokens
+            self._store(claimed, usage, requests, tokens, now)
+        client = self._clients[name]
         starts = max(self._virtual_time, client.ends)
         client.ends = starts + num_tokens
         headers = self._queue_headers(usage, capacity, now) | requests.headers() | tokens.headers()
-        return Permit(starts, headers, self, name, reservation)
+        return claimed, starts, headers
 
     def advance(self, virtual_time: int) -> None:
         """A request that starts at this virtual time has got its first token."""
@@ -147,11 +194,13 @@ class Admission:
         now = self.clock()
         self._answer_rate.add(reservation.num_answers, now)
         self._token_rate.add(reservation.num_tokens, now)
-        self._count(self._clients[name], -1, reservation)
+        client, num_unused = self._clients[name], reservation.num_tokens - num_used_tokens
+        self._count(client, -1, reservation)
+        client.ends -= num_unused  # its next turn comes as early as if it had asked for what it used
         if self.limits.tokens_per_minute:
             usage = self.usage_table.usage(reservation)
             requests, tokens = self._buckets(usage, now)
-            tokens.level += reservation.num_tokens - num_used_tokens
+            tokens.level += num_unused
             self._store(reservation, usage, requests, tokens, now)
         self.usage_table.release(reservation)
 
@@ -184,10 +233,13 @@ class Admission:
         excess_tokens = max(all_tokens - max_tokens, usage.num_tokens - int(max_tokens * share))
         if all_answers == reservation.num_answers or (excess_answers <= 0 and excess_tokens <= 0):
             return  # an idle server takes whatever the engine can take
+        # those that were refused before it come again before it; a whole queue of them is refused once more
+        ahead = self._refused.left(self._answer_rate.per_second(now) * self.usage_table.num_workers, now)
+        self._refused.amount = min(ahead + reservation.num_answers, max_answers)
         raise too_many(
             "The server is at its capacity and its queue is full.",
             "requests" if excess_answers > 0 else "tokens",
-            self._seconds(excess_answers, excess_tokens, now),
+            self._seconds(max(excess_answers, 0) + int(ahead), excess_tokens, now) or UNKNOWN_SECONDS,
             self._queue_headers(usage, capacity, now),
         )
 

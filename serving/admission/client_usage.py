@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -67,16 +67,21 @@ class UsageTable:
         self._live_pages: list[mmap.mmap] = []  # of other workers
         self._dead_pages: list[mmap.mmap] = []  # of ended workers; their allowances still count
 
-    def reserve(self, name: str, num_answers: int, num_tokens: int) -> Reservation:
-        """Count one more request of this client."""
+    def reserve(self, name: str, num_answers: int) -> Reservation:
+        """Count one more request of this client, without tokens."""
         key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") or 1
-        reservation = Reservation(key, _find_entry(self._own, key), num_answers, num_tokens)
-        self._count(reservation, 1)
+        reservation = Reservation(key, _find_entry(self._own, key), num_answers, 0)
+        self._count(reservation, 1, num_answers, 0)
         return reservation
+
+    def claim(self, reservation: Reservation, num_more_tokens: int) -> Reservation:
+        """The same request with so many more tokens; replaces the reservation."""
+        self._count(reservation, 0, 0, num_more_tokens)
+        return replace(reservation, num_tokens=reservation.num_tokens + num_more_tokens)
 
     def release(self, reservation: Reservation) -> None:
         """The request is over. Call once."""
-        self._count(reservation, -1)
+        self._count(reservation, -1, -reservation.num_answers, -reservation.num_tokens)
 
     def usage(self, reservation: Reservation) -> ClientUsage:
         """The usage of this reservation's client, the reservation included."""
@@ -148,15 +153,14 @@ class UsageTable:
             os.ftruncate(file, PAGE_BYTES)  # sparse: unwritten parts take no memory
         return [(file, mmap.mmap(file, PAGE_BYTES)) for file in files]
 
-    def _count(self, reservation: Reservation, sign: int) -> None:
+    def _count(self, reservation: Reservation, more_requests: int, more_answers: int, more_tokens: int) -> None:
         page = self._own
-        more_answers, more_tokens = sign * reservation.num_answers, sign * reservation.num_tokens
         answers, tokens = _HEAD.unpack_from(page)
         _HEAD.pack_into(page, 0, answers + more_answers, tokens + more_tokens)
         if reservation.entry is not None:
             at = reservation.entry + _IN_FLIGHT_AT
             requests, answers, tokens = _IN_FLIGHT.unpack_from(page, at)
-            _IN_FLIGHT.pack_into(page, at, requests + sign, answers + more_answers, tokens + more_tokens)
+            _IN_FLIGHT.pack_into(page, at, requests + more_requests, answers + more_answers, tokens + more_tokens)
 
 
 def _lock(file: int) -> bool:

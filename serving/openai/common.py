@@ -351,10 +351,14 @@ class InputTokens(TypedDict):
     input_tokens: Count
 
 
-async def count_tokens(model: RunningModel, conversation: Conversation, conversation_param: str) -> Response:
-    """The answer to a request to count a conversation's tokens. Raises APIError 400."""
+async def count_tokens(
+    api: Api, request: Request, model_name: str, conversation: Conversation, conversation_param: str
+) -> Response:
+    """The answer to a request to count a conversation's tokens. Raises APIError 400, 404, 429 or 503."""
+    model = api.running_model(model_name)
     try:
-        token_ids = await asyncio.to_thread(model.render, conversation)
+        with api.generations.admit(request, model, 0):
+            token_ids = await asyncio.to_thread(model.render, conversation)
     except PromptError as error:
         raise invalid(error.message, _param(error, conversation_param)) from None
     counted: InputTokens = {"object": "response.input_tokens", "input_tokens": len(token_ids)}
@@ -365,10 +369,10 @@ def json_response(value: Mapping[str, Any]) -> Response:
     return Response(to_json(value), media_type="application/json")
 
 
-async def large_json_response(build: Callable[[], Mapping[str, Any]], num_items: int) -> Response:
+async def large_json_response(build: Callable[[], Mapping[str, Any]], num_items: int | None = None) -> Response:
     """The response with what `build` returns. Many items are built and encoded in a thread, which lets the event loop
-    go on: 8 answers of 2,048 tokens with 20 log-probabilities each take 2.5 s of CPU."""
-    if num_items <= INLINE_ITEMS:
+    go on: 8 answers of 2,048 tokens with 20 log-probabilities each take 2.5 s of CPU. num_items: None if unknown."""
+    if num_items is not None and num_items <= INLINE_ITEMS:
         return json_response(build())
     text = await asyncio.to_thread(lambda: "".join(to_json_slices(build())).encode())
     return Response(text, media_type="application/json")

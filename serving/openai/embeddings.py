@@ -72,13 +72,14 @@ async def create(api: Api, request: Request) -> Response:
     body = await api.parse(request, EmbeddingRequest)
     model = api.running_model(body.model)
     _check_dimensions(body.dimensions, model.engine.shape.hidden_size)
-    try:
-        texts = await asyncio.to_thread(embedding.tokenize, model, to_prompts(body.input))
-    except ContextOverflow as error:
-        raise context_overflow(error, is_default=True, param=error.param) from None
-    num_tokens = sum(len(text.token_ids) for text in texts)
-    async with api.generations.embedding(request, model, num_tokens):
-        vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
+    with api.generations.admit(request, model, 1) as admitted:
+        try:
+            texts = await asyncio.to_thread(embedding.tokenize, model, to_prompts(body.input))
+        except ContextOverflow as error:
+            raise context_overflow(error, is_default=True, param=error.param) from None
+        num_tokens = sum(len(text.token_ids) for text in texts)
+        async with admitted.embedding(num_tokens):
+            vectors = await unless_disconnected(request.receive, embedding.embed(model, texts))
     num_numbers = sum(map(len, vectors))
     return await large_json_response(lambda: to_embedding_list(vectors, body, num_tokens), num_numbers)
 

@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 from starlette.requests import Request
 from starlette.types import Scope
@@ -31,48 +33,66 @@ class GenerationStarter:
         self._admission = admission
         self._limits = limits
 
-    def open(self, request: Request, model: RunningModel, prompts: Sequence[Prompt]) -> EventStream:
-        """The events of all answers to these prompts, to be closed by the caller.
+    def admit(self, request: Request, model: RunningModel, num_answers: int) -> AdmittedRequest:
+        """Before any work is done for a request. A context manager: at its end the request is over, unless `open` was
+        called. num_answers: 0 for requests that the engine has nothing to do for.
 
-        Raises APIError 429 when the request is not admitted, 400 for a wrong timeout header; EngineError.
+        Raises APIError 429 when the request is not admitted, 400 for a wrong timeout header.
         """
         context = request_context(request.scope)
         deadline = _deadline(context, request.scope, self._limits.timeout_seconds)
-        permit = self._admit(
-            context,
-            model,
-            num_answers=sum(prompt.n for prompt in prompts),
-            num_tokens=sum(len(prompt.token_ids) + prompt.n * prompt.sampling.max_tokens for prompt in prompts),
-        )
+        limits = model.engine.limits
+        capacity = Capacity(limits.max_sequences, limits.kv_tokens)
+        permit = self._admission.admit(context.client, num_answers, capacity)
+        context.headers |= permit.headers
+        return AdmittedRequest(context, model, deadline, permit)
+
+
+@dataclass
+class AdmittedRequest:
+    """A request with a permit, while its prompt is built."""
+
+    _context: RequestContext
+    _model: RunningModel
+    _deadline: Deadline
+    _permit: Permit
+    _is_open: bool = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_open:
+            self._permit.close(0)
+
+    def open(self, prompts: Sequence[Prompt]) -> EventStream:
+        """The events of all answers to these prompts, to be closed by the caller. Raises APIError 429; EngineError."""
+        self._claim(sum(len(prompt.token_ids) + prompt.n * prompt.sampling.max_tokens for prompt in prompts))
         num_dropped = sum(prompt.num_dropped_rounds for prompt in prompts)
         if num_dropped:
-            context.headers[DROPPED_ROUNDS_HEADER] = str(num_dropped)
-        return EventStream(model, prompts, permit, context, deadline)
+            self._context.headers[DROPPED_ROUNDS_HEADER] = str(num_dropped)
+        self._is_open = True  # the stream closes the permit, also where it cannot be started
+        return EventStream(self._model, prompts, self._permit, self._context, self._deadline)
 
     @asynccontextmanager
-    async def embedding(self, request: Request, model: RunningModel, num_tokens: int) -> AsyncGenerator[None, None]:
-        """Admits texts to be embedded and limits the time for it. Raises APIError 429, and 408 or 504 for the time."""
-        context = request_context(request.scope)
-        deadline = _deadline(context, request.scope, self._limits.timeout_seconds)
-        permit = self._admit(context, model, 1, num_tokens)
-        context.prompt_tokens = num_tokens
-        permit.started()
+    async def embedding(self, num_tokens: int) -> AsyncGenerator[None, None]:
+        """Limits the time for texts to be embedded. Raises APIError 429, and 408 or 504 for the time."""
+        self._claim(num_tokens)
+        self._context.prompt_tokens = num_tokens
+        self._permit.started()
+        self._is_open = True
         try:
-            seconds = None if deadline.at == math.inf else deadline.at - time.monotonic()
+            seconds = None if self._deadline.at == math.inf else self._deadline.at - time.monotonic()
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError:
-            raise deadline.failure() from None
+            raise self._deadline.failure() from None
         finally:
-            permit.close(num_tokens)
+            self._permit.close(num_tokens)
 
-    def _admit(self, context: RequestContext, model: RunningModel, num_answers: int, num_tokens: int) -> Permit:
-        limits = model.engine.limits
-        permit = self._admission.admit(
-            context.client, num_answers, num_tokens, Capacity(limits.max_sequences, limits.kv_tokens)
-        )
-        context.headers |= permit.headers
-        return permit
+    def _claim(self, num_tokens: int) -> None:
+        self._permit.claim(num_tokens)
+        self._context.headers |= self._permit.headers
 
 
 def _deadline(context: RequestContext, scope: Scope, server_seconds: float) -> Deadline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from serving.generation.interface import Conversation
+from serving.generation.pipeline import RunningModel
 from serving.http.errors import invalid
 from serving.openai.chat.messages import ChatMessage
 from serving.openai.chat.tools import MAX_TOOLS, ToolDefinition, to_tools
@@ -60,15 +60,9 @@ async def tokenize(api: Api, request: Request) -> Response:
     """Text or messages to token ids."""
     body = await api.parse(request, TokenizeRequest)
     model = api.running_model(body.model)
-    if body.messages is None:
-        token_ids = await asyncio.to_thread(model.encode, body.prompt or "", "prompt")
-    else:
-        messages = tuple(message.to_message(index) for index, message in enumerate(body.messages))
-        tools = to_tools([tool.function for tool in body.tools])
-        conversation = Conversation(messages, tools, body.continue_final_message)
-        token_ids = await asyncio.to_thread(model.render, conversation)
 
     def build() -> Tokens:
+        token_ids = _token_ids(model, body)
         token_bytes = model.chat_format.token_bytes
         texts = (token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids)
         return {
@@ -78,7 +72,16 @@ async def tokenize(api: Api, request: Request) -> Response:
             "token_strs": list(texts) if body.return_token_strs else None,
         }
 
-    return await large_json_response(build, len(token_ids))
+    with api.generations.admit(request, model, 0):
+        return await large_json_response(build)
+
+
+def _token_ids(model: RunningModel, body: TokenizeRequest) -> list[int]:
+    if body.messages is None:
+        return model.encode(body.prompt or "", "prompt")
+    messages = tuple(message.to_message(index) for index, message in enumerate(body.messages))
+    tools = to_tools([tool.function for tool in body.tools])
+    return model.render(Conversation(messages, tools, body.continue_final_message))
 
 
 async def detokenize(api: Api, request: Request) -> Response:
@@ -92,7 +95,8 @@ async def detokenize(api: Api, request: Request) -> Response:
                 raise invalid(f"This model has no token {token_id}.", f"tokens[{index}]")
         return {"prompt": model.chat_format.decode(body.tokens)}
 
-    return await large_json_response(build, len(body.tokens))
+    with api.generations.admit(request, model, 0):
+        return await large_json_response(build, len(body.tokens))
 
 
 OPERATIONS = (

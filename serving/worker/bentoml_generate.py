@@ -70,8 +70,9 @@ async def generate_text(
     system = (Message("system", body.system),) if body.system else ()
     conversation = Conversation((*system, Message("user", body.prompt)))
     sampling = SamplingParams(max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p)
-    prompt = await build_prompt(model, ChatJob(conversation, sampling, max_tokens_is_default=True), "prompt")
-    stream = generations.open(request, model, [prompt])
+    with generations.admit(request, model, 1) as admitted:
+        prompt = await build_prompt(model, ChatJob(conversation, sampling, max_tokens_is_default=True), "prompt")
+        stream = admitted.open([prompt])
     try:
         while (events := await stream.take()) is not None:
             text = "".join(event.text for _, event in events if isinstance(event, TextDelta))

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from serving.admission.client_usage import UsageTable
 table = UsageTable(Path(sys.argv[1]), 4)
-reservation = table.reserve("alice", 3, 300)
+reservation = table.claim(table.reserve("alice", 3), 300)
 table.store_allowance(reservation, 1.0, 5.0, 1000.0)
 print("reserved", flush=True)
 sys.stdin.read()
@@ -51,7 +51,9 @@ class Workers:
             table.refresh()
 
     def admit(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> Permit:
-        return self.admissions[worker].admit(client, answers, tokens, CAPACITY)
+        permit = self.admissions[worker].admit(client, answers, CAPACITY)
+        permit.claim(tokens)
+        return permit
 
     def refused(self, worker: int, client: str = "alice", answers: int = 1, tokens: int = 10) -> APIError:
         with pytest.raises(APIError) as caught:
@@ -143,7 +145,7 @@ def test_a_killed_workers_requests_count_no_longer_and_its_clients_allowances_st
     tmp_path: Path, dead_worker: subprocess.Popen[str]
 ) -> None:
     own = UsageTable(tmp_path, 4)
-    reservation = own.reserve("alice", 1, 10)
+    reservation = own.claim(own.reserve("alice", 1), 10)
     own.refresh()
     assert (own.num_workers, own.in_flight()) == (2, (4, 310))
     assert own.usage(reservation).num_requests == 2
@@ -162,7 +164,7 @@ def test_the_successor_of_a_killed_worker_has_nothing_in_flight(
     dead_worker.kill()
     dead_worker.wait()
     successor = UsageTable(tmp_path, 4)  # the first free page is the dead one's
-    reservation = successor.reserve("alice", 1, 10)
+    reservation = successor.claim(successor.reserve("alice", 1), 10)
     assert successor.in_flight() == (1, 10)
     assert successor.usage(reservation).num_requests == 1
     assert successor.usage(reservation).tokens_left == 5.0

@@ -26,11 +26,12 @@ async def create(api: Api, request: Request) -> Response:
     model = api.running_model(body.model)
     if body.n > api.limits.max_n:
         raise above_maximum("n", api.limits.max_n, body.n)
-    prompt = await build_prompt(model, job)
     envelope = api.envelope("chatcmpl", body.model)
     options = chunk_options(body, body.logprobs, has_legacy_functions=bool(body.functions))
     token_bytes = model.chat_format.token_bytes
-    events = api.generations.open(request, model, [prompt])
+    with api.generations.admit(request, model, body.n) as admitted:
+        prompt = await build_prompt(model, job)
+        events = admitted.open([prompt])
     if body.stream:
         chunks = ChatCompletionStream(envelope, options, token_bytes, len(prompt.token_ids))
         return await begin_stream(events, chunks, request, api.limits)
@@ -41,7 +42,7 @@ async def create(api: Api, request: Request) -> Response:
 async def count_input_tokens(api: Api, request: Request) -> Response:
     """Count a conversation's tokens without answering it."""
     body, job = await api.parse_job(request, ChatRequest, to_chat_job)
-    return await count_tokens(api.running_model(body.model), job.conversation, "messages")
+    return await count_tokens(api, request, body.model, job.conversation, "messages")
 
 
 OPERATIONS = (

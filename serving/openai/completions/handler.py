@@ -18,13 +18,14 @@ async def create(api: Api, request: Request) -> Response:
     body = await api.parse(request, CompletionRequest)
     model = api.running_model(body.model)
     jobs = to_completion_jobs(body, api.limits.max_n)
-    prompts = [await build_prompt(model, job) for job in jobs]
     choices = PromptChoices(body.n, tuple(_echo(job, model) for job in jobs))
     envelope = api.envelope("cmpl", body.model)
     options = chunk_options(body, body.logprobs is not None)
     token_bytes = model.chat_format.token_bytes
-    num_answers = prompts[0].n  # of each prompt; more than n when the best are to be kept
-    events = api.generations.open(request, model, prompts)
+    num_answers = max(jobs[0].n, jobs[0].best_of)  # of each prompt; more than n when the best are to be kept
+    with api.generations.admit(request, model, num_answers * len(jobs)) as admitted:
+        prompts = [await build_prompt(model, job) for job in jobs]
+        events = admitted.open(prompts)
     if body.stream:
         lengths = [len(prompt.token_ids) for prompt in prompts]
         chunks = CompletionStream(choices, envelope, options, token_bytes, lengths)

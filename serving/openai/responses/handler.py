@@ -16,9 +16,9 @@ async def create(api: Api, request: Request) -> HTTPResponse:
     """Answer a conversation (stateless)."""
     body, job = await api.parse_job(request, ResponsesRequest, to_chat_job)
     model = api.running_model(body.model)
-    prompt = await build_prompt(model, job, "input")
     chunks = ResponseStream(unfinished_response(body), body.shows_logprobs, model.chat_format.token_bytes)
-    events = api.generations.open(request, model, [prompt])
+    with api.generations.admit(request, model, 1) as admitted:
+        events = admitted.open([await build_prompt(model, job, "input")])
     if body.stream:
         return await begin_stream(events, chunks, request, api.limits)
     collected = await collect(events, request)
@@ -28,7 +28,7 @@ async def create(api: Api, request: Request) -> HTTPResponse:
 async def count_input_tokens(api: Api, request: Request) -> HTTPResponse:
     """Count an input's tokens without answering it."""
     body, job = await api.parse_job(request, ResponsesRequest, to_chat_job)
-    return await count_tokens(api.running_model(body.model), job.conversation, "input")
+    return await count_tokens(api, request, body.model, job.conversation, "input")
 
 
 OPERATIONS = (
