@@ -12,7 +12,12 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
+from serving.shared_folder import shared_folder
+
 MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # set by BentoML for its workers
+# to one folder for all services under one home, which each service empties when it starts
+if MULTIPROCESS_DIRECTORY in os.environ and (folder := shared_folder()) is not None:
+    os.environ[MULTIPROCESS_DIRECTORY] = str(folder)
 
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 PREFIX = "CHATGLM_"
+# what Kubernetes puts into every container beside a service named `chatglm` or `chatglm-...`
+INJECTED = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+INJECTED_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 class SettingsError(Exception):
@@ -18,6 +22,19 @@ class SettingsError(Exception):
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _is_injected(name: str, value: str) -> bool:
+    """Whether an orchestrator set this variable to tell where another service is. name: without the prefix."""
+    is_address = name.rpartition("_")[2] == "PORT" and INJECTED_ADDRESS.match(value) is not None
+    return is_address or INJECTED.fullmatch(name) is not None
+
+
+def _suggestion(name: str) -> str:
+    """The setting whose name is most like this one, in words; '' if none is."""
+    known = [PREFIX + field.upper() for field in Settings.model_fields]
+    similar = get_close_matches(name, known, n=1, cutoff=0.8)
+    return f": did you mean {similar[0]}?" if similar else ""
 
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]  # separated by commas
@@ -105,14 +122,18 @@ class Settings(BaseModel):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Raises SettingsError for an invalid value and for a name that does not exist."""
-        values = {name[len(PREFIX) :].lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+        values = {
+            name[len(PREFIX) :].lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX) and not _is_injected(name[len(PREFIX) :], value)
+        }
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             if first["type"] == "extra_forbidden":
-                raise SettingsError(f"{name} is not a setting; README.md lists them") from None
+                raise SettingsError(f"{name} is not a setting{_suggestion(name)}; README.md lists them") from None
             raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from None
         settings._check_engine()
         return settings

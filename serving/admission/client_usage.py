@@ -150,7 +150,7 @@ class UsageTable:
             for number in range(self._num_pages)
         ]
         for file in files:
-            os.ftruncate(file, PAGE_BYTES)  # sparse: unwritten parts take no memory
+            os.posix_fallocate(file, 0, PAGE_BYTES)  # a sparse page would kill the process that finds no room later
         return [(file, mmap.mmap(file, PAGE_BYTES)) for file in files]
 
     def _count(self, reservation: Reservation, more_requests: int, more_answers: int, more_tokens: int) -> None:

@@ -95,7 +95,7 @@ class AccessMiddleware:
         headers = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             return APIError(431, "The request's headers are too large.", code="headers_too_large")
-        if self._policy.state.is_draining:
+        if self._policy.state.is_draining and scope["path"] != METRICS_PATH:  # the end of a drain is worth seeing
             context.headers["connection"] = "close"
             return shutting_down()
         if self._policy.state.num_in_flight > self._policy.max_in_flight:

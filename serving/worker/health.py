@@ -55,7 +55,6 @@ class HealthMonitor:
 
     async def run(self, also: Callable[[], object]) -> None:
         """Call `tick` and `also` every second, until cancelled."""
-        metrics.forget_dead_workers()
         while True:
             try:
                 self.tick()

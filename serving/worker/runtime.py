@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import os
 import resource
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ from pathlib import Path
 
 from starlette.routing import Route
 
+from serving import metrics
 from serving.admission.admission_control import Admission, AdmissionLimits
 from serving.admission.client_usage import UsageTable
 from serving.http.access_log import AccessLog
@@ -25,11 +22,11 @@ from serving.http.request_context import RequestContext
 from serving.openai.start_generation import DROPPED_ROUNDS_HEADER
 from serving.registry import ModelRegistry
 from serving.settings import Settings, SettingsError
+from serving.shared_folder import make_shared_folder
 from serving.worker.graceful_shutdown import ABORT_SECONDS, GracefulShutdown
 from serving.worker.health import HealthMonitor
 from serving.worker.uvicorn_adapter import UvicornServer
 
-USAGE_FOLDER = "SERVING_USAGE_FOLDER"  # environment variable that the parent process sets for its workers
 CORS_HEADERS = [
     "x-request-id", "retry-after", "x-should-retry", "openai-processing-ms", DROPPED_ROUNDS_HEADER,
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
@@ -62,6 +59,7 @@ class WorkerRuntime:
         def every_second() -> None:
             server.close_idle_connections()
             self.admission.usage_table.refresh()
+            metrics.forget_dead_workers()
 
         monitoring = asyncio.create_task(self.monitor.run(every_second))
         try:
@@ -77,6 +75,7 @@ class WorkerRuntime:
 def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.Logger) -> WorkerRuntime:
     """Raises SettingsError for invalid API keys and for an exporter of traces that is not installed."""
     keys = _read_keys(settings)
+    folder = make_shared_folder()
     admission = Admission(
         AdmissionLimits(
             settings.max_queued_requests,
@@ -85,7 +84,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
             settings.client_tokens_per_minute,
             settings.client_max_concurrent,
         ),
-        usage_table=UsageTable(_usage_folder(), 2 * settings.workers) if settings.workers > 1 else UsageTable(),
+        usage_table=UsageTable(folder, 2 * settings.workers) if settings.workers > 1 else UsageTable(),
     )
 
     def abort() -> None:
@@ -123,15 +122,6 @@ def _read_keys(settings: Settings) -> APIKeys | None:
     except KeyFileError as error:
         raise SettingsError(f"CHATGLM_API_KEYS: {error}") from None
     return keys if keys.num_keys else None
-
-
-def _usage_folder() -> Path:
-    """Where the workers of this server share their clients' usage; the parent process makes it and removes it."""
-    folder = os.environ.get(USAGE_FOLDER)
-    if folder is None or not Path(folder).is_dir():
-        folder = os.environ[USAGE_FOLDER] = tempfile.mkdtemp(prefix="chatglm-usage-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 def _raise_open_file_limit() -> None:

@@ -147,6 +147,8 @@ def test_while_draining_a_stream_continues_and_new_requests_get_503(folder: Path
                 assert_openai_error(late, 503)
                 assert late.headers["retry-after"]
                 assert late.headers["connection"] == "close"
+                # passed on: this worker has no route for it, service.py has
+                assert (await http.get("/metrics")).status_code == 404
                 assert (await stream).text.endswith("data: [DONE]\n\n")
 
     asyncio.run(run())

@@ -24,7 +24,8 @@ from tests.golden_data import REPOSITORY
     [
         ({"CHATGLM_MODEL": "chatglm9:none"}, "chatglm9:none"),
         ({"CHATGLM_MAX_SEQUENCES": "many"}, "CHATGLM_MAX_SEQUENCES"),
-        ({"CHATGLM_MODLE": "x"}, "CHATGLM_MODLE is not a setting"),
+        ({"CHATGLM_MODLE": "x"}, "CHATGLM_MODLE is not a setting: did you mean CHATGLM_MODEL?"),
+        ({"CHATGLM_PORT": "9000"}, "CHATGLM_PORT is not a setting"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line_and_exit_code_1(

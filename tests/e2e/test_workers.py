@@ -53,6 +53,17 @@ def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
         assert gauge(server, "chatglm_kv_cache_tokens") % 2 == 0
 
 
+def test_two_servers_of_one_home_keep_their_own_counts(tmp_path: Path) -> None:
+    with serving(tmp_path) as first:
+        assert ask(first, "any").status_code == 200
+        before = gauge(first, "chatglm_request_success_total")
+        with serving(tmp_path) as second:
+            assert gauge(second, "chatglm_request_success_total") == 0
+            assert ask(second, "any").status_code == 200
+            assert gauge(first, "chatglm_request_success_total") == before == 1
+            assert gauge(first, "chatglm_ready") == gauge(second, "chatglm_ready") == 1
+
+
 def ask(server: Server, key: str, **fields: object) -> requests.Response:
     """On a connection of its own, which the kernel gives to one of the workers."""
     return requests.post(
