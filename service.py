@@ -26,6 +26,7 @@ from serving.openai.router import create_app
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry
 from serving.settings import BuildArguments, Settings, SettingsError
+from serving.shared_folder import end_server
 from serving.worker.bentoml_adapter import (
     LOGGER,
     BentoMLService,
@@ -119,6 +120,8 @@ class ChatGLM2:
         except Exception as error:
             logger.exception("%s could not be loaded", stored.tag)
             registry.error = str(error)
+            if settings.exit_on_failed_load:
+                end_server()
 
     @bentoml.on_deployment
     def in_parent_process() -> None:

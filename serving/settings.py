@@ -100,6 +100,8 @@ class Settings(BaseModel):
     """A streaming client that reads nothing for this many seconds is treated as disconnected."""
     step_seconds: float = Field(300.0, ge=1)
     """A step that exceeds this is treated as hung: `/livez` fails and requests in flight get an error."""
+    exit_on_failed_load: bool = False
+    """Exit with code 1 when the model cannot be loaded, instead of staying up with a failing `/livez`."""
     grace_seconds: float = Field(30.0, ge=0)
     """Seconds that requests in flight have to finish after SIGTERM before they are aborted."""
     api_keys: Listed = ()

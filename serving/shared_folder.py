@@ -10,12 +10,15 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
 VARIABLE = "SERVING_SHARED_FOLDER"
 TMPFS = Path("/dev/shm")
 PREFIX = "chatglm-"  # then the process that made it
+FAILED = "load-failed"  # a file in it
 
 
 def make_shared_folder() -> Path:
@@ -36,9 +39,22 @@ def shared_folder() -> Path | None:
     return Path(folder) if folder and Path(folder).is_dir() else None
 
 
+def end_server() -> None:
+    """In a worker that cannot load its model: the whole server shuts down, with exit code 1."""
+    if (folder := shared_folder()) is not None:
+        (folder / FAILED).touch()
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _remove_own(folder: str, process: int) -> None:
-    if os.getpid() == process:  # a forked child runs its parent's exit functions
-        shutil.rmtree(folder, ignore_errors=True)
+    if os.getpid() != process:  # a forked child runs its parent's exit functions
+        return
+    has_failed = Path(folder, FAILED).exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    if has_failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # BentoML exits with 0 after SIGTERM
 
 
 def _remove_abandoned(parent: Path) -> None:

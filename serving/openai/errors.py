@@ -31,9 +31,10 @@ def model_load_failed() -> APIError:
 
 
 def deadline_passed(status: int, seconds: float) -> APIError:
-    """408 for the client's own deadline, 504 for the server's."""
+    """408 for the client's own deadline, 504 for the server's; only the second is the server's fault."""
     message = f"The request was not answered within {seconds:g} seconds."
-    return APIError(status, message, SERVER_ERROR, None, "request_timeout", DO_NOT_RETRY)
+    code = "request_timeout" if status == 408 else "server_timeout"
+    return APIError(status, message, SERVER_ERROR, None, code, DO_NOT_RETRY)
 
 
 def context_overflow(error: ContextOverflow, is_default: bool, param: str) -> APIError:

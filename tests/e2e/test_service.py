@@ -46,6 +46,16 @@ def test_a_wrong_setting_is_one_clear_line_and_exit_code_1(
     assert sentence in lines[0]
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_exit_code_1_if_asked(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        assert server.process.poll() is None
+    (weights,) = (tmp_path / "models" / "chatglm2-demo").glob("*/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with serving(tmp_path, {"CHATGLM_EXIT_ON_FAILED_LOAD": "true"}, wait=False) as server:
+        assert server.process.wait(60) == 1
+    assert "could not be loaded" in server.log.read_text(encoding="utf-8")
+
+
 def test_the_bento_is_built_and_serves(tmp_path: Path) -> None:
     built = subprocess.run(
         [*BENTOML, "build", "--output", "tag"],

@@ -148,14 +148,18 @@ def test_requests_in_flight_may_finish_before_a_pod_is_killed(overlay: str) -> N
 
 
 def test_probes_use_the_health_endpoints() -> None:
-    """A start may take half an hour; tests/e2e/test_probes.py sends these to a server."""
+    """/livez answers during a start of any length, and fails once loading has failed; tests/e2e/test_probes.py sends
+    these to a server."""
     container = server(rendered("gpu"))
     paths = {
         probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")
     }
-    assert paths == {"startupProbe": "/readyz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
-    start = container["startupProbe"]
-    assert start["periodSeconds"] * start["failureThreshold"] >= 1800
+    assert paths == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_service_puts_its_address_into_the_environment(overlay: str) -> None:
+    assert one(rendered(overlay), "Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 def test_the_gpu_overlay_requests_one_gpu_and_the_cpu_overlay_none() -> None:
@@ -260,3 +264,26 @@ def test_the_bentocloud_deployment_has_only_fields_that_exist() -> None:
     assert set(service) <= {field.name for field in attrs.fields(DeploymentServiceConfig)}
     assert set(service["scaling"]) <= {field.name for field in attrs.fields(DeploymentTargetHPAConf)}
     assert {env["name"].removeprefix(PREFIX).lower() for env in asked["envs"]} <= set(Settings.model_fields)
+
+
+def alerts() -> list[dict[str, Any]]:
+    (rules,) = read(DEPLOY / "prometheus" / "alerts.yml")
+    return [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+
+
+def test_every_alert_has_a_runbook() -> None:
+    text = (REPOSITORY / "docs" / "runbooks.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)$", text, re.MULTILINE)
+    assert sections == [alert["alert"] for alert in alerts()]
+    for alert in alerts():
+        assert alert["annotations"]["runbook_url"] == f"docs/runbooks.md#{alert['alert'].lower()}"
+
+
+def test_alerts_name_error_codes_that_exist_and_page_for_none_that_clients_cause() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "serving").glob("**/errors.py"))
+    text = (DEPLOY / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
+    named = {name for found in re.findall(r'code=~?"([^"]+)"', text) for name in found.split("|")}
+    assert {name for name in named if f'"{name}"' not in code} == set()
+    for alert in alerts():
+        if alert["labels"]["severity"] == "critical":
+            assert not re.search("request_timeout|rate_limit|invalid", alert["expr"]), alert
