@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -20,6 +20,7 @@ from serving.generation.structured.json_schema import supported_schema
 from serving.generation.structured.schema_parser import Work
 from serving.generation.structured.token_masks import Grammars
 from tests.contract.tiny import chat_format
+from tests.cpu_time import million_steps
 
 
 @pytest.fixture(scope="module")
@@ -247,26 +248,23 @@ EXPENSIVE: dict[str, AnswerConstraint] = {
 
 
 @pytest.mark.parametrize("name", EXPENSIVE)
-def test_an_expensive_constraint_is_refused_within_a_second(grammars: Grammars, name: str) -> None:
+def test_an_expensive_constraint_is_refused_after_little_work(grammars: Grammars, name: str) -> None:
     """The work is counted, so the refusal does not depend on the machine; 169 KB once took 5.4 s."""
     assert grammars.vocabulary.num_words
-    started = time.thread_time()
-    assert refusal(grammars, EXPENSIVE[name])
-    assert time.thread_time() - started < 1.0
+    assert million_steps(lambda: refusal(grammars, EXPENSIVE[name])) < 40
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(x+x+)+y", ".*a.{200}", "(.*,){20}x", "a{1,5000}"])
 def test_patterns_that_backtrack_without_end_in_other_engines_are_bounded(grammars: Grammars, pattern: str) -> None:
-    started = time.thread_time()
-    try:
-        mask = grammars.compile(answer_grammar(RegexAnswer(pattern, "guided_regex")), "", "").new_mask()
-        for _ in range(20):
-            words = mask.allowed()
-            assert words is not None
-            mask.accept(next(i for i in range(3, 400) if words[i // 32] >> i % 32 & 1))
-    except PromptError:
-        pass  # refused is as good
-    assert time.thread_time() - started < 2.0
+    def compile_and_follow() -> None:
+        with suppress(PromptError):  # refused is as good
+            mask = grammars.compile(answer_grammar(RegexAnswer(pattern, "guided_regex")), "", "").new_mask()
+            for _ in range(20):
+                words = mask.allowed()
+                assert words is not None
+                mask.accept(next(i for i in range(3, 400) if words[i // 32] >> i % 32 & 1))
+
+    assert million_steps(compile_and_follow) < 80
 
 
 def test_large_schemas_are_compiled(grammars: Grammars) -> None:

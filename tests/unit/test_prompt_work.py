@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from models.store.progress import no_progress
 from models.tokenizers.sentencepiece import SentencePieceTokenizer
 from serving.generation.interface import ChatFormat, Conversation, Message, ToolCall
 from serving.generation.tools import prompt as tool_prompt
+from tests.cpu_time import cpu_seconds
 from tests.hf_folders import write_folder, write_llama_style_pieces
 
 MARKER = "0000000000000123456789"
@@ -103,16 +103,6 @@ LONG: dict[str, Callable[[int], Conversation]] = {
     "equal messages": lambda n: conversation(n, lambda _: "Hello"),
     "empty messages": lambda n: conversation(n, lambda _: ""),
 }
-
-
-def cpu_seconds(function: Callable[[], object]) -> float:
-    """The least of three, of this thread alone."""
-    times: list[float] = []
-    for _ in range(3):
-        start = time.thread_time()
-        function()
-        times.append(time.thread_time() - start)
-    return min(times)
 
 
 def assert_linear(work: Callable[[int], Callable[[], object]], count: int) -> None:
