@@ -43,7 +43,7 @@ Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]  # separated by com
 class Settings(BaseModel):
     """The service's configuration. The defaults serve the demonstration model on any machine.
 
-    The text below each setting is its description in README.md.
+    The text below each setting is its description in docs/settings.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -135,7 +135,9 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             if first["type"] == "extra_forbidden":
-                raise SettingsError(f"{name} is not a setting{_suggestion(name)}; README.md lists them") from None
+                raise SettingsError(
+                    f"{name} is not a setting{_suggestion(name)}; docs/settings.md lists them"
+                ) from None
             raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from None
         settings._check_engine()
         return settings

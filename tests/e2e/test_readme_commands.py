@@ -1,4 +1,4 @@
-"""The commands and programs in the READMEs work: each is run here, or by the test that is named for it here."""
+"""The commands and programs of the README and of the user's pages work: each is run here, or by the test named here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from models.demo import CHECKPOINT
 from models.demo.corpus import SAMPLE_ANSWER
 from tests.e2e.server import Server, environment, serving
 from tests.golden_data import REPOSITORY
-from tests.unit.test_readme import CHINESE, README, blocks
+from tests.unit.test_readme import CHINESE, PAIRS, README, blocks
 
-BASH = "\n".join(code for language, code in blocks(README) if language == "bash")
+BLOCKS = dict.fromkeys(block for page, _ in PAIRS for block in blocks(page))  # the Chinese pages have the same
+BASH = "\n".join(code for language, code in BLOCKS if language == "bash")
 COMMANDS = [line for line in BASH.replace("\\\n", "").splitlines() if line]
-PYTHON_BLOCKS = [code for language, code in blocks(README) if language == "python"]
+PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
 DOCUMENTED_URL = "http://localhost:8000"
 
 TERMINAL_CHAT = ".venv/bin/python -m examples.chat 你好"
@@ -29,7 +30,7 @@ SERVE_IMPORTED = "CHATGLM_MODEL=chatglm2-6b make serve"
 QUANTIZE = ".venv/bin/python -m models.store quantize chatglm2-6b int8"
 SERVE_QUANTIZED = "CHATGLM_MODEL=chatglm2-6b-int8 make serve"
 LOAD_HELP = ".venv/bin/python -m benchmarks.load --help"
-RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, QUANTIZE, SERVE_QUANTIZED, LOAD_HELP}
+RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, QUANTIZE, SERVE_QUANTIZED}
 RUN_ELSEWHERE = {
     "make serve": "tests/e2e/server.py::serving",
     "make test": ".ci/run::make test",

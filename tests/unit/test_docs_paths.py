@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -58,19 +57,3 @@ def test_the_architecture_page_names_files() -> None:
     named = paths((REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8"))
     assert {"serving/generation/pipeline.py", "serving/engine/native/scheduler.py"} <= set(named)
     assert len(set(named)) > 30
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_tree_in_a_readme_is_the_repository(name: str) -> None:
-    (tree,) = re.findall(
-        r"^```\n(service\.py.*?)^```", (REPOSITORY / name).read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    parent, missing = Path(), []
-    for line in tree.splitlines():
-        entry = line.split()[0]
-        path = REPOSITORY / (parent if line.startswith("  ") else "") / entry
-        if not line.startswith("  "):
-            parent = Path(entry)
-        if not path.exists() or path.is_dir() != entry.endswith("/"):
-            missing.append(line)
-    assert missing == []

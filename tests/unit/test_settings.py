@@ -28,8 +28,8 @@ def test_what_kubernetes_tells_about_a_service_of_the_same_name_is_no_setting(se
     [
         ("CHATGLM_MODLE", "x", "did you mean CHATGLM_MODEL?"),
         ("CHATGLM_MAX_SEQUENCE", "4", "did you mean CHATGLM_MAX_SEQUENCES?"),
-        ("CHATGLM_PORT", "9000", "is not a setting; README.md"),
-        ("CHATGLM_COLOUR", "red", "is not a setting; README.md"),
+        ("CHATGLM_PORT", "9000", "is not a setting; docs/settings.md"),
+        ("CHATGLM_COLOUR", "red", "is not a setting; docs/settings.md"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused_with_the_nearest_one(name: str, value: str, hint: str) -> None:
