@@ -84,7 +84,7 @@ def test_curl_gets_the_sample_answer(server: Server) -> None:
 def test_every_python_program_is_a_tested_example_or_runs(server: Server) -> None:
     sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "examples").glob("*.py")]
     tested = {*sources, *(source.partition('"""\n\n')[2] for source in sources)}
-    native, tools = (code for code in PYTHON_BLOCKS if code not in tested)
+    tools, native = (code for code in PYTHON_BLOCKS if code not in tested)
     assert run([sys.executable, "-c", native.replace(DOCUMENTED_URL, server.url)]) == SAMPLE_ANSWER
     call = run([sys.executable, "-c", tools.replace(DOCUMENTED_URL, server.url)])
     assert re.search(r"(北京|上海).*name='get_weather'", call)
