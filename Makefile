@@ -1,14 +1,18 @@
 # `make serve` and `make test` work on a clean checkout, independent of each other.
 PYTHON ?= python3.11
+export BENTOML_DO_NOT_TRACK ?= true
 VENV := .venv
 BIN := $(VENV)/bin
 STATE := .state
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: serve setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
+.PHONY: help serve setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
 
-serve: setup  ## set up, import the demonstration model, serve on port 8000
-	$(BIN)/bentoml serve
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+serve: setup  ## set up, import the demonstration model, serve it; PORT=8000, HOST=127.0.0.1, MODEL=TAG
+	$(if $(MODEL),CHATGLM_MODEL="$(MODEL)") $(BIN)/bentoml serve $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
 
 setup: $(STATE)/setup
 
@@ -45,7 +49,7 @@ test-vllm: $(STATE)/vllm-setup  ## compare vLLM with the native engine through t
 demo: test-setup  ## train the demonstration model again (minutes)
 	$(BIN)/python -m models.demo.build
 
-screenshots: test-setup  ## take the READMEs' screenshots of the chat page (needs Chromium)
+screenshots: test-setup  ## take the documentation's screenshots of the chat page (needs Chromium)
 	$(BIN)/python -m tests.e2e.screenshots
 
 plots: test-setup  ## draw benchmarks/results/*.json into docs/images/
@@ -61,7 +65,7 @@ clean:  ## remove all environments and state
 	rm -rf $(VENV) .venv-* $(STATE)
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (apt-get install python3.11 python3.11-venv); set another path with make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "Python 3.11 is needed (apt-get install python3.11 python3.11-venv); set another path with make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "apt-get install python3-venv is needed"; rm -rf $(VENV); exit 1; }
 
 $(STATE)/setup: requirements.txt | $(BIN)/python

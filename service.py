@@ -33,12 +33,15 @@ from serving.worker.bentoml_adapter import (
     complete_log,
     container_image,
     forward_second_signal,
+    requested_address,
     worker_number,
 )
 from serving.worker.bentoml_generate import GenerateRequest, generate_response
 from serving.worker.graceful_shutdown import ABORT_SECONDS
+from serving.worker.listening import PortTaken, check_port, default_host, listening_addresses, ready_lines
 from serving.worker.runtime import CORS_HEADERS, build_runtime
 
+PORT = 8000
 logger = logging.getLogger(LOGGER)
 built = bentoml.use_arguments(BuildArguments)
 
@@ -60,6 +63,8 @@ except (SettingsError, StoreError) as error:
     print(f"chatglm: {error}", file=sys.stderr)
     raise SystemExit(1) from None
 
+has_keys = bool(settings.api_keys or settings.api_keys_file)
+host = default_host(has_keys, os.environ)
 limits = ApiLimits(
     BodyLimits(max_bytes=int(settings.max_body_mib * 2**20)),
     max_n=settings.max_n,
@@ -81,7 +86,7 @@ at_root = create_app(
 @bentoml.service(
     name="chatglm2",
     service_class=BentoMLService,
-    http={"port": 8000},
+    http={"port": PORT, "host": host},
     image=container_image(built),
     resources={"gpu": settings.workers * settings.gpus_per_worker},
     workers=settings.workers,
@@ -116,7 +121,8 @@ class ChatGLM2:
             gc.collect()
             gc.freeze()  # a later full collection would hold the event loop while it visits all modules
             registry.model = model
-            logger.info("%s is ready at http://localhost:8000/v1", stored.tag)
+            for line in ready_lines(stored.tag, listening_addresses(), has_keys, settings.chat_page):
+                logger.info(line)
         except Exception as error:
             logger.exception("%s could not be loaded", stored.tag)
             registry.error = str(error)
@@ -125,6 +131,11 @@ class ChatGLM2:
 
     @bentoml.on_deployment
     def in_parent_process() -> None:
+        try:
+            check_port(*requested_address(host, PORT))
+        except PortTaken as error:
+            print(f"chatglm: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
         forward_second_signal()
 
     @bentoml.on_startup

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import attr
 import bentoml
+import click
 from bentoml._internal.service.openapi.specification import OpenAPISpecification, PathItem
 from bentoml.images import Image
 from starlette.types import ASGIApp
@@ -35,6 +36,13 @@ REQUEST_LOGGERS = ("bentoml.serve", "bentoml._internal.server.http_app", "uvicor
 def worker_number() -> int:
     """Which of the service's workers this process is, counted from 0. BentoML counts from 1."""
     return (bentoml.server_context.worker_index or 1) - 1
+
+
+def requested_address(host: str, port: int) -> tuple[str, int]:
+    """Where `bentoml serve` was told to listen, by an option or its variable; by default `host` and `port`."""
+    context = click.get_current_context(silent=True)
+    options = context.params if context is not None else {}
+    return options.get("host") or host, options.get("port") or port
 
 
 def complete_log() -> None:

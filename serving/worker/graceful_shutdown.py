@@ -51,7 +51,9 @@ class GracefulShutdown:
 
     async def _drain(self, server: UvicornServer, number: int) -> None:
         logger.warning(
-            "shutting down: waiting up to %g s for %d requests", self._grace_seconds, self._state.num_in_flight
+            "shutting down: waiting up to %g s for %d requests; a second signal (Ctrl-C) ends them at once",
+            self._grace_seconds,
+            self._state.num_in_flight,
         )
         if not await self._is_empty_within(self._grace_seconds):
             logger.warning("the grace period is over: aborting %d requests", self._state.num_in_flight)

@@ -46,6 +46,29 @@ def test_a_wrong_setting_is_one_clear_line_and_exit_code_1(
     assert sentence in lines[0]
 
 
+def test_a_port_that_is_taken_is_one_clear_line_and_exit_code_1(server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    result = subprocess.run(
+        [*BENTOML, "serve", "--host", "127.0.0.1", "--port", port],
+        cwd=REPOSITORY,
+        env=environment(tmp_path),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    (line,) = (line for line in (result.stdout + result.stderr).splitlines() if line.strip())
+    assert line.startswith(f"chatglm: port {port} on 127.0.0.1 is taken")
+
+
+def test_the_log_says_where_the_server_answers_and_for_whom(server: Server) -> None:
+    log = server.log.read_text(encoding="utf-8")
+    assert f"is ready at {server.url}/v1" in log
+    assert f"chat page  {server.url}/chat" in log
+    assert "this machine only (loopback); no API key is needed" in log
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_exit_code_1_if_asked(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         assert server.process.poll() is None
