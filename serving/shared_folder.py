@@ -34,9 +34,11 @@ def make_shared_folder() -> Path:
 
 
 def shared_folder() -> Path | None:
-    """None if this process has no parent that made one."""
-    folder = os.environ.get(VARIABLE)
-    return Path(folder) if folder and Path(folder).is_dir() else None
+    """The one that this process or its parent made; None if neither did. A server that is started by a process which
+    has imported the service inherits that process's variable, and its folder is not its own."""
+    folder = Path(os.environ.get(VARIABLE, ""))
+    is_ours = folder.name.startswith((f"{PREFIX}{os.getpid()}-", f"{PREFIX}{os.getppid()}-"))
+    return folder if is_ours and folder.is_dir() else None
 
 
 def end_server() -> None:
