@@ -12,10 +12,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
-from serving.shared_folder import shared_folder
+from serving.shared_folder import MULTIPROCESS_DIRECTORY, shared_folder
 
-MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # set by BentoML for its workers
-# to one folder for all services under one home, which each service empties when it starts
+# BentoML sets it to one folder for all services under one home, which each service empties when it starts
 if MULTIPROCESS_DIRECTORY in os.environ and (folder := shared_folder()) is not None:
     os.environ[MULTIPROCESS_DIRECTORY] = str(folder)
 

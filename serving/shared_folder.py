@@ -19,6 +19,7 @@ VARIABLE = "SERVING_SHARED_FOLDER"
 TMPFS = Path("/dev/shm")
 PREFIX = "chatglm-"  # then the process that made it
 FAILED = "load-failed"  # a file in it
+MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # set by BentoML for its workers
 
 
 def make_shared_folder() -> Path:
@@ -34,10 +35,13 @@ def make_shared_folder() -> Path:
 
 
 def shared_folder() -> Path | None:
-    """The one that this process or its parent made; None if neither did. A server that is started by a process which
-    has imported the service inherits that process's variable, and its folder is not its own."""
+    """The one that this process made, or in a worker its parent; None if neither did.
+
+    A server that is started by a process which has imported the service inherits a variable that is not its own.
+    """
     folder = Path(os.environ.get(VARIABLE, ""))
-    is_ours = folder.name.startswith((f"{PREFIX}{os.getpid()}-", f"{PREFIX}{os.getppid()}-"))
+    makers = (os.getpid(), os.getppid()) if MULTIPROCESS_DIRECTORY in os.environ else (os.getpid(),)
+    is_ours = folder.name.startswith(tuple(f"{PREFIX}{process}-" for process in makers))
     return folder if is_ours and folder.is_dir() else None
 
 

@@ -11,7 +11,7 @@ from tests.e2e.server import serving
 
 def test_the_folder_of_another_server_is_not_used(tmp_path: Path) -> None:
     """Its workers' pages and metrics are in there; and who did not make the folder did not end with exit code 1."""
-    foreign = tmp_path / f"{PREFIX}{os.getppid()}-abc"
+    foreign = tmp_path / f"{PREFIX}{os.getpid()}-abc"
     foreign.mkdir()
     with serving(tmp_path, {VARIABLE: str(foreign)}):
         assert list(foreign.iterdir()) == []
