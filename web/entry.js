@@ -1,4 +1,4 @@
-// The third-party code of the chat page, and nothing else: a Markdown parser, a sanitizer, a highlighter.
+// The third-party code of the chat page, and nothing else: a Markdown parser, a sanitizer, a highlighter, LaTeX to MathML.
 import DOMPurify from "dompurify";
 import hljs from "highlight.js/lib/core";
 import bash from "highlight.js/lib/languages/bash";
@@ -19,6 +19,7 @@ import typescript from "highlight.js/lib/languages/typescript";
 import xml from "highlight.js/lib/languages/xml";
 import yaml from "highlight.js/lib/languages/yaml";
 import MarkdownIt from "markdown-it";
+import temml from "temml";
 
 const languages = {
   bash, c, cpp, csharp, css, diff, go, ini, java, javascript, json, python, rust, sql, typescript, xml, yaml,
@@ -27,4 +28,4 @@ for (const [name, definition] of Object.entries(languages)) {
   hljs.registerLanguage(name, definition);
 }
 
-export { DOMPurify, MarkdownIt, hljs };
+export { DOMPurify, MarkdownIt, hljs, temml };

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ANSWER_MS = 120_000  # machines may be busy
+SUM = "It is two: 1 + 1 = 2."  # a short answer of the demonstration model to 1+1
+SLOW = 3000  # bytes a second: about eight tokens
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -82,7 +84,10 @@ class ChatPage:
 
     def ask(self, question: str, wait: bool = True) -> None:
         self.page.fill("#question", question)
-        self.page.press("#question", "Enter")
+        if self.page.evaluate("matchMedia('(hover: none) and (pointer: coarse)').matches"):
+            self.page.click("#send")  # on a phone, Enter makes a line
+        else:
+            self.page.press("#question", "Enter")
         if wait:
             self.wait_for_answer()
 
@@ -97,7 +102,7 @@ class ChatPage:
             self.page.wait_for_timeout(30)
 
     def answer(self) -> str:
-        return self.page.inner_text(".turn:last-child .prose").strip()
+        return self.page.inner_text(".turn:last-child .answer > .prose").strip()
 
     def stats(self) -> str:
         return self.page.inner_text(".turn:last-child .stats")
@@ -124,6 +129,9 @@ class ChatPage:
         assert self.dialogs == []
         own = (f"{self.url}/chat", f"{self.url}/page/", f"{self.url}/v1/")
         assert [url for url in self.requested if not url.startswith(own)] == []
+
+
+OpenPage = Callable[..., ChatPage]
 
 
 def _fulfil(route: Route, text: str) -> None:

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from models.demo.corpus import SAMPLE_ANSWER
-from tests.e2e.browser import ChatPage, chromium
+from tests.e2e.browser import SLOW, SUM, OpenPage
 from tests.e2e.server import Server, serving
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Route
-
-SUM = "It is two: 1 + 1 = 2."  # a short answer of the demonstration model
-SLOW = 3000  # bytes a second: about eight tokens
-OpenPage = Callable[..., ChatPage]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def visit(browser: Browser, server: Server) -> Iterator[OpenPage]:
-    """Opens the page in a fresh profile; after the test it must have behaved."""
-    opened: list[ChatPage] = []
-
-    def open_page(url: str = server.url, **options: Any) -> ChatPage:
-        context = browser.new_context(**{"locale": "en-US", **options})
-        chat = ChatPage(context.new_page(), url)
-        opened.append(chat)
-        return chat.open()
-
-    yield open_page
-    for chat in opened:
-        chat.page.context.close()
-        chat.assert_it_behaved()
+    from playwright.sync_api import Route
 
 
 def test_a_question_is_answered_and_the_tokens_are_counted(visit: OpenPage) -> None:
@@ -86,7 +58,7 @@ def test_the_stop_button_stops(visit: OpenPage) -> None:
     assert chat.page.is_visible("#send")
 
 
-def test_an_edited_question_replaces_what_followed(visit: OpenPage) -> None:
+def test_an_edited_question_begins_a_branch_beside_what_followed(visit: OpenPage) -> None:
     chat = visit()
     chat.ask("hello")
     chat.ask("thanks")
@@ -99,6 +71,10 @@ def test_an_edited_question_replaces_what_followed(visit: OpenPage) -> None:
     assert chat.page.locator(".turn").count() == 1
     assert chat.answer() == SUM
     assert chat.bodies[-1]["messages"] == [{"role": "user", "content": "1+1"}]
+    assert chat.page.inner_text(".question .versions").strip() == "2/2"
+    chat.page.click(".question .versions button:first-child")
+    assert chat.page.locator(".turn").count() == 2
+    assert chat.page.locator(".bubble").all_inner_texts() == ["hello", "thanks"]
 
 
 def test_the_conversation_so_far_goes_along(visit: OpenPage) -> None:
@@ -119,7 +95,7 @@ def test_conversations_outlive_a_reload_and_can_be_deleted_and_brought_back(visi
     assert chat.titles() == ["thanks", "1+1"]
     chat.page.click("#list .entry >> text=1+1")
     assert chat.answer() == SUM
-    chat.page.click("#list li:has([aria-current]) .icon")
+    chat.page.click("#list li:has([aria-current]) .remove")
     assert chat.titles() == ["thanks"]
     chat.page.click("#toast button")
     assert sorted(chat.titles()) == ["1+1", "thanks"]

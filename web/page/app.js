@@ -1,26 +1,32 @@
-// The chat page: shows the state of its modules and handles clicks and keys.
+// The chat page: shows the state of its modules, asks questions, handles clicks and keys.
 
-import { answerLast } from "./answering.js";
+import { writeAnswer } from "./answering.js";
 import { Failure, listModels } from "./api.js";
-import { byId, element, fitHeight, icon } from "./dom.js";
+import { connectComposer, focusComposer, showDraft } from "./composer.js";
+import { byId, element, icon } from "./dom.js";
+import { painter, toast } from "./painting.js";
 import { connectSettings, showSettings } from "./settings.js";
-import { drawList } from "./sidebar.js";
+import { connectSidebar, closeSidebar, drawList } from "./sidebar.js";
 import {
-  apiKey, deleteConversation, loadConversations, newAnswer, newConversation, onOtherTab, preference, saveConversation,
-  setApiKey, setPreference, titleOf,
+  apiKey, deleteConversation, isLasting, loadConversations, onOtherTab, preference, saveConversation, setApiKey, setPreference,
 } from "./store.js";
+import { connectTransfer } from "./transfer.js";
+import {
+  newAnswer, newConversation, newQuestion, readConversation, removeNode, select, titleOf, turnsOf, versionsOf,
+} from "./tree.js";
 import { TurnView } from "./turns.js";
 import { currentLanguage, preferredLanguage, say, sayFailure, setLanguage } from "./words.js";
 
 const SAVE_EVERY_MS = 1000;
 const NEAR_END_PX = 80;
+const LONGEST_ANNOUNCED = 600; // characters
 
 const state = {
   conversations: loadConversations(),
   current: newConversation(),
-  views: [], // of the current conversation's turns
+  views: [], // of the current conversation's shown turns
   models: [],
-  running: new Map(), // conversation id -> AbortController
+  running: new Map(), // conversation id -> { stopping: AbortController, answer }
   follows: true, // whether the page scrolls along with the answer
 };
 
@@ -31,32 +37,68 @@ function show() {
   const title = titleOf(current) || say("untitled");
   document.title = `${title} · ChatGLM2`;
   byId("title").textContent = title;
-  byId("model").textContent = current.settings.model || state.models[0] || "";
-  byId("welcome").hidden = current.turns.length > 0 || !byId("key-form").hidden;
+  byId("welcome").hidden = current.leaf !== null || running.has(current.id) || !byId("key-form").hidden;
+  byId("system-note").hidden = !current.settings.system.trim();
+  byId("system-note").textContent = `${say("system")}: ${current.settings.system}`;
   const isRunning = running.has(current.id);
   byId("send").hidden = isRunning;
   byId("stop").hidden = !isRunning;
-  drawList({ ...state, open, remove });
+  showModels();
+  drawList(state);
 }
 
+function showModels() {
+  const { models, current } = state;
+  const chosen = models.includes(current.settings.model) ? current.settings.model : models[0];
+  if (byId("model").options.length !== models.length) {
+    byId("model").replaceChildren(...models.map((name) => element("option", { value: name }, name)));
+  }
+  if (chosen) byId("model").value = chosen;
+}
+
+/** Bring the list of turns up to date; only what has changed is made anew. */
 function showTurns() {
-  state.views = state.current.turns.map((turn, index) => viewOf(state.current, turn, index));
-  byId("turns").replaceChildren(...state.views.map((view) => view.element));
-  updateViews();
+  const { current } = state;
+  const turns = turnsOf(current).map((turn) => ({
+    ...turn, questions: versionsOf(current, turn.question), answers: versionsOf(current, turn.answer),
+  }));
+  const old = state.views;
+  state.views = turns.map((turn, index) => {
+    if (!old[index]?.shows(turn)) return new TurnView(turn, actionsOf(current, turn));
+    old[index].turn = turn;
+    return old[index];
+  });
+  const list = byId("turns");
+  state.views.forEach((view, index) => {
+    if (list.children[index] !== view.element) list.insertBefore(view.element, list.children[index] ?? null);
+  });
+  while (list.children.length > turns.length) list.lastChild.remove();
+  const same = old.filter((view) => state.views.includes(view)).length;
+  state.views.slice(Math.max(0, same - 1)).forEach((view) => updateView(view));
   show();
-  state.follows = true;
   keepEndInSight();
 }
 
-function viewOf(conversation, turn, index) {
-  return new TurnView(turn, {
-    regenerate: () => answer(conversation),
-    resend: (question) => resend(conversation, index, question),
-  });
+function updateView(view) {
+  const isLast = view === state.views.at(-1);
+  const waiting = state.running.get(state.current.id)?.answer;
+  view.update(isLast, isLast && waiting !== undefined && waiting !== view.turn.answer && waiting.parent === view.turn.question.id);
 }
 
-function updateViews() {
-  state.views.forEach((view, index) => view.update(index === state.views.length - 1));
+function actionsOf(conversation, turn) {
+  return {
+    regenerate: () => answer(conversation, newAnswer(conversation, turn.question)),
+    carryOn: () => answer(conversation, turn.answer),
+    resend: (text) => {
+      state.running.get(conversation.id)?.stopping.abort();
+      ask(newQuestion(conversation, turn.question.parent, text, turn.question.files), conversation);
+    },
+    show: (node) => {
+      select(conversation, node);
+      keep(conversation);
+      showTurns();
+    },
+  };
 }
 
 function keepEndInSight() {
@@ -65,37 +107,10 @@ function keepEndInSight() {
   byId("down").hidden = state.follows;
 }
 
-/** Paints at most once a frame, and less often when painting is slow: long answers must not stall the page. */
-function painter() {
-  let isAsked = false;
-  let notBefore = 0;
-  const paint = () => {
-    const begun = performance.now();
-    if (begun < notBefore) {
-      requestAnimationFrame(paint);
-      return;
-    }
-    isAsked = false;
-    state.views.at(-1)?.update(true);
-    keepEndInSight();
-    notBefore = performance.now() + 3 * (performance.now() - begun);
-  };
-  return () => {
-    if (isAsked) return;
-    isAsked = true;
-    requestAnimationFrame(paint);
-  };
-}
-
-const paintSoon = painter();
-
-function toast(words, action = null) {
-  const box = byId("toast");
-  box.replaceChildren(words, ...(action ? [element("button", { type: "button", class: "quiet", onclick: action }, say("undo"))] : []));
-  box.hidden = false;
-  clearTimeout(toast.timer);
-  toast.timer = setTimeout(() => (box.hidden = true), 6000);
-}
+const paintSoon = painter(() => {
+  if (state.views.length) updateView(state.views.at(-1));
+  keepEndInSight();
+});
 
 // ---- conversations
 
@@ -103,25 +118,30 @@ function open(conversation) {
   state.current = conversation;
   setPreference("current", conversation.id);
   closeSidebar();
+  state.views = [];
+  byId("turns").replaceChildren();
+  state.follows = true;
+  showDraft(conversation.draft);
   showTurns();
-  byId("question").focus();
+  focusComposer();
 }
 
 function startNew() {
   const { current } = state;
-  open(current.turns.length ? newConversation(current.settings) : current);
+  open(current.leaf === null && !current.draft ? current : newConversation({ ...current.settings, system: "" }));
 }
 
+/** Store it; one without questions only while it has a draft or settings of its own. */
 function keep(conversation) {
   if (!state.conversations.includes(conversation)) state.conversations.unshift(conversation);
   if (!saveConversation(conversation)) toast(say("storageFull"));
 }
 
 function remove(conversation) {
-  state.running.get(conversation.id)?.abort();
+  state.running.get(conversation.id)?.stopping.abort();
   state.conversations = state.conversations.filter((other) => other !== conversation);
   deleteConversation(conversation.id);
-  if (conversation === state.current) open(state.conversations[0] ?? newConversation(conversation.settings));
+  if (conversation === state.current) open(state.conversations.find((other) => other.leaf) ?? newConversation(conversation.settings));
   else show();
   toast(say("deleted", { title: titleOf(conversation) }), () => {
     byId("toast").hidden = true;
@@ -130,58 +150,83 @@ function remove(conversation) {
   });
 }
 
+function rename(conversation, title) {
+  conversation.title = title.trim();
+  keep(conversation);
+  show();
+}
+
+/** Conversations of a file; those that are here already stay. Returns how many are new. */
+function bringIn(values) {
+  const known = new Set(state.conversations.map((one) => one.id));
+  const read = values.map(readConversation).filter((one) => one?.leaf && !known.has(one.id));
+  read.forEach(keep);
+  state.conversations.sort((one, other) => other.changed - one.changed);
+  show();
+  return read.length;
+}
+
 function reloadFromOtherTab() {
   if (state.running.size) return; // this tab's state is newer
   state.conversations = loadConversations();
   const same = state.conversations.find((other) => other.id === state.current.id);
   if (same) {
     state.current = same;
+    state.views = [];
+    byId("turns").replaceChildren();
     showTurns();
   } else show();
 }
 
 // ---- asking
 
-function ask(question) {
-  const conversation = state.current;
-  if (state.running.has(conversation.id)) return;
-  setPreference("current", conversation.id);
-  conversation.turns.push({ question, answer: newAnswer() });
-  answer(conversation);
+function askNew(text, files) {
+  const { current } = state;
+  if (state.running.has(current.id)) return;
+  setPreference("current", current.id);
+  current.draft = "";
+  state.follows = true;
+  ask(newQuestion(current, current.leaf, text, files), current);
 }
 
-function resend(conversation, index, question) {
-  state.running.get(conversation.id)?.abort();
-  conversation.turns.splice(index);
-  conversation.turns.push({ question, answer: newAnswer() });
-  answer(conversation);
+function ask(question, conversation) {
+  const made = newAnswer(conversation, question);
+  conversation.leaf = made.id;
+  answer(conversation, made);
 }
 
-async function answer(conversation) {
+/** Write `made`. A new version of an answer is shown once it has text: until then the old one stays. */
+async function answer(conversation, made) {
   const stopping = new AbortController();
-  state.running.get(conversation.id)?.abort();
-  state.running.set(conversation.id, stopping);
-  let isShown = false;
+  const run = { stopping, answer: made };
+  state.running.get(conversation.id)?.stopping.abort();
+  state.running.set(conversation.id, run);
   let savedAt = 0;
   const changed = () => {
+    if (conversation.leaf !== made.id && (made.text || made.reasoning)) {
+      conversation.leaf = made.id;
+      if (conversation === state.current) showTurns();
+    }
     if (Date.now() - savedAt > SAVE_EVERY_MS) {
       savedAt = Date.now();
       keep(conversation);
     }
-    if (conversation !== state.current) return;
-    if (!isShown) showTurns();
-    isShown = true;
-    paintSoon();
+    if (conversation === state.current) paintSoon();
   };
+  if (conversation === state.current) showTurns();
   const { models } = state;
   if (!models.length) models.push(...(await knownModels()));
-  const made = await answerLast(conversation, { models, key: apiKey(), signal: stopping.signal, changed });
-  if (state.running.get(conversation.id) === stopping) state.running.delete(conversation.id);
+  await writeAnswer(conversation, made, { models, key: apiKey(), signal: stopping.signal, changed });
+  if (state.running.get(conversation.id) === run) state.running.delete(conversation.id);
+  if (conversation.leaf !== made.id) {
+    removeNode(conversation, made); // it never had text, and the old version is still there
+    if (made.failure) toast(sayFailure(made.failure));
+  }
   if (state.conversations.includes(conversation) || made.status !== "stopped") keep(conversation);
   if (made.failure?.kind === "invalid_api_key") askForKey();
   if (conversation === state.current) {
-    updateViews();
-    keepEndInSight();
+    showTurns();
+    byId("announcement").textContent = made.text.slice(0, LONGEST_ANNOUNCED);
   }
   show();
 }
@@ -195,13 +240,14 @@ async function knownModels() {
 }
 
 function stop() {
-  state.running.get(state.current.id)?.abort();
+  state.running.get(state.current.id)?.stopping.abort();
 }
 
 // ---- the API key
 
 function askForKey(error = "") {
   byId("key-form").hidden = false;
+  byId("api-docs").hidden = true; // they need the key, which a link cannot send
   byId("key-error").hidden = !error;
   byId("key-error").textContent = error;
   show();
@@ -212,6 +258,7 @@ async function tryKey(key) {
   try {
     state.models = await listModels(key);
     byId("key-form").hidden = true;
+    byId("api-docs").hidden = Boolean(key);
     show();
     return true;
   } catch (error) {
@@ -234,9 +281,10 @@ function translate() {
   }
   byId("language").textContent = say("languageOther");
   byId("suggestions").replaceChildren(
-    ...say("suggestions").map((words) => element("button", { type: "button", onclick: () => ask(words) }, words)),
+    ...say("suggestions").map((words) => element("button", { type: "button", onclick: () => askNew(words, []) }, words)),
   );
   setTheme(preference("theme") || "auto");
+  state.views = [];
   showTurns();
 }
 
@@ -246,46 +294,17 @@ function setTheme(name) {
   byId("theme").textContent = say(`theme_${name}`);
 }
 
-// ---- the sidebar on narrow screens
-
-function toggleSidebar(isOpen) {
-  document.body.classList.toggle("sidebar-open", isOpen);
-  byId("shade").hidden = !isOpen;
-  byId("menu").setAttribute("aria-expanded", String(isOpen));
-}
-
-function closeSidebar() {
-  toggleSidebar(false);
-}
-
 // ---- event handlers
 
-function connect() {
-  const question = byId("question");
+function settingsChanged() {
+  keep(state.current);
+  show();
+}
+
+function connectPage() {
   for (const node of document.querySelectorAll("[data-icon]")) node.append(icon(node.dataset.icon));
-  byId("ask").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const words = question.value.trim();
-    if (!words || state.running.has(state.current.id)) return;
-    question.value = "";
-    fitHeight(question);
-    ask(words);
-  });
-  question.addEventListener("input", () => fitHeight(question));
-  question.addEventListener("keydown", (event) => {
-    if (event.isComposing || event.keyCode === 229) return; // Enter confirms the input method's text
-    if (event.key === "Enter" && !event.shiftKey) {
-      event.preventDefault();
-      byId("ask").requestSubmit();
-    } else if (event.key === "ArrowUp" && !question.value && state.views.length) {
-      event.preventDefault();
-      state.views.at(-1).edit();
-    }
-  });
   byId("stop").addEventListener("click", stop);
   byId("new").addEventListener("click", startNew);
-  byId("menu").addEventListener("click", () => toggleSidebar(!document.body.classList.contains("sidebar-open")));
-  byId("shade").addEventListener("click", closeSidebar);
   byId("down").addEventListener("click", () => {
     state.follows = true;
     keepEndInSight();
@@ -310,24 +329,21 @@ function connect() {
     if (!key || !(await tryKey(key))) return;
     setApiKey(key, byId("key-keep").checked);
     byId("key").value = "";
-    question.focus();
+    focusComposer();
   });
-  byId("open-settings").addEventListener("click", () => showSettings(state.current.settings, state.models));
-  connectSettings({
-    changed: () => {
-      if (state.current.turns.length) keep(state.current);
-      show();
-    },
-    forgetKey: () => {
-      setApiKey("", false);
-      location.reload();
-    },
+  byId("model").addEventListener("change", (event) => {
+    state.current.settings.model = event.target.value;
+    settingsChanged();
   });
+  const openSettings = () => showSettings(state.current.settings, state.models);
+  byId("open-settings").addEventListener("click", openSettings);
+  byId("system-note").addEventListener("click", openSettings);
   document.addEventListener("keydown", (event) => {
+    const isCommand = event.ctrlKey || event.metaKey;
     if (event.key === "Escape" && !byId("settings").open) {
       closeSidebar();
       stop();
-    } else if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
+    } else if (event.key.toLowerCase() === "o" && event.shiftKey && isCommand) {
       event.preventDefault();
       startNew();
     }
@@ -338,9 +354,35 @@ function connect() {
   onOtherTab(reloadFromOtherTab);
 }
 
+function connect() {
+  connectPage();
+  connectComposer({
+    isBusy: () => state.running.has(state.current.id),
+    ask: askNew,
+    editLast: () => state.views.at(-1)?.edit(),
+    drafted: (text) => {
+      state.current.draft = text;
+      setPreference("current", state.current.id);
+      keep(state.current);
+      drawList(state);
+    },
+  });
+  connectSidebar({ open, remove, rename, redraw: () => drawList(state) });
+  connectTransfer({ current: () => state.current, all: () => state.conversations, bringIn });
+  connectSettings({
+    changed: settingsChanged,
+    forgetKey: () => {
+      setApiKey("", false);
+      location.reload();
+    },
+  });
+}
+
 setLanguage(preference("language") || preferredLanguage(navigator.languages));
 state.current = state.conversations.find((one) => one.id === preference("current")) ?? state.current;
 connect();
 translate();
-byId("question").focus();
+showDraft(state.current.draft);
+focusComposer();
+if (!isLasting) toast(say("storageBlocked"));
 tryKey(apiKey());

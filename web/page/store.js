@@ -1,49 +1,34 @@
 // Conversations and preferences in the browser's storage: one entry each, so that two tabs do not overwrite each other.
 
+import { readConversation } from "./tree.js";
+
 const CONVERSATION = "chatglm.conversation.";
 const PREFERENCE = "chatglm.";
 
-/** The documented defaults of the API; they are not sent, since the server has the same. */
-export const DEFAULTS = Object.freeze({ model: "", system: "", temperature: 0.95, top_p: 0.7, max_tokens: 2048 });
+const local = storage("localStorage");
+const session = storage("sessionStorage");
 
-/** A conversation is { id, changed, settings, turns: [{ question, answer }] }; see `newAnswer`. */
-export function newConversation(settings = DEFAULTS) {
-  const id = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
-  return { id, changed: Date.now(), settings: { ...DEFAULTS, ...settings }, turns: [] };
-}
-
-/** status: running, done, stopped or failed. */
-export function newAnswer() {
-  return { text: "", status: "running", failure: null, finish: null, usage: null, firstSeconds: null, speed: null };
-}
-
-export function titleOf(conversation) {
-  return conversation.turns.length ? conversation.turns[0].question.trim().replace(/\s+/g, " ").slice(0, 60) : "";
-}
+/** False where the browser's settings forbid storage: everything then lasts until the page is closed. */
+export const isLasting = local.isLasting;
 
 /** All that are kept, the newest first. */
 export function loadConversations() {
   const found = [];
-  for (const name of Object.keys(localStorage)) {
+  for (const name of local.names()) {
     if (!name.startsWith(CONVERSATION)) continue;
-    const conversation = parse(localStorage.getItem(name));
-    if (conversation && Array.isArray(conversation.turns)) found.push(settle(conversation));
+    const conversation = readConversation(parse(local.get(name)));
+    if (conversation) found.push(conversation);
   }
   return found.sort((one, other) => other.changed - one.changed);
 }
 
 /** False if the browser's storage is full. */
 export function saveConversation(conversation) {
-  try {
-    localStorage.setItem(CONVERSATION + conversation.id, JSON.stringify(conversation));
-    return true;
-  } catch {
-    return false;
-  }
+  return local.set(CONVERSATION + conversation.id, JSON.stringify(conversation));
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(CONVERSATION + id);
+  local.remove(CONVERSATION + id);
 }
 
 /** Calls `changed` when another tab has saved or deleted a conversation. */
@@ -54,32 +39,55 @@ export function onOtherTab(changed) {
 }
 
 export function preference(name) {
-  return localStorage.getItem(PREFERENCE + name) ?? "";
+  return local.get(PREFERENCE + name) ?? "";
 }
 
 export function setPreference(name, value) {
-  if (value) localStorage.setItem(PREFERENCE + name, value);
-  else localStorage.removeItem(PREFERENCE + name);
+  if (value) local.set(PREFERENCE + name, value);
+  else local.remove(PREFERENCE + name);
 }
 
 /** The API key: for this tab, unless it was to be kept. */
 export function apiKey() {
-  return sessionStorage.getItem(`${PREFERENCE}key`) ?? preference("key");
+  return session.get(`${PREFERENCE}key`) ?? preference("key");
 }
 
 export function setApiKey(key, isKept) {
   setPreference("key", isKept ? key : "");
-  if (key) sessionStorage.setItem(`${PREFERENCE}key`, key);
-  else sessionStorage.removeItem(`${PREFERENCE}key`);
+  if (key) session.set(`${PREFERENCE}key`, key);
+  else session.remove(`${PREFERENCE}key`);
 }
 
-/** What was running when the page was left is not running any more. */
-function settle(conversation) {
-  conversation.settings = { ...DEFAULTS, ...conversation.settings };
-  for (const turn of conversation.turns) {
-    if (turn.answer.status === "running") turn.answer.status = "stopped";
+/** One of the browser's storages, or a Map where it may not be used. */
+function storage(kind) {
+  let kept = null;
+  try {
+    kept = window[kind];
+    kept.getItem(PREFERENCE);
+  } catch {
+    const map = new Map();
+    return {
+      isLasting: false,
+      names: () => [...map.keys()],
+      get: (name) => map.get(name) ?? null,
+      set: (name, value) => Boolean(map.set(name, value)),
+      remove: (name) => map.delete(name),
+    };
   }
-  return conversation;
+  return {
+    isLasting: true,
+    names: () => Object.keys(kept),
+    get: (name) => kept.getItem(name),
+    set: (name, value) => {
+      try {
+        kept.setItem(name, value);
+        return true;
+      } catch {
+        return false;
+      }
+    },
+    remove: (name) => kept.removeItem(name),
+  };
 }
 
 function parse(text) {
