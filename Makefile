@@ -68,12 +68,14 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "Python 3.11 is needed (apt-get install python3.11 python3.11-venv); set another path with make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "apt-get install python3-venv is needed"; rm -rf $(VENV); exit 1; }
 
-$(STATE)/setup: requirements.txt | $(BIN)/python
+$(STATE)/setup: requirements.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m kernels.native_library
 	@mkdir -p $(STATE) && touch $@
 
-$(STATE)/test-setup: requirements.txt requirements-dev.txt | $(BIN)/python
+$(STATE)/test-setup: requirements.txt requirements-dev.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m kernels.native_library
 	@mkdir -p $(STATE) && touch $@ $(STATE)/setup
 
 $(STATE)/vllm-setup: requirements-vllm-test.txt

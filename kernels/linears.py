@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kernels import linears_cpu, linears_cuda
-from kernels.precision import Precision, Progress, UnsupportedPrecision
-from kernels.quantization import GROUP, QuantizedLinear
+from kernels import linears_cpu, linears_cuda, native_library
+from kernels.layouts import BY_ROW, GROUP
+from kernels.precision import Precision, Progress, QuantizedPrecision, UnsupportedPrecision
+from kernels.quantization import QuantizedLinear, quantize_rows
 
 logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -34,18 +35,20 @@ class DeviceKernels:
     variants: Mapping[Precision, tuple[Variant, ...]]  # the fastest first
     int4_multiple: int  # a layer whose number of inputs does not divide by it gets int8
     max_packed_at_once: int  # layers; they are held twice while they are packed
+    int8_by_row: bool  # whether int8 weights have one scale a row
 
 
 DEVICES = {
-    "cpu": DeviceKernels(linears_cpu.VARIANTS, GROUP, 4),
-    "cuda": DeviceKernels(linears_cuda.VARIANTS, 2 * GROUP, 1),
+    "cpu": DeviceKernels(linears_cpu.VARIANTS, 1, 4, int8_by_row=False),
+    "cuda": DeviceKernels(linears_cuda.VARIANTS, 2 * GROUP, 1, int8_by_row=True),
 }
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of activations."""
     if device.type == "cpu":
-        return torch.bfloat16 if precision == "bfloat16" and has_bfloat16_kernels() else torch.float32
+        is_bfloat16 = precision == "bfloat16" and not has_native_kernels() and has_bfloat16_kernels()
+        return torch.bfloat16 if is_bfloat16 else torch.float32
     if precision in QUANTIZED:
         return linears_cuda.compute_dtype(device)
     return torch.float16 if precision == "float16" else torch.float32 if precision == "float32" else torch.bfloat16
@@ -55,8 +58,12 @@ def storage_dtype(precision: Precision, device: torch.device, stored: torch.dtyp
     """The type to read weights as before they are packed, no wider than needed. `stored`: their type on disk."""
     if precision == "float32":
         return torch.float32
-    if device.type != "cpu" or (precision == "bfloat16" and has_bfloat16_kernels()):
+    if device.type != "cpu":
         return compute_dtype(precision, device)
+    if precision == "bfloat16" and (has_native_kernels() or has_bfloat16_kernels()):
+        return torch.bfloat16
+    if precision == "float16":
+        return torch.float16
     return stored if stored.itemsize == 2 else torch.float16
 
 
@@ -124,16 +131,30 @@ def _packed_layer(name: str, layer: nn.Module, precision: Precision, device: tor
 def packed_linear(linear: nn.Linear | QuantizedLinear, precision: Precision, device: torch.device) -> nn.Module:
     """One layer in its fastest form. A quantised layer keeps its own precision. Raises UnsupportedPrecision."""
     dtype = compute_dtype(precision, device)
-    if precision == "bfloat16" and not has_bfloat16_kernels():
+    if device.type == "cpu" and precision == "bfloat16" and not (has_native_kernels() or has_bfloat16_kernels()):
         precision = "float16"
     if precision == "int8" or precision == "int4":
-        if not isinstance(linear, QuantizedLinear):
-            linear = QuantizedLinear.from_linear(linear, precision, device)
-        linear, precision = linear.to(device), linear.precision
+        linear = _quantized(linear, precision, device)
+        precision = linear.precision
     for variant in DEVICES[device.type].variants[precision]:
         if is_accurate(variant, precision, device, dtype):
             return variant(linear, dtype)
     raise UnsupportedPrecision(f"{precision} weights do not work on {device}; use float16 or bfloat16")
+
+
+def _quantized(
+    linear: nn.Linear | QuantizedLinear, precision: QuantizedPrecision, device: torch.device
+) -> QuantizedLinear:
+    """On `device`, in the format of its kernels."""
+    by_row = DEVICES[device.type].int8_by_row
+    if isinstance(linear, QuantizedLinear):
+        if linear.precision == "int4" or linear.weight.format in BY_ROW or not by_row:
+            return linear.moved(device)
+        linear = linear.dequantized()
+    if precision == "int4" or not by_row:
+        return QuantizedLinear.from_linear(linear, precision, device)
+    bias = None if linear.bias is None else linear.bias.detach().to(device)
+    return QuantizedLinear(quantize_rows(linear.weight.detach().to(device), 8), bias)
 
 
 @cache
@@ -146,7 +167,9 @@ def is_accurate(variant: Variant, precision: Precision, device: torch.device, dt
     x = torch.randn(40, 4 * GROUP, generator=generator)
     expected = linear(x)
     try:
-        layer = QuantizedLinear.from_linear(linear, precision, device) if precision in ("int8", "int4") else linear
+        layer: nn.Module = linear
+        if precision == "int8" or precision == "int4":
+            layer = _quantized(linear, precision, device)
         packed = variant(layer, dtype)
         few, many = packed(x[:3].to(device, dtype)), packed(x.to(device, dtype))
     except (RuntimeError, AttributeError, NotImplementedError) as error:
@@ -157,6 +180,14 @@ def is_accurate(variant: Variant, precision: Precision, device: torch.device, dt
         return False
     errors = (few.float().cpu() - expected[:3], many.float().cpu() - expected)
     return all(bool(error.norm() <= TOLERANCE[precision] * expected.norm()) for error in errors)
+
+
+@cache
+def has_native_kernels() -> bool:
+    """Whether the compiled kernels can be loaded, and multiply rightly."""
+    return native_library.load() is not None and is_accurate(
+        linears_cpu.VARIANTS["bfloat16"][0], "bfloat16", CPU, torch.float32
+    )
 
 
 @cache

@@ -1,26 +1,44 @@
 """Linear layers on CPUs, for each precision. The weights' format decides the speed: every token reads all of them.
 
-float32   oneDNN's blocked layout, float32 arithmetic
-bfloat16  oneDNN's blocked layout, on CPUs that multiply bfloat16; other CPUs use float16
-float16   FBGEMM's packed half-precision weights, float32 arithmetic
-int8      FBGEMM's int8 weights, a scale for each output channel; activations in 8 bits, a scale for each token
-int4      groups of GROUP weights with a scale and an offset
+The compiled kernels (`linears_native`) come first: float32 activations, weights in their own format. The others are for
+machines without a C compiler, and slower:
+
+float32, bfloat16  oneDNN's blocked layout; bfloat16 on CPUs that multiply it, others use float16
+float16            FBGEMM's packed half-precision weights, float32 arithmetic
+int8               as 16-bit weights: twice the memory
+int4               torch's operator for groups, where it has the format; else as int8
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.layouts import GROUP, INT4_FORMATS, Format, pack
+from kernels.linears_native import NativeLinear
 from kernels.precision import Precision
-from kernels.quantization import GROUP, QuantizedLinear, unpack_groups
+from kernels.quantization import QuantizedLinear
 
 ops = cast("Any", torch.ops)
+
+
+def native_linear(linear: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    """Weights in their own format. Raises RuntimeError without compiled kernels."""
+    weight = linear.weight if isinstance(linear, QuantizedLinear) else linear.weight.detach()
+    return NativeLinear(pack(weight, linear.bias))
+
+
+def native_in(stored: torch.dtype) -> Callable[[nn.Linear, torch.dtype], nn.Module]:
+    """Weights in `stored`, whatever they are now."""
+
+    def make(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+        return NativeLinear(pack(linear.weight.detach().to(stored), linear.bias))
+
+    return make
 
 
 class OneDnnLinear(nn.Module):
@@ -49,39 +67,17 @@ class HalfWeightLinear(nn.Module):
         return cast("Tensor", ops.quantized.linear_dynamic_fp16(x, self._packed))
 
 
-class Int8Linear(nn.Module):
-    """int8 weights with a scale for each output channel.
-
-    Each row is divided by its own largest value before the product and multiplied after it: with one scale for the
-    batch, as torch's dynamic quantisation has it, an outlier in one row would ruin the others.
-    """
-
-    def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
-        super().__init__()
-        zeros = torch.zeros(linear.out_features, dtype=torch.int64)
-        quantized = torch._make_per_channel_quantized_tensor(linear.values, linear.scale.double(), zeros, 0)
-        self._packed = ops.quantized.linear_prepack(quantized, None)
-        self._bias = None if linear.bias is None else linear.bias.float()
-        # without VNNI the kernel adds pairs of products in 16 bits: seven bits of activation cannot overflow them
-        self._max_value = 127 if has_vnni() else 63
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]"""
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        product = ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / largest, 1.0 / self._max_value, self._max_value + 1, self._packed
-        )
-        product *= largest
-        return cast("Tensor", product if self._bias is None else product.add_(self._bias))
-
-
 class Int4Linear(nn.Module):
-    """int4 weights in groups of GROUP along the input, each with a scale and an offset."""
+    """int4 weights with a scale for each group, by torch's operator."""
 
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()
-        self._packed = ops.aten._convert_weight_to_int4pack_for_cpu(unpack_groups(linear.values).int(), 1)
-        self._scales = linear.scale.clone()
+        weight = linear.weight
+        if weight.format not in INT4_FORMATS or weight.format == Format.INT4_ROW or linear.in_features % GROUP:
+            raise RuntimeError("torch's operator does not have this format")
+        self._packed = ops.aten._convert_weight_to_int4pack_for_cpu((weight.values + 8).int(), 1)
+        middle = torch.zeros_like(weight.scale) if weight.middle is None else weight.middle
+        self._scales = torch.stack((weight.scale, middle), dim=-1).transpose(0, 1).contiguous()
         self._bias = None if linear.bias is None else linear.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,22 +105,21 @@ class StoredEmbedding(nn.Module):
         return functional.embedding(token_ids, self._table).to(self._dtype)
 
 
+def half_weights(linear: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    """The fallback for quantised weights: 16 bits."""
+    dequantized = linear.dequantized()
+    return OneDnnLinear(dequantized, dtype) if dtype == torch.bfloat16 else HalfWeightLinear(dequantized, dtype)
+
+
 def torch_linear(linear: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    """The fallback: torch's own layer, in the type of the activations."""
+    """The last fallback: torch's own layer, in the type of the activations."""
     return (linear.dequantized() if isinstance(linear, QuantizedLinear) else linear).to(dtype)
 
 
 VARIANTS: dict[Precision, tuple[Callable[[Any, torch.dtype], nn.Module], ...]] = {
-    "float32": (OneDnnLinear, torch_linear),
-    "bfloat16": (OneDnnLinear, torch_linear),
-    "float16": (HalfWeightLinear, torch_linear),
-    "int8": (Int8Linear, torch_linear),
-    "int4": (Int4Linear, torch_linear),
+    "float32": (native_in(torch.float32), OneDnnLinear, torch_linear),
+    "bfloat16": (native_in(torch.bfloat16), OneDnnLinear, torch_linear),
+    "float16": (native_in(torch.float16), HalfWeightLinear, torch_linear),
+    "int8": (native_linear, half_weights, torch_linear),
+    "int4": (native_linear, Int4Linear, half_weights, torch_linear),
 }
-
-
-@cache
-def has_vnni() -> bool:
-    """Whether products of 8-bit numbers are summed in 32 bits."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_vnni") or found.get("amx_int8"))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.fused_ops import EAGER
+from kernels.layouts import BY_ROW, GROUP
 from kernels.precision import Precision
-from kernels.quantization import GROUP, QuantizedLinear, dequantize_groups
+from kernels.quantization import QuantizedLinear, pack_nibbles
 
 MIN_ROWS = 32  # `_int_mm` wants more than 16
 ops = cast("Any", torch.ops)
@@ -36,9 +37,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()
-        self._scale = linear.scale
-        self._values = linear.values.T  # [in, out], column by column: what the kernel takes without a copy
-        self._bias = torch.zeros_like(linear.scale) if linear.bias is None else linear.bias.float()
+        if linear.weight.format not in BY_ROW:
+            raise RuntimeError("cuBLASLt multiplies weights with one scale a row")
+        self._scale = linear.weight.scale
+        self._values = linear.weight.values.T  # [in, out], column by column: what the kernel takes without a copy
+        self._bias = torch.zeros_like(self._scale) if linear.bias is None else linear.bias.float()
         self.fused_ops = EAGER
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,8 +61,12 @@ class Int4Linear(nn.Module):
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         tiles = next(tiles for tiles in (8, 4, 2) if linear.in_features % (16 * tiles) == 0)
-        self._packed = ops.aten._convert_weight_to_int4pack(linear.values, tiles)
-        self._scales = linear.scale
+        weight = linear.weight
+        if weight.format in BY_ROW:
+            raise RuntimeError("tinygemm multiplies weights with a scale for each group")
+        self._packed = ops.aten._convert_weight_to_int4pack(pack_nibbles(weight.values), tiles)
+        middle = torch.zeros_like(weight.scale) if weight.middle is None else weight.middle
+        self._scales = torch.stack((weight.scale, middle), dim=-1).transpose(0, 1).contiguous()
         self._bias = None if linear.bias is None else linear.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,12 +87,7 @@ class DequantizingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        values, scale = self._linear.values, self._linear.scale
-        if self._linear.precision == "int8":
-            weight = values.to(x.dtype) * scale[:, None].to(x.dtype)
-        else:
-            weight = dequantize_groups(values, scale, x.dtype)
-        return functional.linear(x, weight, self._bias)
+        return functional.linear(x, self._linear.weight.dequantized().to(x.dtype), self._bias)
 
 
 VARIANTS: dict[Precision, tuple[Callable[[Any, torch.dtype], nn.Module], ...]] = {

@@ -161,10 +161,11 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def main() -> int:
-    """Compile; one line says what was done or what is missing and what that costs."""
+def main(arguments: list[str]) -> int:
+    """Compile for this CPU, with --all for every one of its architecture; one line says what was done or what is
+    missing and what that costs."""
     try:
-        compile_all()
+        compile_all(None if "--all" in arguments else {each.name for each in usable()[:1]})
     except CompilerFailed as error:
         print(f"native kernels: not compiled, {error}. Models run on torch's operators, at about half the speed.")
         return 0
@@ -174,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

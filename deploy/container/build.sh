@@ -17,6 +17,7 @@ esac
 image=${IMAGE:-chatglm2:$device}
 engine=$(deploy/container/engine.sh) || { echo "neither docker nor podman can be used here" >&2; exit 1; }
 
+python -m kernels.native_library --all  # for every CPU of this architecture: the image has no compiler
 bundle=false
 if [ -n "${MODEL:-}" ]; then bundle=true; fi
 started=$SECONDS

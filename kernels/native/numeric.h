@@ -26,6 +26,30 @@ static inline uint16_t float_to_bf16(float value) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
+/* Denormals included. */
+static inline float fp16_to_float(uint16_t value) {
+    uint32_t sign = (uint32_t)(value & 0x8000) << 16, exponent = (value >> 10) & 31, fraction = value & 0x3ff;
+    if (exponent == 31) return float_of_bits(sign | 0x7f800000 | fraction << 13);
+    if (exponent == 0) {
+        float small = (float)fraction * 5.9604644775390625e-8f; /* 2^-24 */
+        return sign ? -small : small;
+    }
+    return float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* Rounds to nearest even; too large becomes infinity. */
+static inline uint16_t float_to_fp16(float value) {
+    uint32_t bits = bits_of_float(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (rest >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (rest < 0x38800000) {
+        float scaled = float_of_bits(rest) * 16777216.0f; /* 2^24: an integer below 1024 after rounding */
+        return (uint16_t)(sign | (uint32_t)__builtin_rintf(scaled));
+    }
+    uint32_t rounded = rest + 0xfff + ((rest >> 13) & 1);
+    return (uint16_t)(sign | (rounded - 0x38000000) >> 13);
+}
+
 /* exp(x) within 2 units of the last place; 0 below -87, infinity above 88.7, NaN for NaN. */
 static inline float exp_float(float x) {
     float clamped = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;

@@ -1,8 +1,9 @@
 """A stored transformers folder -> the same model with int8 or int4 weights, and such a folder -> its network.
 
 The weights of linear layers are stored in the formats of `kernels.quantization`: NAME.weight holds the values (int8
-[out, in], or uint8 [out, in / 2] with two values a byte, the first one in the upper half), and NAME.weight_scale the
-scales ([out] float32, or [in / GROUP, out, 2] bfloat16). The file MARKER identifies such a folder.
+[out, in], or uint8 [out, in / 2] with two values a byte, the first one in the upper half), NAME.weight_scale the scales
+([out] float32, or [out, groups] bfloat16), NAME.weight_middle the middles, if there are any. The file MARKER identifies
+such a folder.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kernels.layouts import INT8_FORMATS, LAYOUT_VERSION, Format, QuantizedWeight
 from kernels.precision import Precision, Progress, QuantizedPrecision
-from kernels.quantization import QuantizedLinear, quantize
+from kernels.quantization import QuantizedLinear, pack_nibbles, quantize, unpack_nibbles
 from models.checkpoints.files import link_or_copy, read_json, require_space, write_json
 from models.checkpoints.shards import ShardWriter, find_shards, read_tensors
 from models.family import ImportRefused
 
 MARKER = "quantized.json"
-SCALE = "_scale"
+SCALE, MIDDLE = "_scale", "_middle"
 OUTPUT_LAYER = "lm_head.weight"
 REWRITTEN_FILES = {"model.yaml", "model.safetensors.index.json"}
 
@@ -35,6 +37,8 @@ def stored_precision(folder: Path) -> QuantizedPrecision | None:
 def is_quantized(folder: Path, precision: Precision) -> bool:
     """Whether the weights are stored in `precision`. Raises ImportRefused if they are in another quantised one."""
     stored = stored_precision(folder)
+    if stored is not None and read_json(folder / MARKER).get("version") != LAYOUT_VERSION:
+        raise ImportRefused("the model was quantised by another version of this program: quantise it again")
     if stored not in (None, precision):
         raise ImportRefused(f"the model is stored in {stored}; leave CHATGLM_PRECISION at auto or set it to {stored}")
     return stored is not None
@@ -70,29 +74,52 @@ def quantize_folder(source: Path, target: Path, precision: QuantizedPrecision, p
             writer.add(name, tensor)
         if is_tied_embedding or name in linears:
             linear = OUTPUT_LAYER if is_tied_embedding else name
-            values, scale = quantize(tensor, "int8" if linear == OUTPUT_LAYER else precision)
-            writer.add(linear, values)
-            writer.add(f"{linear}{SCALE}", scale)
+            add_weight(writer, linear, quantize(tensor, "int8" if linear == OUTPUT_LAYER else precision))
     writer.finish()
-    write_json(target / MARKER, {"precision": precision})
+    write_marker(target, precision)
+
+
+def write_marker(folder: Path, precision: QuantizedPrecision) -> None:
+    write_json(folder / MARKER, {"precision": precision, "version": LAYOUT_VERSION})
+
+
+def add_weight(writer: ShardWriter, name: str, weight: QuantizedWeight) -> None:
+    """Store the weight of one linear layer. name: with `.weight` at its end."""
+    is_int8 = weight.format in INT8_FORMATS
+    writer.add(name, weight.values if is_int8 else pack_nibbles(weight.values))
+    writer.add(f"{name}{SCALE}", weight.scale)
+    if weight.middle is not None:
+        writer.add(f"{name}{MIDDLE}", weight.middle)
+
+
+def _read_weight(values: Tensor, scale: Tensor, middle: Tensor | None, num_inputs: int) -> QuantizedWeight:
+    if values.dtype == torch.int8:
+        return QuantizedWeight(Format.INT8 if scale.ndim == 2 else Format.INT8_ROW, values, scale)
+    format = Format.INT4_ROW if scale.ndim == 1 else Format.INT4 if middle is None else Format.INT4_MIDDLE
+    return QuantizedWeight(format, unpack_nibbles(values, num_inputs), scale, middle)
 
 
 def load_quantized(folder: Path, progress: Progress) -> PreTrainedModel:
     """The network of a quantised folder, its linear layers as QuantizedLinear, everything mapped from the files."""
     model = _empty_model(folder)
     scales: dict[str, Tensor] = {}
+    middles: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     parameters: dict[str, Tensor] = {}
     for name, tensor in read_tensors(find_shards(folder), progress, "weights"):
         if name.endswith(f".weight{SCALE}"):
             scales[name.removesuffix(f".weight{SCALE}")] = tensor
+        elif name.endswith(f".weight{MIDDLE}"):
+            middles[name.removesuffix(f".weight{MIDDLE}")] = tensor
         elif tensor.dtype in (torch.int8, torch.uint8):
             values[name.removesuffix(".weight")] = tensor
         else:
             parameters[name] = tensor
     for name, tensor in values.items():
         parent, _, child = name.rpartition(".")
-        layer = QuantizedLinear(tensor, scales[name], parameters.pop(f"{name}.bias", None))
+        num_inputs = cast("nn.Linear", model.get_submodule(name)).in_features
+        weight = _read_weight(tensor, scales[name], middles.get(name), num_inputs)
+        layer = QuantizedLinear(weight, parameters.pop(f"{name}.bias", None))
         setattr(model.get_submodule(parent), child, layer)
     outcome: Any = model.load_state_dict(parameters, strict=False, assign=True)
     mismatched = [*outcome.missing_keys, *outcome.unexpected_keys]

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kernels.layouts import GROUP
 from kernels.precision import QuantizedPrecision
-from kernels.quantization import GROUP, QuantizedLinear
+from kernels.quantization import QuantizedLinear
 from models.checkpoints.quantized import quantize_folder, stored_precision
 from models.families import FAMILIES
 from models.family import ImportRefused
@@ -40,8 +41,8 @@ def test_stored_or_made_while_loading_the_logits_are_the_same(
     tmp_path: Path, kind: str, precision: QuantizedPrecision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rotary by halves and by neighbours, separate and concatenated products, an output layer tied to the embedding."""
-    monkeypatch.setitem(SIZES, "hidden_size", 2 * GROUP)  # or int4 would have no groups
-    monkeypatch.setitem(SIZES, "intermediate_size", 3 * GROUP)
+    monkeypatch.setitem(SIZES, "hidden_size", 2 * GROUP)
+    monkeypatch.setitem(SIZES, "intermediate_size", 3 * GROUP + 8)  # groups that are not full
     source, imported, quantized = (tmp_path / name for name in ("source", "imported", "quantized"))
     write_folder(source, kind)
     weights = {name: tensor.half() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -60,12 +61,17 @@ def test_a_stored_layer_is_as_exact_as_its_format_allows(precision: QuantizedPre
     linear = nn.Linear(4 * GROUP, 300)
     dequantized = QuantizedLinear.from_linear(linear, precision).dequantized()
     steps = linear.weight.abs().amax() / (127 if precision == "int8" else 7.5)
-    assert (dequantized.weight - linear.weight).abs().max() <= 0.55 * steps  # scales of int4 are bfloat16
+    within = 0.55 if precision == "int8" else 1.1  # four bits may clamp, where that is the least squared error
+    assert (dequantized.weight - linear.weight).abs().max() <= within * steps
     assert torch.equal(dequantized.bias, linear.bias)
 
 
-def test_a_group_that_does_not_fit_is_stored_in_eight_bits() -> None:
-    assert QuantizedLinear.from_linear(nn.Linear(GROUP + 8, 16), "int4").precision == "int8"
+@pytest.mark.parametrize("num_inputs", [GROUP + 8, 7, 3 * GROUP + 1])
+def test_inputs_that_do_not_divide_into_groups_stay_in_four_bits(num_inputs: int) -> None:
+    linear = nn.Linear(num_inputs, 16)
+    stored = QuantizedLinear.from_linear(linear, "int4")
+    assert stored.precision == "int4"
+    assert (stored.dequantized().weight - linear.weight).abs().max() <= 0.15 * linear.weight.abs().max()
 
 
 def test_the_store_keeps_a_quantised_copy_and_serves_it_as_it_is(tmp_path: Path) -> None:
