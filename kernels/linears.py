@@ -18,6 +18,7 @@ from torch import nn
 
 from kernels import linears_cpu, linears_cuda, native_library
 from kernels.layouts import BY_ROW, GROUP
+from kernels.linears_native import StoredEmbedding
 from kernels.precision import Precision, Progress, QuantizedPrecision, UnsupportedPrecision
 from kernels.quantization import QuantizedLinear, quantize_rows
 
@@ -118,7 +119,7 @@ def _num_bytes(layer: nn.Module) -> int:
 @torch.inference_mode()
 def _packed_layer(name: str, layer: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
     if isinstance(layer, nn.Embedding):
-        return linears_cpu.StoredEmbedding(layer, compute_dtype(precision, device))
+        return StoredEmbedding(layer, compute_dtype(precision, device))
     linear = cast("nn.Linear | QuantizedLinear", layer)
     # the output layer decides between tokens: it stays in eight bits
     if precision == "int4" and (name == "lm_head" or linear.in_features % DEVICES[device.type].int4_multiple):

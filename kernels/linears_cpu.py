@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kernels.layouts import GROUP, INT4_FORMATS, Format, pack
 from kernels.linears_native import NativeLinear
@@ -86,23 +85,6 @@ class Int4Linear(nn.Module):
         product = ops.aten._weight_int4pack_mm_for_cpu(flat, self._packed, GROUP, self._scales)
         product = product.view(*x.shape[:-1], -1).to(x.dtype)
         return cast("Tensor", product if self._bias is None else product.add_(self._bias))
-
-
-class StoredEmbedding(nn.Module):
-    """An embedding in its stored type; only the rows that are looked up are converted."""
-
-    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._table = embedding.weight.detach()  # no parameter: it keeps its type when the rest is cast
-        self._dtype = dtype
-
-    @property
-    def weight(self) -> Tensor:
-        return self._table
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """[...] int64 -> [..., hidden]"""
-        return functional.embedding(token_ids, self._table).to(self._dtype)
 
 
 def half_weights(linear: QuantizedLinear, dtype: torch.dtype) -> nn.Module:

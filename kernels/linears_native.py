@@ -1,4 +1,4 @@
-"""Packed weights -> linear layers that the compiled kernels compute: float32 in and out, on a CPU."""
+"""Packed weights -> linear layers that the compiled kernels compute, float32 in and out; stored embeddings. CPUs only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernels import native_library
 from kernels.layouts import PackedLinear
@@ -84,3 +85,20 @@ class NativeLinear(nn.Module):
                 start + -start % 64,
             )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
+
+
+class StoredEmbedding(nn.Module):
+    """An embedding in its stored type; only the rows that are looked up are converted."""
+
+    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._table = embedding.weight.detach()  # no parameter: it keeps its type when the rest is cast
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self._table
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[...] int64 -> [..., hidden]"""
+        return functional.embedding(token_ids, self._table).to(self._dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import linears, linears_cpu
+from kernels import linears
+from kernels.linears_native import StoredEmbedding
 from kernels.precision import Precision
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_packing_keeps_embeddings_as_stored_and_widens_rows() -> None:
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)).half()
     linears.pack(model, "float16", CPU, lambda done, total, what: None)
     embedding = model[0]
-    assert isinstance(embedding, linears_cpu.StoredEmbedding)
+    assert isinstance(embedding, StoredEmbedding)
     assert embedding.weight.dtype == torch.float16
     assert embedding(torch.tensor([3])).dtype == torch.float32
     assert not [name for name, child in model.named_modules() if type(child) is nn.Linear]
