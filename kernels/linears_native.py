@@ -1,4 +1,4 @@
-"""Packed weights -> linear layers that the compiled kernels compute, float32 in and out; stored embeddings. CPUs only."""
+"""Packed weights -> linear layers of the compiled kernels, float32 in and out; stored embeddings. On CPUs."""
 
 from __future__ import annotations
 
