@@ -72,7 +72,7 @@ def measure(
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (prompt_tokens + num_steps + 64))
     kept = kv_dtype(network.device, precision, network.dtype)
-    runner = ModelRunner(network, scheduler.allocator.size, kv_dtype=kept)
+    runner = ModelRunner(network, scheduler.num_tokens, kv_dtype=kept)
     plain = SamplingParams(max_tokens=num_steps + 8, temperature=1.0, top_k=1)  # greedy, but without drafts
     for seed in range(batch):
         ids = rng.choices(range(1000, 60_000), k=prompt_tokens)
@@ -81,7 +81,6 @@ def measure(
     def step() -> float:
         plan = scheduler.schedule()
         begun = time.perf_counter()
-        runner.move(plan.moves)
         results = runner.run(plan)
         seconds = time.perf_counter() - begun
         for each in plan.scheduled:

@@ -71,7 +71,7 @@ def stepper(
     """Prefills `batch` sequences. The function returned carries out one decode step and returns its seconds."""
     rng = random.Random(0)
     scheduler = Scheduler(batch, 512, batch * (num_tokens + 128))
-    runner = ModelRunner(network, scheduler.allocator.size)
+    runner = ModelRunner(network, scheduler.num_tokens)
     for seed in range(batch):
         sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=50)  # the same cost for any logits
         mask = grammar.new_mask() if grammar else None
@@ -80,7 +80,6 @@ def stepper(
     def step() -> float:
         plan = scheduler.schedule()
         started = clock()
-        runner.move(plan.moves)
         results = runner.run(plan)
         for each in plan.scheduled:
             scheduler.computed(each)

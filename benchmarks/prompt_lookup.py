@@ -40,13 +40,12 @@ PLAIN = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, top_k=1)  # greed
 def answer(model: LoadedNetwork, prompt_ids: Sequence[int], sampling: SamplingParams) -> tuple[list[int], int, float]:
     """(tokens, steps, seconds) of one answer, from the scheduler and the model runner called as the engine does."""
     scheduler = Scheduler(1, 512, len(prompt_ids) + 2 * MAX_TOKENS)
-    runner = ModelRunner(model.network, scheduler.allocator.size)
+    runner = ModelRunner(model.network, scheduler.num_tokens)
     sequence = SequenceState(list(prompt_ids), sampling, seed=1)
     scheduler.add(sequence)
     steps, begun, reason = 0, time.perf_counter(), None
     while reason is None:
         plan = scheduler.schedule()
-        runner.move(plan.moves)
         results = runner.run(plan)
         steps += 1
         for each in plan.scheduled:

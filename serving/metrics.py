@@ -50,6 +50,9 @@ RUNNING = SummedGauge("chatglm_num_requests_running", "Sequences that are runnin
 WAITING = SummedGauge("chatglm_num_requests_waiting", "Sequences that wait to be scheduled.")
 IN_FLIGHT = SummedGauge("chatglm_num_answers_in_flight", "Answers admitted and not finished, queued ones included.")
 KV_TOKENS_USED = SummedGauge("chatglm_kv_cache_used_tokens", "KV-cache tokens in use by sequences.")
+KV_TOKENS_CACHED = SummedGauge(
+    "chatglm_kv_cache_cached_tokens", "KV-cache tokens that hold a known prefix and belong to no sequence."
+)
 KV_TOKENS = SummedGauge("chatglm_kv_cache_tokens", "Size of the KV cache in tokens.")
 KV_USAGE = Gauge("chatglm_kv_cache_usage_ratio", "Fraction of the KV cache in use.", multiprocess_mode="livemax")
 READY = SummedGauge("chatglm_ready", "Workers that are ready for requests.")

@@ -16,6 +16,7 @@ class ReferenceAttention:
 
     keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (sequence, layer) -> [tokens, heads, head_dim]
     values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    cache: None = None  # so that networks call this function
     sequences: tuple[int, ...] = ()
     spans: tuple[Span, ...] = ()
 

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from kernels import linears, linears_cuda
+from kernels.attention_native import MAX_GROUP, NativeAttention
+from kernels.decoder_native import DecoderLayer, NativeDecoder
 from kernels.fused_ops import EAGER, FusedOps, compiled, rms_norm
+from kernels.linears_native import NativeLinear
 from kernels.precision import Precision, Progress
 from kernels.quantization import QuantizedLinear, concatenate
 from serving.engine.interface import CAUSAL, AttentionFunction, NetworkShape, PromptLayout, RaggedBatch
@@ -121,6 +124,40 @@ class FlatDecoder(nn.Module):
             max_positions=max_positions,
         )
 
+        self._native = self._native_decoder()
+
+    def _native_decoder(self) -> NativeDecoder | None:
+        """All layers as one call, where the compiled kernels have every product."""
+        layers = cast("list[FlatLayer]", list(self.layers))
+        products = cast(
+            "list[tuple[NativeLinear, ...]]", [(layer.qkv, layer.out, layer.gate_up, layer.down) for layer in layers]
+        )
+        is_native = all(isinstance(product, NativeLinear) for each in products for product in each)
+        shape = self.shape
+        if not is_native or shape.num_heads // shape.num_kv_heads > MAX_GROUP:
+            return None
+        packed = [
+            DecoderLayer(
+                qkv.packed,
+                out.packed,
+                gate_up.packed,
+                down.packed,
+                layer.input_norm.float().contiguous(),
+                layer.post_norm.float().contiguous(),
+            )
+            for layer, (qkv, out, gate_up, down) in zip(layers, products, strict=True)
+        ]
+        num_rotated = 2 * len(self._frequencies)
+        return NativeDecoder(
+            packed,
+            self.norm.float().contiguous(),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            num_rotated,
+            self.epsilon,
+        )
+
     def warm_up(self) -> None:
         """Compile the fused operations on a GPU: half a minute at most."""
         if self.device.type == "cuda":
@@ -137,7 +174,16 @@ class FlatDecoder(nn.Module):
         """Hidden state of every row after the final norm, [rows, hidden_size]."""
         angles = batch.indices[:, None, None].float() * self._frequencies  # fp32, whatever the weights are
         rotations = torch.polar(torch.full_like(angles, self._scaling), angles)
-        hidden = self.embedding(batch.token_ids)
+        hidden: Tensor = self.embedding(batch.token_ids)
+        cache = attend.cache
+        if self._native is not None and cache is not None:
+            attention = NativeAttention(
+                cache.keys, cache.values, cache.scales, cache.first, cache.lengths, cache.two_way, cache.tables,
+                self.shape.num_heads,
+            )  # fmt: skip
+            hidden = hidden.float().contiguous()
+            self._native.forward(hidden, torch.view_as_real(rotations).contiguous(), attention)
+            return hidden
         for index, layer in enumerate(self.layers):
             hidden = layer(index, hidden, rotations, self.shape, attend, self._ops)
         return rms_norm(hidden, self.norm, self.epsilon)

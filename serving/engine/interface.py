@@ -86,13 +86,34 @@ class RaggedBatch:
     spans: tuple[Span, ...]
 
 
+@dataclass(frozen=True)
+class CacheStep:
+    """A step's rows and the memory of the KV cache, for networks that compute their attention themselves.
+
+    The shapes are those of serving.engine.native.kv_memory; row numbers, lengths and tables are int32 on the host.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    first: Tensor  # [spans + 1]: the rows of each span
+    lengths: Tensor  # [spans]: tokens of the sequence, up to the last of its rows
+    two_way: Tensor  # [spans]: PromptLayout.num_two_way
+    tables: Tensor  # [spans, max_blocks]
+
+
 class AttentionFunction(Protocol):
     """The engine's attention over its KV cache, passed to the network for one forward pass.
+
+    cache: None where a network has to call this function.
 
     query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim], already rotated.
     Stores key and value; every row attends to its own sequence, causally but for PromptLayout.num_two_way.
     Returns [rows, heads, head_dim].
     """
+
+    @property
+    def cache(self) -> CacheStep | None: ...
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
@@ -149,7 +170,7 @@ class EngineLimits:
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows of one step, decode and prefill together
     kv_tokens: int = 16_384  # capacity of the cache
-    kv_dtype: torch.dtype | None = None  # of stored keys and values; None: the network's own
+    kv_dtype: torch.dtype | None = None  # of stored keys and values; None: the network's own; int8 with scales
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,7 @@ class EngineStats:
     num_running: int
     num_waiting: int
     kv_tokens_used: int
+    kv_tokens_cached: int  # of finished sequences: known prefixes, which are evicted when their blocks are needed
     kv_tokens_total: int
     preemptions: int
     prompt_tokens: int

@@ -34,7 +34,7 @@ class HealthMonitor:
         self._max_ticks = max(1, round(max_step_seconds / TICK_SECONDS))
         self._num_ticks = 0  # without progress; counted, not timed: a process that was stopped has not hung
         self._num_steps = -1
-        self._counted = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)  # what the counters contain so far
+        self._counted = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)  # what the counters contain so far
 
     @property
     def is_hung(self) -> bool:
@@ -94,6 +94,7 @@ class HealthMonitor:
         metrics.WAITING.set(stats.num_waiting)
         metrics.KV_TOKENS.set(stats.kv_tokens_total)
         metrics.KV_TOKENS_USED.set(stats.kv_tokens_used)
+        metrics.KV_TOKENS_CACHED.set(stats.kv_tokens_cached)
         metrics.KV_USAGE.set(stats.kv_tokens_used / stats.kv_tokens_total)
         metrics.PROMPT_TOKENS.inc(stats.prompt_tokens - counted.prompt_tokens)
         metrics.GENERATION_TOKENS.inc(stats.generated_tokens - counted.generated_tokens)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 
 from serving.engine.interface import CausalLM, EngineLimits
-from serving.engine.native.attention import KVMemory
 from serving.engine.native.cuda_graphs import CudaCapture
 from serving.engine.native.device import (
     GIB,
@@ -25,6 +24,7 @@ from serving.engine.native.device import (
     num_usable_cores,
 )
 from serving.engine.native.engine import NativeEngine
+from serving.engine.native.kv_memory import KVMemory
 from serving.generation.interface import ChatFormat
 from serving.generation.pipeline import RunningModel
 from serving.settings import Settings

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from models.networks.transformers_decoder import TransformersDecoder
 from serving.engine.interface import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
-from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
-from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, flash, step_attention
+from serving.engine.native.attention import StepAttention
+from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, step_attention
 from serving.engine.native.cuda_graphs import bucket_sizes, run_eagerly
 from serving.engine.native.engine import NativeEngine
+from serving.engine.native.kv_memory import AttentionSpan, KVMemory
+from serving.engine.native.sequence import BLOCK
 from tests.reference_attention import dense_attention, visible
 from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens
 
@@ -120,10 +122,13 @@ def _packed_reference(
     assert int(packed.lengths.max()) <= packed.max_length
     outs: list[torch.Tensor] = []
     offsets = packed.offsets.tolist()
-    ends = zip(offsets, offsets[1:], packed.starts.tolist(), packed.lengths.tolist(), strict=False)
-    for first, last, start, length in ends:
+    for number, (first, last, length) in enumerate(zip(offsets, offsets[1:], packed.lengths.tolist(), strict=False)):
         assert last - first <= packed.max_rows
-        past = [kept[:, start : start + length].transpose(0, 1) for kept in (keys, values)]
+        blocks = packed.tables[number, : -(-length // BLOCK)].long()
+        past = (
+            keys[blocks].permute(0, 3, 1, 2).flatten(0, 1)[:length],
+            values[blocks].transpose(1, 2).flatten(0, 1)[:length],
+        )
         allowed = visible(length, last - first, CAUSAL, window)
         outs.append(dense_attention(query[first:last], *past, allowed, scale))
     return torch.cat(outs)
@@ -138,39 +143,28 @@ def test_packed_attention_is_attention_sequence_by_sequence(
 ) -> None:
     shape = NetworkShape(1, 8, 2, 16, 128, 10, 10, 64)
     spans = (  # two answers, one with three draft tokens; a beginning (perhaps two-way), a chunk in the middle
-        AttentionSpan(0, 1, 96, 30, CAUSAL),
-        AttentionSpan(1, 5, 10, 9, CAUSAL),
-        AttentionSpan(5, 20, 64, 15, PromptLayout(num_two_way, 0)),
-        AttentionSpan(20, 24, 32, 20, CAUSAL),
-    )
-    slots = torch.tensor(
-        [slot for s in spans for slot in range(s.first_slot + s.length - s.num_rows, s.first_slot + s.length)]
+        AttentionSpan(0, 1, [6, 3], 30, CAUSAL),
+        AttentionSpan(1, 5, [2], 9, CAUSAL),
+        AttentionSpan(5, 20, [5], 15, PromptLayout(num_two_way, 0)),
+        AttentionSpan(20, 24, [0, 4], 20, CAUSAL),
     )
     torch.manual_seed(0)
     query, key, value = torch.randn(24, 8, 16), torch.randn(24, 2, 16), torch.randn(24, 2, 16)
-    memories = [KVMemory(shape, 128, torch.device("cpu"), kept) for _ in range(2)]
+    memories = [KVMemory(shape, 8, torch.device("cpu"), kept) for _ in range(3)]
     for memory in memories:
         torch.manual_seed(1)
         memory.keys.normal_()
         memory.values.normal_()
-    expected = StepAttention(memories[0], spans, slots)(0, query, key, value, 0.25, window)
+    expected = StepAttention(memories[0], spans, is_native=False)(0, query, key, value, 0.25, window)
     kernel = Kernel(_packed_reference, True) if takes_chunks else PADDED
-    got = step_attention(memories[1], spans, 2, slots, kernel)(0, query, key, value, 0.25, window)
+    got = step_attention(memories[1], spans, 2, kernel)(0, query, key, value, 0.25, window)
+    native = StepAttention(memories[2], spans)(0, query, key, value, 0.25, window)
     assert got.dtype == torch.float32
     assert torch.allclose(got, expected, atol=1e-5 if kept == torch.float32 else 3e-2)
-    assert torch.equal(memories[0].keys, memories[1].keys)
-
-
-@pytest.mark.parametrize("max_rows", [1, 4])
-@pytest.mark.parametrize("window", [None, 7])
-def test_the_flash_operator_takes_what_it_is_given(max_rows: int, window: int | None) -> None:
-    """Without a GPU only its signature and shapes can be checked."""
-    meta = torch.device("meta")
-    numbers = torch.zeros(4, dtype=torch.int32, device=meta)
-    packed = Packed(numbers, numbers, numbers[:3], max_rows, 100)
-    kept = torch.empty(2, 128, 64, dtype=torch.float16, device=meta)
-    query = torch.empty(3 * max_rows, 8, 64, dtype=torch.float16, device=meta)
-    assert flash(query, kept, kept, packed, 0.1, window).shape == query.shape
+    assert torch.allclose(native, expected, atol=1e-5 if kept == torch.float32 else 3e-2)
+    for memory in memories[1:]:
+        assert torch.equal(memories[0].keys, memory.keys)
+        assert torch.equal(memories[0].values, memory.values)
 
 
 def test_a_model_that_is_not_causal_is_not_captured() -> None:

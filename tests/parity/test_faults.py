@@ -118,25 +118,26 @@ def test_an_id_that_the_network_does_not_have_is_refused_before_the_batch() -> N
     asyncio.run(run())
 
 
-def test_moves_that_fail_let_every_sequence_start_again(
+def test_copies_that_fail_let_the_sequences_that_need_them_start_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A move within overlapping slots needs memory for a copy."""
-    clone, failed = torch.Tensor.clone, list[int]()
+    copy_, failed = torch.Tensor.copy_, list[int]()
 
-    def failing(tensor: torch.Tensor, **options: object) -> torch.Tensor:
-        if threading.current_thread().name == "engine" and len(failed) < 3:
+    def failing(tensor: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        if threading.current_thread().name == "engine" and not failed:
             failed.append(1)
             raise torch.OutOfMemoryError("injected")
-        return clone(tensor, **options)  # type: ignore[arg-type]
+        return copy_(tensor, *arguments, **options)  # type: ignore[arg-type]
 
     async def run() -> None:
-        with hooked_engine(lambda: None, kv_tokens=512) as engine:
-            monkeypatch.setattr(torch.Tensor, "clone", failing)
-            answers = await asyncio.gather(*(tokens(engine, [*PROMPT, i], greedy(80 + 16 * i)) for i in range(6)))
+        with hooked_engine(lambda: None, kv_tokens=1024) as engine:
+            await tokens(engine, PROMPT, greedy(40))
+            monkeypatch.setattr(torch.Tensor, "copy_", failing)
+            prompts = [[*PROMPT[:-1], i] for i in range(3)]
+            answers = await asyncio.gather(*(tokens(engine, ids, greedy(20)) for ids in prompts))
             monkeypatch.undo()
-            assert answers == [tiny_model().greedy([*PROMPT, i], 80 + 16 * i) for i in range(6)]
-            assert caplog.text.count("keys and values could not be moved") == len(failed) == 3
+            assert answers == [tiny_model().greedy(ids, 20) for ids in prompts]
+            assert caplog.text.count("keys and values could not be copied") == len(failed) == 1
 
     asyncio.run(run())
 

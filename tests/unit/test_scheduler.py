@@ -1,4 +1,4 @@
-"""Which sequences get rows and slots next, and which are preempted. No network, no clock."""
+"""Which sequences get rows and blocks next, and which are preempted. No network, no clock."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engine.interface import NetworkShape, PromptLayout, SamplingParams
-from serving.engine.native.attention import KVMemory
+from serving.engine.native.block_manager import PrefixMatch
 from serving.engine.native.device import GIB, kv_dtype
-from serving.engine.native.kv_cache import BLOCK, GRANULE
+from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.scheduler import Scheduler, SchedulerOutput
-from serving.engine.native.sequence import SequenceState
+from serving.engine.native.sequence import BLOCK, SequenceState
 
 
 def sequence(
@@ -26,11 +26,11 @@ def new_scheduler(max_sequences: int = 8, max_batch_tokens: int = 64, kv_tokens:
     return Scheduler(max_sequences, max_batch_tokens, kv_tokens)
 
 
-def run_step(step: SchedulerOutput, token: int = 9999) -> None:
+def run_step(scheduler: Scheduler, step: SchedulerOutput, token: int = 9999) -> None:
     """Do what the engine does, with the same token for every sequence that samples."""
     for each in step.scheduled:
         is_sampled = each.is_sampled
-        each.sequence.num_computed += each.num_rows
+        scheduler.computed(each)
         if is_sampled:
             each.sequence.token_ids.append(token)
 
@@ -47,7 +47,7 @@ def test_a_prompt_is_cut_into_chunks_of_the_budget() -> None:
     while one.num_generated == 0:
         step = scheduler.schedule()
         seen.append(rows(step)[one])
-        run_step(step)
+        run_step(scheduler, step)
     assert seen == [64, 64, 22]
 
 
@@ -55,20 +55,20 @@ def test_running_answers_go_on_while_a_long_prompt_is_read() -> None:
     short, long = sequence(4), sequence(1000, first=5000)
     scheduler = new_scheduler()
     scheduler.add(short)
-    run_step(scheduler.schedule())
+    run_step(scheduler, scheduler.schedule())
     scheduler.add(long)
     for _ in range(5):
         step = scheduler.schedule()
         assert rows(step)[short] == 1
         assert rows(step)[long] == 63
-        run_step(step)
+        run_step(scheduler, step)
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
     long, short = sequence(1000), sequence(20, first=5000)
     scheduler = new_scheduler()
     scheduler.add(long)
-    run_step(scheduler.schedule())
+    run_step(scheduler, scheduler.schedule())
     scheduler.add(short)
     step = scheduler.schedule()
     assert rows(step) == {long: 44, short: 20}
@@ -102,44 +102,90 @@ def test_priority_goes_before_age() -> None:
 
 
 def test_the_youngest_is_preempted_when_the_cache_is_full() -> None:
-    scheduler = new_scheduler(kv_tokens=4 * GRANULE, max_batch_tokens=256)
-    old, young = sequence(GRANULE - 2), sequence(GRANULE - 2, first=500)
+    scheduler = new_scheduler(kv_tokens=8 * BLOCK, max_batch_tokens=256)
+    old, young = sequence(2 * BLOCK - 2), sequence(2 * BLOCK - 2, first=500)
     scheduler.add(old)
     scheduler.add(young)
     while young.state != "waiting" or young.num_preemptions == 0:
-        run_step(scheduler.schedule())
+        run_step(scheduler, scheduler.schedule())
     assert old.state == "running"
-    assert (young.num_computed, young.slots) == (0, None)
-    assert old.slots is not None
-    assert scheduler.allocator.num_used == old.slots.capacity
+    assert (young.num_computed, young.blocks) == (0, [])
+    assert scheduler.blocks.num_used == len(old.blocks)
 
 
 def test_a_finished_conversation_is_reused_and_not_computed_again() -> None:
     scheduler = new_scheduler(max_batch_tokens=512)
     first = sequence(200)
     scheduler.add(first)
-    run_step(scheduler.schedule())
+    run_step(scheduler, scheduler.schedule())
     scheduler.finish(first)
     second = sequence(300)
     scheduler.add(second)
     step = scheduler.schedule()
     assert rows(step)[second] == 100
     assert second.num_cached_tokens == 200
-    assert scheduler.num_idle_tokens == 0  # taken over, not copied
+    assert len(step.copies) == 1  # of the block in which the conversation went on
 
 
-def test_a_shared_beginning_is_copied_and_stays() -> None:
+def test_a_shared_beginning_stays_where_it_is_and_serves_many() -> None:
     scheduler = new_scheduler(max_batch_tokens=512)
     first = sequence(400)
     scheduler.add(first)
-    run_step(scheduler.schedule())
+    run_step(scheduler, scheduler.schedule())
+    begun = first.blocks[:6]
     scheduler.finish(first)
-    second = SequenceState([*range(100), 7, 7], SamplingParams(max_tokens=4))
-    scheduler.add(second)
-    step = scheduler.schedule()
-    assert second.num_cached_tokens == 100
-    assert [move.length for move in step.moves] == [100]
-    assert scheduler.num_idle_tokens >= 400
+    others = [SequenceState([*range(100), 7, number], SamplingParams(max_tokens=4)) for number in range(3)]
+    for one in others:
+        scheduler.add(one)
+    scheduler.schedule()
+    assert [one.num_cached_tokens for one in others] == [100, 100, 100]
+    assert [one.blocks[:6] for one in others] == [begun] * 3
+
+
+def test_a_full_cache_is_served_without_moving_anything() -> None:
+    """With contiguous ranges, 86 % of the steps copied once finished prefixes filled the cache."""
+    scheduler = new_scheduler(max_sequences=8, kv_tokens=8 * 20 * BLOCK, max_batch_tokens=128)
+    for round_number in range(12):
+        wave = [sequence(150, first=1000 * (8 * round_number + i), max_tokens=40) for i in range(8)]
+        tables: dict[SequenceState, list[int]] = {}
+        for one in wave:
+            scheduler.add(one)
+        while any(one.state != "finished" for one in wave):
+            step = scheduler.schedule()
+            assert len(step.copies) <= len(scheduler.running)  # one block for each sequence at the most
+            for one in scheduler.running:
+                assert one.blocks[: len(tables.get(one, []))] == tables.get(
+                    one, []
+                )  # blocks are added, never exchanged
+                tables[one] = list(one.blocks)
+            run_step(scheduler, step)
+            for one in list(scheduler.running):
+                if one.num_generated >= one.sampling.max_tokens:
+                    scheduler.finish(one)
+    assert scheduler.counters.preemptions == 0
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert scheduler.blocks.num_cached > 0.9 * scheduler.blocks.num_blocks
+
+
+def test_waiting_for_a_shared_prompt_costs_nothing_a_step() -> None:
+    """250 waiting requests that share 8,000 tokens cost 80 ms a step when each was looked up at every step."""
+    scheduler = new_scheduler(max_sequences=300, max_batch_tokens=64, kv_tokens=400 * 8192)
+    waiting = [SequenceState([*range(8000), number], SamplingParams(max_tokens=4)) for number in range(250)]
+    for one in waiting:
+        scheduler.add(one)
+    run_step(scheduler, scheduler.schedule())
+    calls = 0
+    find = scheduler.blocks.find
+
+    def counted(one: SequenceState) -> PrefixMatch:
+        nonlocal calls
+        calls += 1
+        return find(one)
+
+    scheduler.blocks.find = counted  # type: ignore[method-assign]
+    run_step(scheduler, scheduler.schedule())
+    assert calls == 0  # each remembers the block that it waits for, which is computed some steps later
+    assert len(scheduler.waiting) == 249
 
 
 def test_twins_compute_their_prompt_once() -> None:
@@ -151,20 +197,8 @@ def test_twins_compute_their_prompt_once() -> None:
     while any(one.num_generated == 0 for one in twins):
         step = scheduler.schedule()
         total += sum(count for one, count in rows(step).items() if one.num_generated == 0)
-        run_step(step)
+        run_step(scheduler, step)
     assert total < 150 + 3 * (BLOCK + 1) + 1
-
-
-def test_idle_prefixes_go_least_recently_used_first() -> None:
-    scheduler = new_scheduler(kv_tokens=8 * GRANULE, max_batch_tokens=512)
-    idle = [sequence(2 * GRANULE, first=1000 * i) for i in range(3)]
-    for one in idle:
-        scheduler.add(one)
-        run_step(scheduler.schedule())
-        scheduler.finish(one)
-    scheduler.add(sequence(4 * GRANULE - 1, first=9000))
-    scheduler.schedule()
-    assert [one.slots is None for one in idle] == [True, False, False]
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,13 +208,13 @@ def test_idle_prefixes_go_least_recently_used_first() -> None:
         min_size=1,
         max_size=12,
     ),
-    st.sampled_from([6, 8, 40]),
+    st.sampled_from([12, 16, 80]),
 )
 def test_every_request_finishes_and_every_slot_is_free_again(
-    jobs: list[tuple[int, int, int, int]], granules: int
+    jobs: list[tuple[int, int, int, int]], num_blocks: int
 ) -> None:
     """Arrivals at any time, any lengths, shared prompts, too little cache: nothing hangs, nothing leaks."""
-    scheduler = new_scheduler(max_sequences=4, kv_tokens=granules * GRANULE)
+    scheduler = new_scheduler(max_sequences=4, kv_tokens=num_blocks * BLOCK)
     pending = [(arrival, sequence(size, 1000 * group, length)) for size, length, group, arrival in jobs]
     waiting = [one for _, one in pending]
     for number in range(20_000):
@@ -190,7 +224,7 @@ def test_every_request_finishes_and_every_slot_is_free_again(
         step = scheduler.schedule()
         assert sum(each.num_rows for each in step.scheduled) <= 64
         assert all(each.sequence.state == "running" for each in step.scheduled)
-        run_step(step, token=number + 10_000)
+        run_step(scheduler, step, token=number + 10_000)
         for one in list(scheduler.running):
             if one.num_generated >= one.sampling.max_tokens:
                 scheduler.finish(one, keep_prefix=number % 2 == 0)
@@ -198,7 +232,7 @@ def test_every_request_finishes_and_every_slot_is_free_again(
         if not waiting:
             break
     assert not waiting
-    assert scheduler.allocator.num_used == scheduler.num_idle_tokens
+    assert scheduler.blocks.num_used == 0
 
 
 def test_two_gib_carry_64_conversations_of_1000_tokens_of_the_6b_shape() -> None:
@@ -209,6 +243,6 @@ def test_two_gib_carry_64_conversations_of_1000_tokens_of_the_6b_shape() -> None
     for one in conversations:
         scheduler.add(one)
     while not all(one.num_generated >= 20 for one in conversations):
-        run_step(scheduler.schedule())
+        run_step(scheduler, scheduler.schedule())
     assert scheduler.counters.preemptions == 0
     assert len(scheduler.running) == 64

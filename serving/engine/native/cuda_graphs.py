@@ -2,7 +2,7 @@
 
 A decode step of a large network is a thousand small launches, which cost a fast card's host more time than the card
 needs to run them. Here the rows of a step are padded to the next bucket and written into buffers that never move, so
-that one captured graph serves every step of its bucket. Padding rows are token 0 at index 0 in a slot of no sequence.
+that one captured graph serves every step of its bucket. Padding rows are token 0 at index 0 in a block of no sequence.
 
 A graph replays what depends on nothing but the buffers. A network sees only its batch, so a graph can be replayed for
 every batch whose spans are those it was captured with: one row each, causal.
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from serving.engine.interface import CAUSAL, CausalLM, RaggedBatch, Span
-from serving.engine.native.attention import KVMemory
 from serving.engine.native.attention_cuda import Kernel, Packed, PackedAttention
+from serving.engine.native.kv_memory import KVMemory
+from serving.engine.native.sequence import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -64,47 +65,50 @@ class Rows:
 
     token_ids: list[int]
     indices: list[int]  # in their own sequence, from 0
-    slots: list[int]  # where keys and values are stored
-    first_slots: list[int]  # of their sequence
+    tables: list[Sequence[int]]  # the block table of their sequence
     is_causal: bool  # whether all sequences are causal
 
 
 class DecodeGraph:
     """The forward pass of one bucket, with its buffers and its results."""
 
-    def __init__(self, network: CausalLM, memory: KVMemory, kernel: Kernel, size: int, scratch: int) -> None:
-        """scratch: a slot of no sequence."""
+    def __init__(self, network: CausalLM, memory: KVMemory, kernel: Kernel, size: int) -> None:
         device = network.device
-        self._network, self._scratch = network, scratch
-        self._staging = torch.empty((4, size), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._numbers = torch.zeros((4, size), dtype=torch.int64, device=device)  # the columns of Rows
+        self._network, self._scratch = network, memory.scratch_block
+        max_blocks = -(-network.shape.max_positions // BLOCK)
+        self._staging = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._numbers = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, device=device)  # the columns of Rows
+        self._places = torch.zeros((4, size), dtype=torch.int64, device=device)  # token ids, indices, blocks, offsets
         self._packed = Packed(
             offsets=torch.arange(size + 1, dtype=torch.int32, device=device),
-            starts=torch.zeros(size + 1, dtype=torch.int32, device=device),
+            tables=torch.zeros((size, max_blocks), dtype=torch.int32, device=device),
             lengths=torch.ones(size, dtype=torch.int32, device=device),
             max_rows=1,
             max_length=network.shape.max_positions,
         )
-        token_ids, indices, slots, _ = self._numbers.unbind(0)
+        token_ids, indices, blocks, offsets = self._places.unbind(0)
         self._batch = RaggedBatch(token_ids, indices, tuple(Span(i, i + 1, CAUSAL) for i in range(size)))
-        self._attend = PackedAttention(memory, slots, self._packed, kernel)
+        self._attend = PackedAttention(memory, blocks, offsets, self._packed, kernel)
         self.hidden = self.logits = torch.empty(0, device=device)
 
     def forward(self) -> None:
         """From the buffers to the results."""
-        _, indices, _, first_slots = self._numbers.unbind(0)
-        self._packed.starts[:-1].copy_(first_slots)
-        torch.add(indices, 1, out=self._packed.lengths)
+        self._places[:2].copy_(self._numbers[:, :2].T)
+        self._packed.tables.copy_(self._numbers[:, 2:])
+        indices = self._places[1]
+        torch.add(self._numbers[:, 1], 1, out=self._packed.lengths)
+        self._places[2].copy_(self._packed.tables.gather(1, (indices // BLOCK)[:, None])[:, 0])
+        torch.remainder(indices, BLOCK, out=self._places[3])
         self.hidden = self._network.forward(self._batch, self._attend)
         self.logits = self._network.logits(self.hidden)
 
     def write(self, rows: Rows) -> None:
         """Fill the buffers. The last step's results have been read, so no kernel reads the buffers any more."""
-        padding = self._staging.shape[1] - len(rows.token_ids)
-        scratch = [self._scratch] * padding
-        zeros = [0] * padding
-        columns = (rows.token_ids + zeros, rows.indices + zeros, rows.slots + scratch, rows.first_slots + scratch)
-        self._staging.copy_(torch.tensor(columns, dtype=torch.int64))
+        for row, token_id, index, table in zip(self._staging, rows.token_ids, rows.indices, rows.tables, strict=False):
+            numbers = (token_id, index, *table[: self._staging.shape[1] - 2])
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        padding = self._staging[len(rows.token_ids) :]
+        padding[:, :2], padding[:, 2:] = 0, self._scratch
         self._numbers.copy_(self._staging, non_blocking=True)
 
 
@@ -118,10 +122,8 @@ class DecodeGraphs:
         kernel: Kernel,
         capture: CaptureFunction,
         max_rows: int,
-        scratch: int,
     ) -> None:
         self._network, self._memory, self._kernel, self._capture = network, memory, kernel, capture
-        self._scratch = scratch
         self._sizes = bucket_sizes(max_rows)
         self._graphs: dict[int, tuple[DecodeGraph, Callable[[], None]]] = {}  # size -> the graph, its replay
         self._is_broken = False
@@ -166,8 +168,8 @@ class DecodeGraphs:
         if size in self._graphs or self._is_broken:
             return self._graphs.get(size)
         begun = time.monotonic()
-        graph = DecodeGraph(self._network, self._memory, self._kernel, size, self._scratch)
-        graph.write(Rows([], [], [], [], True))
+        graph = DecodeGraph(self._network, self._memory, self._kernel, size)
+        graph.write(Rows([], [], [], True))
         try:
             self._graphs[size] = graph, self._capture(graph.forward)
         except Exception:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.interface import NetworkShape
-from serving.engine.native.attention import KVMemory
+from serving.engine.native.kv_memory import KVMemory
 
 GIB = 2**30
 SMALL_MODEL_BYTES = GIB // 4  # below this, full precision costs nothing

@@ -22,7 +22,7 @@ from serving.engine.native.device import is_out_of_memory
 from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
 from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
-from serving.engine.native.sequence import SequenceState
+from serving.engine.native.sequence import BLOCK, SequenceState
 from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.outputs import (
     EngineError,
@@ -114,8 +114,9 @@ class NativeEngine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_tokens_used=scheduler.allocator.num_used - scheduler.num_idle_tokens,
-            kv_tokens_total=scheduler.allocator.size,
+            kv_tokens_used=scheduler.blocks.num_used * BLOCK,
+            kv_tokens_cached=scheduler.blocks.num_cached * BLOCK,
+            kv_tokens_total=scheduler.num_tokens,
             preemptions=scheduler.counters.preemptions,
             prompt_tokens=scheduler.counters.prompt_tokens,
             cached_tokens=scheduler.counters.cached_tokens,
@@ -174,7 +175,7 @@ class NativeEngine:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.shape.vocab_size:  # it would fail the step, and all later ones on a GPU
                 raise UnknownToken(token_id)
-        num_needed, size = len(token_ids) + num_more, self._scheduler.allocator.size
+        num_needed, size = len(token_ids) + num_more, self._scheduler.num_tokens
         if num_needed > size:
             raise RequestTooLarge(f"it needs {num_needed} tokens of cache, and there are {size}", num_needed, size)
 
@@ -216,7 +217,7 @@ class NativeEngine:
             for request, command in commands:
                 self._carry_out(request, command)
             if not self._step():
-                with self._wake:  # paused sequences hold the slots that the waiting ones need
+                with self._wake:  # paused sequences hold the blocks that the waiting ones need
                     self._wake.wait_for(lambda: self._commands or self._is_stopping, STUCK_SECONDS)
             self.num_steps += 1
             self._deliver()
@@ -243,7 +244,7 @@ class NativeEngine:
             if each.sequence.queued_at is not None:
                 self.queue_seconds.append(now - each.sequence.queued_at)
                 each.sequence.queued_at = None
-        if not self._move(step):
+        if not self._copy(step):
             return True
         if self._run_isolated(step):
             self._num_failed_steps = 0
@@ -255,7 +256,7 @@ class NativeEngine:
         """Run a step and emit its outputs. If it fails, it runs again without its newest sequence, and what still fails
         in halves; only a sequence that fails alone gets an error. Returns the number of sequences that did not fail.
 
-        A failed step has written nothing but the slots of its own rows, which the next attempt writes again.
+        A failed step has written nothing but its own rows in the cache, which the next attempt writes again.
         """
         begun, size = time.monotonic(), len(step.scheduled)
         try:
@@ -280,14 +281,13 @@ class NativeEngine:
             self._deliver()
         return num_succeeded
 
-    def _move(self, step: SchedulerOutput) -> bool:
-        """Carry out a step's cache moves. False if that failed: the cache is lost, and every sequence starts again."""
+    def _copy(self, step: SchedulerOutput) -> bool:
+        """Copy blocks. False if that failed: then the sequences that need them start again."""
         try:
-            self._runner.move(step.moves)
+            self._runner.copy(step.copies)
         except Exception:
-            logger.exception("keys and values could not be moved; %d sequences start again", len(step.scheduled))
-            self._scheduler.forget_cache()
-            self._runner.recover(each.sequence for each in step.scheduled)
+            logger.exception("keys and values could not be copied; the sequences that need them start again")
+            self._scheduler.restart(step.copies)
             return False
         return True
 
@@ -313,7 +313,7 @@ class NativeEngine:
         for draft_id, before, after in zip(scheduled.draft, sampled, sampled[1:], strict=False):
             if draft_id != before.token_id or sequence.state == "finished":
                 break
-            sequence.num_computed += 1  # the draft token's row is in the cache already
+            self._scheduler.advance(sequence, 1)  # the draft token's row is in the cache already
             num_accepted += 1
             self._append(sequence, after)
         if scheduled.draft and sequence.lookup is not None:
@@ -352,13 +352,8 @@ class NativeEngine:
 
     def _check_device(self, step: SchedulerOutput) -> None:
         """Every sequence of a step has failed alone: either they are all at fault, or the device is."""
-        slots = self._scheduler.allocator.allocate(1)
-        assert slots is not None, "the sequences that failed have freed theirs"
         used = {token_id for each in step.scheduled for token_id in each.sequence.token_ids}
-        is_working = self._runner.can_compute(
-            slots, next((i for i in range(self.shape.num_tokens) if i not in used), 0)
-        )
-        self._scheduler.allocator.free(slots)
+        is_working = self._runner.can_compute(next((i for i in range(self.shape.num_tokens) if i not in used), 0))
         self._num_failed_steps = 0 if is_working else self._num_failed_steps + 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             logger.critical("nothing could be computed in %d steps in a row: the engine stops", self._num_failed_steps)

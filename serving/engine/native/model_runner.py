@@ -1,4 +1,4 @@
-"""Scheduled rows -> sampled tokens and pooled vectors: one step's cache moves, forward pass and sampling.
+"""Scheduled rows -> sampled tokens and pooled vectors: one step's forward pass and sampling.
 
 A step waits for a GPU once, when the sampled tokens are copied to the host. Everything else is enqueued before, and
 what is read after that copy is there already.
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span, SupportsWarmUp
-from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
-from serving.engine.native.attention_cuda import FLASH, choose_kernel, step_attention
+from serving.engine.native.attention import StepAttention
+from serving.engine.native.attention_cuda import TRITON, choose_kernel, step_attention
+from serving.engine.native.block_manager import BlockCopy
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs, Rows
 from serving.engine.native.device import numbers_to_device, to_device
-from serving.engine.native.kv_cache import GRANULE, Move
+from serving.engine.native.kv_memory import AttentionSpan, KVMemory
 from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
-from serving.engine.native.sequence import SequenceState, SlotRange
+from serving.engine.native.sequence import BLOCK, SequenceState
 from serving.engine.outputs import PoolingOutput
 from serving.safe_traceback import where_from
 
@@ -64,18 +65,16 @@ class ModelRunner:
     ) -> None:
         """capture: how decode steps of up to `max_sequences` answers are captured; None runs each step eagerly."""
         self._network = network
-        self._memory = KVMemory(
-            network.shape, kv_tokens + GRANULE * bool(capture), network.device, kv_dtype or network.dtype
-        )
+        self._memory = KVMemory(network.shape, kv_tokens // BLOCK, network.device, kv_dtype or network.dtype)
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[SequenceState, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
         self._kernel = choose_kernel(network.device, self._memory.keys.dtype)
         self._is_packed = capture is not None or network.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
-        can_capture = self._kernel is FLASH or network.device.type != "cuda"
+        can_capture = self._kernel is TRITON or network.device.type != "cuda"
         if capture and can_capture and network.layout((0, 0)) == CAUSAL:
             max_rows = max(max_sequences, min(max_sequences, MAX_DECODING) * (1 + MAX_DRAFT))
-            self.graphs = DecodeGraphs(network, self._memory, self._kernel, capture, max_rows, scratch=kv_tokens)
+            self.graphs = DecodeGraphs(network, self._memory, self._kernel, capture, max_rows)
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return self._network.layout(prompt_ids)
@@ -89,16 +88,17 @@ class ModelRunner:
             self.graphs.capture_all()
 
     @torch.inference_mode()
-    def move(self, moves: Iterable[Move]) -> None:
-        """Move keys and values, in order. If it raises, the content of the cache is lost."""
-        self._memory.apply(moves)
+    def copy(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy blocks, in order."""
+        for each in copies:
+            self._memory.copy(each.source, each.target)
 
     @torch.inference_mode()
     def run(self, scheduler_output: SchedulerOutput) -> StepResults:
-        """Run a step, whose moves were carried out. For every sequence that reaches its end or fails: a vector, or the
+        """Run a step, whose copies were made. For every sequence that reaches its end or fails: a vector, or the
         token after its rows and those after each token of its draft.
 
-        If it raises, the same rows can run again, after `recover`: only their own slots were written.
+        If it raises, the same rows can run again, after `recover`: only their own places in the cache were written.
         """
         batch = build_batch(scheduler_output.scheduled)
         hidden, logits = self._forward(scheduler_output, batch)
@@ -116,10 +116,10 @@ class ModelRunner:
         self._sums |= {each.sequence: total for each, total in sums}  # last, so that a step that raises can run again
         return results
 
-    def can_compute(self, slots: SlotRange, token_id: int) -> bool:
-        """Whether the device can compute one token and sample after it. Writes into the first of these slots."""
+    def can_compute(self, token_id: int) -> bool:
+        """Whether the device can compute one token and sample after it. Writes into the block of no sequence."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        trial = SequenceState([token_id], sampling, self.layout([token_id]), slots=slots)
+        trial = SequenceState([token_id], sampling, self.layout([token_id]), blocks=[self._memory.scratch_block])
         try:
             ((_, result),) = self.run(SchedulerOutput((), (), (ScheduledSequence(trial, 1),)))
         except Exception as error:  # noqa: BLE001
@@ -148,13 +148,13 @@ class ModelRunner:
             if results is not None:
                 hidden, logits = results
                 return hidden, logits if sampled_rows is None else logits[sampled_rows]
-        numbers = to_device(torch.tensor((rows.token_ids, rows.indices, rows.slots), dtype=torch.int64), device)
-        token_ids, indices, slots = numbers.unbind(0)
+        numbers = to_device(torch.tensor((rows.token_ids, rows.indices), dtype=torch.int64), device)
+        token_ids, indices = numbers.unbind(0)
         ragged = RaggedBatch(token_ids, indices, tuple(Span(s.first, s.last, s.layout) for s in batch.spans))
         if self._is_packed:
-            attend = step_attention(self._memory, batch.spans, len(scheduler_output.decoding), slots, self._kernel)
+            attend = step_attention(self._memory, batch.spans, len(scheduler_output.decoding), self._kernel)
         else:
-            attend = StepAttention(self._memory, batch.spans, slots)
+            attend = StepAttention(self._memory, batch.spans)
         hidden = self._network.forward(ragged, attend)
         if not batch.sampled_rows:
             return hidden, hidden[:0]
@@ -173,7 +173,7 @@ class ModelRunner:
 
 def build_batch(scheduled: tuple[ScheduledSequence, ...]) -> StepBatch:
     """Concatenate the rows of all scheduled sequences."""
-    rows = Rows([], [], [], [], all(each.sequence.layout == CAUSAL for each in scheduled))
+    rows = Rows([], [], [], all(each.sequence.layout == CAUSAL for each in scheduled))
     spans: list[AttentionSpan] = []
     sampled_rows: list[int] = []
     pooled: list[PooledRows] = []
@@ -181,15 +181,12 @@ def build_batch(scheduled: tuple[ScheduledSequence, ...]) -> StepBatch:
         sequence, first = each.sequence, len(rows.token_ids)
         begin = sequence.num_computed
         end = begin + each.num_rows + len(each.draft)
-        assert sequence.slots is not None, "the scheduler has assigned them"
-        start = sequence.slots.start
         rows.token_ids.extend(sequence.token_ids[begin : begin + each.num_rows])
         rows.token_ids.extend(each.draft)
         rows.indices.extend(range(begin, end))
-        rows.slots.extend(range(start + begin, start + end))
-        rows.first_slots.extend([start] * (end - begin))
+        rows.tables.extend([sequence.blocks] * (end - begin))
         last = len(rows.token_ids)
-        spans.append(AttentionSpan(first, last, start, end, sequence.layout))
+        spans.append(AttentionSpan(first, last, sequence.blocks, end, sequence.layout))
         if sequence.pooled is not None:
             counted = max(begin, sequence.pooled.start)
             stop = max(counted, min(end, sequence.pooled.stop))

@@ -1,17 +1,18 @@
-"""Selects the rows of the next forward pass and assigns KV-cache slots to them. Pure policy: no torch, no clock.
+"""Selects the rows of the next forward pass and assigns KV-cache blocks to them. Pure policy: no torch, no clock.
 
 A step has one row for every decoding sequence; the rest of its budget is filled with chunks of prompts. First come,
-first served within a priority. When the cache is full, idle prefixes are evicted first, then the youngest sequence is
-preempted: it loses its slots and is computed again later, with the same tokens as result.
+first served within a priority. When the cache is full, prefixes that nobody uses are evicted first, then the youngest
+sequence is preempted: it gives up its blocks and is computed again later, with the same tokens as result.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, replace
 
-from serving.engine.native.kv_cache import BLOCK, GRANULE, Move, PrefixIndex, PrefixMatch, SlotAllocator, round_up
+from serving.engine.native.block_manager import BlockCopy, BlockManager, PrefixMatch, num_blocks_for
 from serving.engine.native.prompt_lookup import MAX_DECODING, PromptLookup
-from serving.engine.native.sequence import SequenceState, SlotRange
+from serving.engine.native.sequence import BLOCK, SequenceState
 
 STRETCH = 1.5  # a step with prompt rows may take this much longer than one without
 MIN_PROMPT_ROWS = 32  # fewer would read all weights for next to nothing
@@ -37,9 +38,9 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """Cache moves to carry out in order, then the rows of one forward pass."""
+    """Blocks to copy, in order, then the rows of one forward pass."""
 
-    moves: tuple[Move, ...]
+    copies: tuple[BlockCopy, ...]
     decoding: tuple[ScheduledSequence, ...]  # one row each, and the rows of its draft
     chunks: tuple[ScheduledSequence, ...]  # of prompts
 
@@ -53,7 +54,7 @@ class SchedulerOutput:
         return sum(chunk.num_rows for chunk in self.chunks)
 
     def split(self, num_oldest: int) -> tuple[SchedulerOutput, SchedulerOutput]:
-        """(the rows of the other sequences, the rows of the `num_oldest` that came first), after the moves."""
+        """(the rows of the other sequences, the rows of the `num_oldest` that came first), after the copies."""
         by_age = sorted((each.sequence for each in self.scheduled), key=lambda sequence: sequence.id)
         oldest = set(by_age[:num_oldest])
         decoding, chunks = (
@@ -73,28 +74,26 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    """Owns the waiting, running and idle (finished, kept for their prefix) sequences and the cache slots."""
+    """Owns the waiting and the running sequences and the cache's blocks."""
 
     def __init__(self, max_sequences: int, max_batch_tokens: int, kv_tokens: int) -> None:
         self.max_sequences = max_sequences
         self.pacer = PrefillPacer(max_batch_tokens)
-        self.allocator = SlotAllocator(kv_tokens)
+        self.blocks = BlockManager(kv_tokens // BLOCK)
         self.counters = SchedulerCounters()
-        self.waiting: list[SequenceState] = []
+        self.waiting: list[SequenceState] = []  # the first to be admitted first
         self.running: list[SequenceState] = []
-        self._idle: dict[SequenceState, None] = {}  # least recently used first
-        self._prefixes = PrefixIndex()
-        self._moves: list[Move] = []
+        self._num_waiting_rows = 0
+        self._copies: list[BlockCopy] = []  # of the step
 
     @property
-    def num_idle_tokens(self) -> int:
-        """Slots of finished sequences, which can be evicted. Other threads may read it, for a snapshot."""
-        ranges = [sequence.slots for sequence in list(self._idle)]
-        return sum(slots.capacity for slots in ranges if slots is not None)
+    def num_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.blocks.num_blocks * BLOCK
 
     def add(self, sequence: SequenceState) -> None:
-        self.waiting.append(sequence)
-        self.waiting.sort(key=_seniority)
+        insort(self.waiting, sequence, key=_seniority)
+        self._num_waiting_rows += len(sequence.token_ids)
 
     def has_work(self) -> bool:
         """Whether a step may compute something."""
@@ -102,43 +101,38 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """The next step. It is empty if there is nothing to compute."""
-        self._moves = []
+        self._copies = []
         decoding = self._decode_rows()
         self._admit_waiting()
         scheduled = {row.sequence for row in decoding}
         prefilling = [s for s in self.running if s not in scheduled and not s.is_paused]
-        backlog = sum(s.num_uncomputed for s in (*prefilling, *self.waiting))
+        backlog = sum(s.num_uncomputed for s in prefilling) + self._num_waiting_rows
         chunks = self._prompt_chunks(prefilling, self.pacer.num_prompt_rows(len(decoding), backlog))
-        return SchedulerOutput(tuple(self._moves), tuple(decoding), tuple(chunks))
+        return SchedulerOutput(tuple(self._copies), tuple(decoding), tuple(chunks))
 
     def computed(self, scheduled: ScheduledSequence) -> None:
-        """Record that these rows are in the cache. Call before the sampled token is appended.
+        """Record that these rows are in the cache. Call before the sampled token is appended."""
+        self.advance(scheduled.sequence, scheduled.num_rows)
 
-        Rows of a draft are not counted: accepting a draft token adds one to `num_computed`.
-        """
-        scheduled.sequence.num_computed += scheduled.num_rows
+    def advance(self, sequence: SequenceState, num_rows: int) -> None:
+        """So many more rows of a sequence are in the cache: those of a step, or a draft token that was accepted."""
+        since = sequence.num_computed
+        sequence.num_computed += num_rows
+        if since // BLOCK == sequence.num_computed // BLOCK or sequence.pooled is not None:
+            return
+        self.blocks.register(sequence)
+        self.blocks.computed(sequence, since)
 
     def finish(self, sequence: SequenceState, keep_prefix: bool = True) -> None:
-        """Remove a sequence in any state. What was computed for it can be reused until its slots are needed."""
+        """Remove a sequence in any state. What was computed for it can be reused until its blocks are needed."""
         if sequence.state == "finished":
             return
         if sequence.state == "waiting":
-            self.waiting.remove(sequence)
+            self._leave_waiting(sequence)
         else:
             self.running.remove(sequence)
-            if keep_prefix and sequence.pooled is None and sequence.num_computed >= BLOCK:
-                self._retain(sequence)
-            else:
-                self._release(sequence)
+            self.blocks.release(sequence, keep_prefix)
         sequence.state = "finished"
-        sequence.mask = sequence.lookup = None  # a retained sequence is kept for its cache slots, often for hours
-
-    def forget_cache(self) -> None:
-        """The content of the cache is lost: everything running starts again, nothing idle can be reused."""
-        for sequence in list(self._idle):
-            self._evict(sequence)
-        for sequence in list(self.running):
-            self._preempt(sequence)
 
     def _decode_rows(self) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
@@ -167,121 +161,69 @@ class Scheduler:
         return [ScheduledSequence(s, max(count, s.layout.num_two_way - s.num_computed)) for s, count in rows.items()]
 
     def _admit_waiting(self) -> None:
+        """Admit the first of those that wait, until one does not fit. Who waits for another's prefix costs one look."""
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_sequences:
                 return
             if sequence.is_paused:
                 continue
+            if sequence.awaited is not None and self.blocks.is_pending(sequence.awaited):
+                continue  # a running sequence is about to compute the same beginning
             # the hidden states of a pooled text are all needed, and reused tokens would have none
-            match = self._prefixes.find(sequence) if sequence.pooled is None else None
-            if match and match.length - match.num_ready >= BLOCK:
-                continue  # a running sequence is about to compute the same beginning: wait for it
-            if not self._admit(sequence, match):
+            match = self.blocks.find(sequence) if sequence.pooled is None else PrefixMatch()
+            sequence.awaited = match.pending
+            if match.pending is None and not self._admit(sequence, match):
                 return
 
-    def _admit(self, sequence: SequenceState, match: PrefixMatch | None) -> bool:
-        """Give a waiting sequence its slots and the matching prefix; False while too few slots are free."""
-        num_tokens = round_up(len(sequence.token_ids) + 1)
-        headroom = GRANULE * len(self.running)  # or the next decode steps would preempt what was just admitted
-        if self.allocator.num_free + self.num_idle_tokens < num_tokens + headroom:
+    def _admit(self, sequence: SequenceState, match: PrefixMatch) -> bool:
+        """Give a waiting sequence its blocks, the first of which hold the prefix; False while too few are free."""
+        num_tokens = len(sequence.token_ids) + 1
+        needed = num_blocks_for(num_tokens) - self.blocks.num_reusable(match)
+        # one more for each running sequence, or the next decode steps would preempt what was just admitted
+        if self.blocks.num_free < needed + len(self.running):
             return False
-        owner = match.owner if match else None
-        if match and owner in self._idle and match.num_ready * 4 >= 3 * match.owner.num_computed:
-            sequence.num_computed = match.num_ready
-            sequence.slots = self._take_over(match.owner, match.num_ready)
-            self._grow(sequence, num_tokens)
-        else:
-            sequence.slots = self._allocate(num_tokens, keep=owner)
-            if match and match.owner.slots:
-                sequence.num_computed = match.num_ready
-                self._moves.append(Move(match.owner.slots.start, sequence.slots.start, match.num_ready))
-        if owner in self._idle:
-            self._idle[owner] = self._idle.pop(owner)  # now the most recently used
+        copy = self.blocks.take(sequence, match, num_tokens)
+        if copy is not None:
+            self._copies.append(copy)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.prompt_tokens += sequence.num_prompt_tokens
             self.counters.cached_tokens += sequence.num_computed
-        self.waiting.remove(sequence)
+        self._leave_waiting(sequence)
         self.running.append(sequence)
         sequence.state = "running"
         if sequence.pooled is None:
-            self._prefixes.add(sequence)
+            self.blocks.register(sequence)
         return True
 
+    def _leave_waiting(self, sequence: SequenceState) -> None:
+        self.waiting.remove(sequence)
+        self._num_waiting_rows -= len(sequence.token_ids)
+
     def _reserve(self, sequence: SequenceState) -> bool:
-        """Slots for all of a running sequence's tokens, preempting younger sequences if needed; False if it was itself
+        """Blocks for all of a running sequence's tokens, preempting younger sequences if needed; False if it was itself
         the youngest."""
-        num_tokens = len(sequence.token_ids)
-        while num_tokens > (capacity := _slots(sequence).capacity):
-            if self.allocator.num_free + self.num_idle_tokens >= round_up(num_tokens) - capacity:
-                self._grow(sequence, num_tokens)
-                continue
+        while not self.blocks.extend(sequence, len(sequence.token_ids)):
             youngest = max(self.running, key=_seniority)
             self._preempt(youngest)
             if youngest is sequence:
                 return False
         return True
 
-    def _grow(self, sequence: SequenceState, num_tokens: int) -> None:
-        """Grow a range in place, or move it, or rearrange the cache. Enough slots are free or idle."""
-        slots = _slots(sequence)
-        missing = round_up(num_tokens) - slots.capacity
-        while not self.allocator.grow(slots, num_tokens):
-            moved = self.allocator.allocate(num_tokens)
-            if moved is not None:
-                self._moves.append(Move(slots.start, moved.start, sequence.num_computed))
-                self.allocator.free(slots)
-                sequence.slots = moved
-                return
-            if self.allocator.num_free >= missing:
-                self._moves += self.allocator.rearrange(self._growing(), slots, missing)
-            else:
-                self._evict(next(iter(self._idle)))
+    def restart(self, copies: tuple[BlockCopy, ...]) -> None:
+        """These copies failed: the sequences that begin with them are computed from the start."""
+        targets = {copy.target for copy in copies}
+        for sequence in [each for each in self.running if not targets.isdisjoint(each.blocks)]:
+            self._preempt(sequence, keep_prefix=False)
 
-    def _allocate(self, num_tokens: int, keep: SequenceState | None) -> SlotRange:
-        """New slots; idle prefixes are evicted, oldest first, and `keep` only if no other is left."""
-        while (slots := self.allocator.allocate(num_tokens)) is None:
-            if self.allocator.num_free >= num_tokens:
-                self._moves += self.allocator.rearrange(self._growing(), None, num_tokens)
-            else:
-                self._evict(next((s for s in self._idle if s is not keep), None) or next(iter(self._idle)))
-        return slots
-
-    def _growing(self) -> list[SlotRange]:
-        return [sequence.slots for sequence in self.running if sequence.slots]
-
-    def _take_over(self, owner: SequenceState, num_tokens: int) -> SlotRange:
-        slots = _slots(owner)
-        self._prefixes.remove(owner)
-        del self._idle[owner]
-        owner.slots = None
-        self.allocator.shrink(slots, num_tokens)
-        return slots
-
-    def _preempt(self, sequence: SequenceState) -> None:
+    def _preempt(self, sequence: SequenceState, keep_prefix: bool = True) -> None:
         self.running.remove(sequence)
-        self._release(sequence)
+        self.blocks.release(sequence, keep_prefix)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         sequence.state = "waiting"
         self.counters.preemptions += 1
         self.add(sequence)
-
-    def _retain(self, sequence: SequenceState) -> None:
-        self._prefixes.remove(sequence)
-        del sequence.token_ids[sequence.num_computed :]
-        self.allocator.shrink(_slots(sequence), sequence.num_computed)
-        self._prefixes.add(sequence)
-        self._idle[sequence] = None
-
-    def _evict(self, sequence: SequenceState) -> None:
-        del self._idle[sequence]
-        self._release(sequence)
-
-    def _release(self, sequence: SequenceState) -> None:
-        self._prefixes.remove(sequence)
-        self.allocator.free(_slots(sequence))
-        sequence.slots = None
 
 
 class PrefillPacer:
@@ -321,13 +263,13 @@ def _average(known: float | None, new: float) -> float:
 
 
 def _draft(sequence: SequenceState) -> tuple[int, ...]:
-    """Draft tokens, no more than the sequence's slots hold and its answer may still have."""
+    """Draft tokens, no more than the sequence's blocks hold and its answer may still have."""
     if not can_speculate(sequence):
         return ()
     if sequence.lookup is None:
         sequence.lookup = PromptLookup()
     num_left = sequence.sampling.max_tokens - sequence.num_generated - 1  # beside the token that is sampled anyway
-    num_free = _slots(sequence).capacity - len(sequence.token_ids)
+    num_free = len(sequence.blocks) * BLOCK - len(sequence.token_ids)
     return sequence.lookup.propose(sequence.token_ids, max(0, min(num_left, num_free)))
 
 
@@ -346,8 +288,3 @@ def _seniority(sequence: SequenceState) -> tuple[int, int]:
 
 def _remaining(sequence: SequenceState) -> tuple[int, int]:
     return sequence.num_uncomputed, sequence.id
-
-
-def _slots(sequence: SequenceState) -> SlotRange:
-    assert sequence.slots is not None, "only running and idle sequences have slots"
-    return sequence.slots

@@ -1,7 +1,8 @@
-"""The state of one sequence: its tokens, how many are computed, its cache slots. Changed by the engine thread only."""
+"""The state of one sequence: its tokens, how many are computed, its cache blocks. Changed by the engine thread only."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -10,15 +11,21 @@ from serving.engine.interface import CAUSAL, PromptLayout, SamplingParams, Token
 from serving.engine.native.prompt_lookup import PromptLookup
 from serving.engine.outputs import FinishReason
 
+BLOCK = 16  # tokens of a KV-cache block; kernels/native/attention.h has the same
+
 _ids = count()
 
 
-@dataclass(eq=False)
-class SlotRange:
-    """Contiguous KV-cache slots. The keys and values of a sequence's token i are in slot `start + i`."""
+Key = tuple[Hashable, tuple[int, ...]]  # (the node before, or what distinguishes prompts of equal tokens; the tokens)
 
-    start: int
-    capacity: int
+
+@dataclass(eq=False)
+class Node:
+    """One full block of the prefix tree."""
+
+    block: int
+    key: Key
+    owner: SequenceState | None  # that is about to compute it, for which others wait; None once it is computed
 
 
 @dataclass(eq=False)
@@ -37,14 +44,30 @@ class SequenceState:
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that did not have to be computed at first admission
     num_preemptions: int = 0
-    is_paused: bool = False  # its reader is far behind: it keeps its slots and gets no rows
+    is_paused: bool = False  # its reader is far behind: it keeps its blocks and gets no rows
     queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
     lookup: PromptLookup | None = None  # made for the first draft
-    slots: SlotRange | None = None  # None while waiting
+    blocks: list[int] = field(default_factory=list)  # block i holds tokens i * BLOCK on; empty while waiting
+    nodes: list[Node] = field(default_factory=list)  # of the full blocks, in the prefix tree
+    prefix_key: Hashable = None  # sequences of different keys share no prefix: an adapter, a cache salt
+    awaited: Node | None = None  # a block of its prompt that another sequence is about to compute
     state: Literal["waiting", "running", "finished"] = "waiting"
+
+    _full_blocks: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def prefix_root(self) -> Hashable:
+        """What distinguishes the keys and values of equal tokens."""
+        return self.layout, self.prefix_key
+
+    def full_blocks(self, stop: int, start: int = 0) -> Iterator[tuple[int, ...]]:
+        """The tokens of blocks `start` to `stop`; made once."""
+        for index in range(len(self._full_blocks), stop):
+            self._full_blocks.append(tuple(self.token_ids[index * BLOCK : (index + 1) * BLOCK]))
+        return iter(self._full_blocks[start:stop])
 
     @property
     def num_generated(self) -> int:

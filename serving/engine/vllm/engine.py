@@ -156,6 +156,7 @@ class VllmEngine:
             num_running=sum(each.num_running for each in self._statistics),
             num_waiting=sum(each.num_waiting for each in self._statistics),
             kv_tokens_used=round(usage * kv_tokens),
+            kv_tokens_cached=0,
             kv_tokens_total=kv_tokens,
             preemptions=sum(each.preemptions for each in self._statistics),
             prompt_tokens=sum(each.prompt_tokens for each in self._statistics),

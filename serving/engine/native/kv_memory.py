@@ -1,0 +1,97 @@
+"""The KV cache's memory in blocks, and a step's block tables as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.engine.interface import CacheStep, NetworkShape, PromptLayout
+from serving.engine.native.sequence import BLOCK
+
+
+class KVMemory:
+    """Keys and values of `num_blocks` blocks and of one more that belongs to no sequence, allocated once.
+
+    keys: [layers, blocks, kv_heads, head_dim, BLOCK], so that the scores of a block's tokens are computed side by side;
+    values: [layers, blocks, kv_heads, BLOCK, head_dim]. In int8 every token and head has a scale, [layers, blocks,
+    kv_heads, BLOCK] float32.
+    """
+
+    def __init__(self, shape: NetworkShape, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
+        size = (shape.num_layers, num_blocks + 1, shape.num_kv_heads)
+        self.scratch_block = num_blocks
+        self.keys = torch.empty((*size, shape.head_dim, BLOCK), device=device, dtype=dtype)
+        self.values = torch.empty((*size, BLOCK, shape.head_dim), device=device, dtype=dtype)
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if dtype == torch.int8:
+            self.scales = (torch.empty((*size, BLOCK), device=device), torch.empty((*size, BLOCK), device=device))
+
+    @staticmethod
+    def bytes_per_token(shape: NetworkShape, dtype: torch.dtype) -> int:
+        bytes_per_head = shape.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * shape.num_layers * shape.num_kv_heads * bytes_per_head
+
+    def store(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value: [rows, kv_heads, head_dim] of the tokens at `offsets` in `blocks`, [rows] int64 each."""
+        if self.scales is not None:
+            for scales, tensor in zip(self.scales, (key, value), strict=True):
+                scales[layer][blocks, :, offsets] = tensor.float().abs().amax(dim=-1) / 127
+            key, value = (
+                (tensor / scales[layer][blocks, :, offsets].clamp(min=1e-30)[..., None]).round()
+                for scales, tensor in zip(self.scales, (key, value), strict=True)
+            )
+        self.keys[layer].permute(0, 3, 1, 2)[blocks, offsets] = key.to(self.keys.dtype)
+        self.values[layer].transpose(1, 2)[blocks, offsets] = value.to(self.values.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        """A block's keys and values of all layers."""
+        for memory in (self.keys, self.values, *(self.scales or ())):
+            memory[:, target].copy_(memory[:, source])
+
+    def gather(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's first `length` tokens, [kv_heads, length, head_dim] each; float32 if they are
+        kept in int8. blocks: its table, int64."""
+        keys = self.keys[layer][blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
+        values = self.values[layer][blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+        if self.scales is not None:
+            of_keys, of_values = (
+                scales[layer][blocks].transpose(0, 1).flatten(1)[:, :length] for scales in self.scales
+            )
+            return keys * of_keys[..., None], values * of_values[..., None]
+        return keys, values
+
+
+@dataclass(frozen=True)
+class AttentionSpan:
+    """Rows `first:last` of a batch are tokens `length - (last - first) : length` of a sequence."""
+
+    first: int
+    last: int
+    blocks: Sequence[int]  # the sequence's block table
+    length: int  # tokens of the sequence up to the last of these rows
+    layout: PromptLayout
+
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
+
+def cache_step(memory: KVMemory, spans: Sequence[AttentionSpan]) -> CacheStep:
+    """The spans as tensors on the host."""
+    tables = torch.zeros((len(spans), max(-(-span.length // BLOCK) for span in spans)), dtype=torch.int32)
+    for row, span in zip(tables, spans, strict=True):
+        used = span.blocks[: -(-span.length // BLOCK)]
+        row[: len(used)] = torch.tensor(used, dtype=torch.int32)
+    first = [*(span.first for span in spans), spans[-1].last]
+    return CacheStep(
+        memory.keys,
+        memory.values,
+        memory.scales,
+        torch.tensor(first, dtype=torch.int32),
+        torch.tensor([span.length for span in spans], dtype=torch.int32),
+        torch.tensor([span.layout.num_two_way for span in spans], dtype=torch.int32),
+        tables,
+    )
