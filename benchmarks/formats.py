@@ -23,8 +23,10 @@ from benchmarks.sizing import weight_bytes
 from kernels.precision import Precision
 from models.family import LoadedNetwork
 from serving.engine.interface import CAUSAL, CausalLM, RaggedBatch, Span
-from serving.engine.native.attention import AttentionSpan, KVMemory, StepAttention
+from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.device import kv_dtype
+from serving.engine.native.kv_memory import KVMemory
+from serving.engine.native.sequence import BLOCK
 
 MAX_TOKENS = 60
 
@@ -32,10 +34,10 @@ MAX_TOKENS = 60
 def logits(network: CausalLM, token_ids: list[int], precision: Precision) -> Tensor:
     """[tokens, vocab_size] float32 after each token of one text, with keys and values in the server's data type."""
     kept = kv_dtype(network.device, precision, network.dtype)
-    memory = KVMemory(network.shape, len(token_ids), network.device, kept)
-    slots = torch.arange(len(token_ids))
-    attend = StepAttention(memory, (AttentionSpan(0, len(token_ids), 0, len(token_ids), CAUSAL),), slots)
-    batch = RaggedBatch(torch.tensor(token_ids), slots, (Span(0, len(token_ids), CAUSAL),))
+    num_blocks = -(-len(token_ids) // BLOCK)
+    memory = KVMemory(network.shape, num_blocks, network.device, kept)
+    attend = StepAttention(memory, (AttentionSpan(0, len(token_ids), range(num_blocks), len(token_ids), CAUSAL),))
+    batch = RaggedBatch(torch.tensor(token_ids), torch.arange(len(token_ids)), (Span(0, len(token_ids), CAUSAL),))
     with torch.inference_mode():
         return network.logits(network.forward(batch, attend)).float()[:, : network.shape.num_tokens]
 

@@ -28,10 +28,12 @@ from kernels.precision import Precision
 from models.networks.flat_decoder import FlatDecoder
 from models.store.progress import no_progress
 from serving.engine.interface import CAUSAL, EngineLimits, RaggedBatch, SamplingParams, Span
-from serving.engine.native.attention import AttentionSpan, KVMemory
+from serving.engine.native.attention import AttentionSpan
 from serving.engine.native.attention_cuda import choose_kernel, step_attention
 from serving.engine.native.cuda_graphs import CaptureFunction, CudaCapture, run_eagerly
 from serving.engine.native.engine import NativeEngine
+from serving.engine.native.kv_memory import KVMemory
+from serving.engine.native.sequence import BLOCK
 from tests.tiny import generating
 
 IDS = range(1000, 60_000)
@@ -138,23 +140,22 @@ def prompt(length: int, seed: int) -> list[int]:
 @torch.inference_mode()
 def logits_of(decoder: FlatDecoder, lengths: tuple[int, ...]) -> Tensor:
     """[2 * prompts, vocabulary] float32 on the CPU: after some prompts, and after a further token of each."""
-    total = sum(lengths) + 2 * len(lengths)
-    memory = KVMemory(decoder.shape, total, decoder.device, decoder.dtype)
+    num_blocks = [-(-(length + 2) // BLOCK) for length in lengths]
+    memory = KVMemory(decoder.shape, sum(num_blocks), decoder.device, decoder.dtype)
+    numbers = iter(range(sum(num_blocks)))
+    tables = [[next(numbers) for _ in range(count)] for count in num_blocks]
     kernel = choose_kernel(decoder.device, decoder.dtype)
     rows = [(prompt(length, seed), 0) for seed, length in enumerate(lengths)]
     found: list[Tensor] = []
     for num_single in (0, len(lengths)):
         spans: list[AttentionSpan] = []
-        ids, indices, slots, first_slot = list[int](), list[int](), list[int](), 0
-        for (token_ids, begin), length in zip(rows, lengths, strict=True):
+        ids, indices = list[int](), list[int]()
+        for (token_ids, begin), table in zip(rows, tables, strict=True):
             end = begin + len(token_ids)
-            spans.append(AttentionSpan(len(ids), len(ids) + len(token_ids), first_slot, end, CAUSAL))
+            spans.append(AttentionSpan(len(ids), len(ids) + len(token_ids), table, end, CAUSAL))
             ids += token_ids
             indices += range(begin, end)
-            slots += range(first_slot + begin, first_slot + end)
-            first_slot += length + 2
-        slot_mapping = torch.tensor(slots, device=decoder.device)
-        attend = step_attention(memory, spans, num_single, slot_mapping, kernel)
+        attend = step_attention(memory, spans, num_single, kernel)
         batch = RaggedBatch(
             torch.tensor(ids, device=decoder.device),
             torch.tensor(indices, device=decoder.device),

@@ -1,6 +1,6 @@
-"""The packed layers of a GLM or Llama decoder -> hidden states, all layers in one call of the compiled kernels.
+"""A step's rows over a KV cache in blocks -> attention, or all layers of a decoder, by the compiled kernels.
 
-See kernels/native/decoder.h.
+See kernels/native/attention.h and kernels/native/decoder.h.
 """
 
 from __future__ import annotations
@@ -8,12 +8,116 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
-from kernels.attention_native import NativeAttention, functions, workspace
+from kernels import native_library
 from kernels.layouts import PackedLinear
 from kernels.linears_native import LinearStruct, linear_struct
+
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+MAX_GROUP = 48  # query heads of a key head
+BLOCK = 16  # tokens
+
+
+class AttentionStruct(ctypes.Structure):
+    """`struct attention_step`."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rows", "spans", "heads", "kv_heads", "head_dim", "kv_type", "max_blocks")
+        ),
+        *((name, ctypes.c_void_p) for name in ("first", "lengths", "two_way", "tables")),
+    )
+
+
+class KVLayerStruct(ctypes.Structure):
+    """`struct kv_layer`."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
+@cache
+def functions(instruction_set: str | None = None) -> ctypes.CDLL | None:
+    """The library with the types of its functions; None without compiled kernels."""
+    library = native_library.load(instruction_set)
+    if library is None:
+        return None
+    pointer = ctypes.c_void_p
+    library.attention_workspace.argtypes = [pointer]
+    library.attention_workspace.restype = ctypes.c_size_t
+    library.store_keys_values.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_int64]
+    library.store_keys_values.restype = None
+    library.attention_forward.argtypes = [
+        pointer, pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_float, ctypes.c_int, pointer,
+    ]  # fmt: skip
+    library.attention_forward.restype = None
+    return library
+
+
+def workspace(num_bytes: int) -> tuple[Tensor, int]:
+    """Memory for one call, and its first address that divides by 64."""
+    space = torch.empty(num_bytes + 64, dtype=torch.uint8)
+    return space, space.data_ptr() + -space.data_ptr() % 64
+
+
+class NativeAttention:
+    """Attention of one forward pass: stores each layer's keys and values, then attends."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        scales: tuple[Tensor, Tensor] | None,
+        first: Tensor,
+        lengths: Tensor,
+        two_way: Tensor,
+        tables: Tensor,
+        num_heads: int,
+        instruction_set: str | None = None,
+    ) -> None:
+        """keys: [layers, blocks, kv_heads, head_dim, BLOCK]; values: [layers, blocks, kv_heads, BLOCK, head_dim];
+        scales of int8: [layers, blocks, kv_heads, BLOCK] float32. first: [spans + 1], the rows of each span; lengths,
+        two_way: [spans]; tables: [spans, max_blocks], all int32. Raises RuntimeError where the kernels cannot be used.
+        """
+        library = functions(instruction_set)
+        num_kv_heads, head_dim = keys.shape[2], keys.shape[3]
+        if library is None or num_heads // num_kv_heads > MAX_GROUP:
+            raise RuntimeError("the native kernels are not compiled, or have too few registers for this network")
+        self._library = library
+        self.keys, self.values, self.scales = keys, values, scales
+        self._kept = (first, lengths, two_way, tables)
+        self.num_rows = int(first[-1])
+        self.struct = AttentionStruct(
+            self.num_rows, len(lengths), num_heads, num_kv_heads, head_dim, KV_TYPES[keys.dtype], tables.shape[1],
+            *(tensor.data_ptr() for tensor in self._kept),
+        )  # fmt: skip
+        self._space, self._start = workspace(library.attention_workspace(ctypes.byref(self.struct)))
+
+    def layer(self, index: int) -> KVLayerStruct:
+        """The addresses of one layer's memory."""
+        scales = (None, None) if self.scales is None else tuple(scale[index].data_ptr() for scale in self.scales)
+        return KVLayerStruct(self.keys[index].data_ptr(), self.values[index].data_ptr(), *scales)
+
+    def __call__(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim]. Returns query's shape in its type."""
+        q, k, v = (tensor.float() if tensor.dtype != torch.float32 else tensor for tensor in (query, key, value))
+        q, k, v = (tensor if tensor[0].is_contiguous() else tensor.contiguous() for tensor in (q, k, v))
+        if k.stride(0) != v.stride(0):
+            k, v = k.contiguous(), v.contiguous()
+        out = torch.empty(query.shape)
+        layer, step = self.layer(index), ctypes.byref(self.struct)
+        library, memory = self._library, ctypes.byref(layer)
+        library.store_keys_values(step, memory, k.data_ptr(), v.data_ptr(), k.stride(0))
+        library.attention_forward(
+            step, memory, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), scale, window or 0, self._start
+        )
+        return out.to(query.dtype)
 
 
 @dataclass(frozen=True)

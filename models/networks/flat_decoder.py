@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from kernels import linears, linears_cuda
-from kernels.attention_native import MAX_GROUP, NativeAttention
-from kernels.decoder_native import DecoderLayer, NativeDecoder
+from kernels.decoder_native import MAX_GROUP, DecoderLayer, NativeAttention, NativeDecoder
 from kernels.fused_ops import EAGER, FusedOps, compiled, rms_norm
 from kernels.linears_native import NativeLinear
 from kernels.precision import Precision, Progress

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from models.networks.transformers_decoder import TransformersDecoder
 from serving.engine.interface import CAUSAL, EngineLimits, NetworkShape, PromptLayout, SamplingParams
-from serving.engine.native.attention import StepAttention
+from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, step_attention
 from serving.engine.native.cuda_graphs import bucket_sizes, run_eagerly
 from serving.engine.native.engine import NativeEngine
-from serving.engine.native.kv_memory import AttentionSpan, KVMemory
+from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.sequence import BLOCK
 from tests.reference_attention import dense_attention, visible
 from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens

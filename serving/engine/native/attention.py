@@ -7,18 +7,52 @@ attends sequence by sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import attention_native
-from kernels.attention_native import NativeAttention
-from serving.engine.interface import CacheStep
-from serving.engine.native.kv_memory import AttentionSpan, KVMemory, cache_step
+from kernels import decoder_native
+from kernels.decoder_native import NativeAttention
+from serving.engine.interface import CacheStep, PromptLayout
+from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.sequence import BLOCK
 
 FEW_ROWS = 8  # up to this many rows of a sequence share one small matrix with all their heads
+
+
+@dataclass(frozen=True)
+class AttentionSpan:
+    """Rows `first:last` of a batch are tokens `length - (last - first) : length` of a sequence."""
+
+    first: int
+    last: int
+    blocks: Sequence[int]  # the sequence's block table
+    length: int  # tokens of the sequence up to the last of these rows
+    layout: PromptLayout
+
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
+
+def cache_step(memory: KVMemory, spans: Sequence[AttentionSpan]) -> CacheStep:
+    """The spans as tensors on the host."""
+    tables = torch.zeros((len(spans), max(-(-span.length // BLOCK) for span in spans)), dtype=torch.int32)
+    for row, span in zip(tables, spans, strict=True):
+        used = span.blocks[: -(-span.length // BLOCK)]
+        row[: len(used)] = torch.tensor(used, dtype=torch.int32)
+    first = [*(span.first for span in spans), spans[-1].last]
+    return CacheStep(
+        memory.keys,
+        memory.values,
+        memory.scales,
+        torch.tensor(first, dtype=torch.int32),
+        torch.tensor([span.length for span in spans], dtype=torch.int32),
+        torch.tensor([span.layout.num_two_way for span in spans], dtype=torch.int32),
+        tables,
+    )
 
 
 class StepAttention:
@@ -31,13 +65,13 @@ class StepAttention:
         self._native: NativeAttention | None = None
         self._torch: TorchAttention | None = None
         self.cache: CacheStep | None = None
-        if is_native and memory.keys.device.type == "cpu" and attention_native.functions() is not None:
+        if is_native and memory.keys.device.type == "cpu" and decoder_native.functions() is not None:
             self.cache = cache_step(memory, spans)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        if self.cache is None or query.shape[1] // key.shape[1] > attention_native.MAX_GROUP:
+        if self.cache is None or query.shape[1] // key.shape[1] > decoder_native.MAX_GROUP:
             if self._torch is None:
                 self._torch = TorchAttention(self._memory, self._spans)
             return self._torch(layer, query, key, value, scale, window)

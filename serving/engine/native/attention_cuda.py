@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from serving.engine.interface import AttentionFunction
-from serving.engine.native.attention import TorchAttention
+from serving.engine.native.attention import AttentionSpan, TorchAttention
 from serving.engine.native.device import numbers_to_device
-from serving.engine.native.kv_memory import AttentionSpan, KVMemory
+from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.sequence import BLOCK
 
 logger = logging.getLogger(__name__)

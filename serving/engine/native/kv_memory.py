@@ -1,14 +1,11 @@
-"""The KV cache's memory in blocks, and a step's block tables as tensors."""
+"""Blocks of the KV cache -> the memory of their keys and values."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.engine.interface import CacheStep, NetworkShape, PromptLayout
+from serving.engine.interface import NetworkShape
 from serving.engine.native.sequence import BLOCK
 
 
@@ -62,36 +59,3 @@ class KVMemory:
             )
             return keys * of_keys[..., None], values * of_values[..., None]
         return keys, values
-
-
-@dataclass(frozen=True)
-class AttentionSpan:
-    """Rows `first:last` of a batch are tokens `length - (last - first) : length` of a sequence."""
-
-    first: int
-    last: int
-    blocks: Sequence[int]  # the sequence's block table
-    length: int  # tokens of the sequence up to the last of these rows
-    layout: PromptLayout
-
-    @property
-    def num_rows(self) -> int:
-        return self.last - self.first
-
-
-def cache_step(memory: KVMemory, spans: Sequence[AttentionSpan]) -> CacheStep:
-    """The spans as tensors on the host."""
-    tables = torch.zeros((len(spans), max(-(-span.length // BLOCK) for span in spans)), dtype=torch.int32)
-    for row, span in zip(tables, spans, strict=True):
-        used = span.blocks[: -(-span.length // BLOCK)]
-        row[: len(used)] = torch.tensor(used, dtype=torch.int32)
-    first = [*(span.first for span in spans), spans[-1].last]
-    return CacheStep(
-        memory.keys,
-        memory.values,
-        memory.scales,
-        torch.tensor(first, dtype=torch.int32),
-        torch.tensor([span.length for span in spans], dtype=torch.int32),
-        torch.tensor([span.layout.num_two_way for span in spans], dtype=torch.int32),
-        tables,
-    )

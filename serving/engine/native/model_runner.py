@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span, SupportsWarmUp
-from serving.engine.native.attention import StepAttention
+from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.attention_cuda import TRITON, choose_kernel, step_attention
 from serving.engine.native.block_manager import BlockCopy
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs, Rows
 from serving.engine.native.device import numbers_to_device, to_device
-from serving.engine.native.kv_memory import AttentionSpan, KVMemory
+from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
