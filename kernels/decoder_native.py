@@ -15,11 +15,10 @@ from torch import Tensor
 
 from kernels import native_library
 from kernels.layouts import PackedLinear
-from kernels.linears_native import LinearStruct, linear_struct
+from kernels.linears_native import LinearStruct, linear_struct, workspace
 
 KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MAX_GROUP = 48  # query heads of a key head
-BLOCK = 16  # tokens
 
 
 class AttentionStruct(ctypes.Structure):
@@ -58,12 +57,6 @@ def functions(instruction_set: str | None = None) -> ctypes.CDLL | None:
     return library
 
 
-def workspace(num_bytes: int) -> tuple[Tensor, int]:
-    """Memory for one call, and its first address that divides by 64."""
-    space = torch.empty(num_bytes + 64, dtype=torch.uint8)
-    return space, space.data_ptr() + -space.data_ptr() % 64
-
-
 class NativeAttention:
     """Attention of one forward pass: stores each layer's keys and values, then attends."""
 
@@ -90,12 +83,11 @@ class NativeAttention:
         self._library = library
         self.keys, self.values, self.scales = keys, values, scales
         self._kept = (first, lengths, two_way, tables)
-        self.num_rows = int(first[-1])
         self.struct = AttentionStruct(
-            self.num_rows, len(lengths), num_heads, num_kv_heads, head_dim, KV_TYPES[keys.dtype], tables.shape[1],
+            int(first[-1]), len(lengths), num_heads, num_kv_heads, head_dim, KV_TYPES[keys.dtype], tables.shape[1],
             *(tensor.data_ptr() for tensor in self._kept),
         )  # fmt: skip
-        self._space, self._start = workspace(library.attention_workspace(ctypes.byref(self.struct)))
+        self._space: tuple[Tensor, int] | None = None  # NativeDecoder has its own
 
     def layer(self, index: int) -> KVLayerStruct:
         """The addresses of one layer's memory."""
@@ -113,9 +105,11 @@ class NativeAttention:
         out = torch.empty(query.shape)
         layer, step = self.layer(index), ctypes.byref(self.struct)
         library, memory = self._library, ctypes.byref(layer)
+        if self._space is None:
+            self._space = workspace(library.attention_workspace(step))
         library.store_keys_values(step, memory, k.data_ptr(), v.data_ptr(), k.stride(0))
         library.attention_forward(
-            step, memory, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), scale, window or 0, self._start
+            step, memory, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), scale, window or 0, self._space[1]
         )
         return out.to(query.dtype)
 

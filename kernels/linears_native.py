@@ -59,6 +59,12 @@ def _functions(instruction_set: str | None) -> ctypes.CDLL:
     return library
 
 
+def workspace(num_bytes: int) -> tuple[Tensor, int]:
+    """Memory for one call, and its first address that divides by 64."""
+    space = torch.empty(num_bytes + 64, dtype=torch.uint8)
+    return space, space.data_ptr() + -space.data_ptr() % 64
+
+
 class NativeLinear(nn.Module):
     """One layer over packed weights."""
 
@@ -78,11 +84,10 @@ class NativeLinear(nn.Module):
             rows = rows.contiguous()
         out = torch.empty(len(rows), self.packed.outputs)
         if len(rows):
-            space = torch.empty(self._library.linear_workspace(self._address, len(rows)) + 64, dtype=torch.uint8)
-            start = space.data_ptr()
+            _space, start = workspace(self._library.linear_workspace(self._address, len(rows)))
             self._library.linear_forward(
                 self._address, rows.data_ptr(), rows.stride(0), out.data_ptr(), self.packed.outputs, len(rows),
-                start + -start % 64,
+                start,
             )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 

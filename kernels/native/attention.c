@@ -61,7 +61,6 @@ static void count(const struct attention_step *step, int *tasks, int *merges, in
     }
 }
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 size_t attention_workspace(const struct attention_step *step) {
     int tasks, merges, parts;

@@ -13,7 +13,6 @@ struct work {
     float *hidden, *delta, *normed, *qkv, *gate_up;
 };
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 static int64_t qkv_width(const struct decoder *d) { return (int64_t)(d->heads + 2 * d->kv_heads) * d->head_dim; }
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -14,7 +14,6 @@
 #endif
 
 static int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 static int is_quantized(const struct linear *linear) { return linear->format >= FORMAT_INT8; }
 
 size_t linear_workspace(const struct linear *linear, int rows) {

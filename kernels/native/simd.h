@@ -2,6 +2,7 @@
 #ifndef SIMD_H
 #define SIMD_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -13,6 +14,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
+
+/* The next multiple of a cache line, for the parts of a workspace. */
+INLINE size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 INLINE void prefetch(const void *address) { __builtin_prefetch(address, 0, 3); }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.browser import ChatPage, chromium
+from tests.e2e.browser import ChatPage
 from tests.e2e.server import Server
 
 if TYPE_CHECKING:
@@ -71,12 +71,6 @@ FORBIDDEN = """() => {
   }
   return bad;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import islice
 
 from serving.engine.native.sequence import BLOCK, Key, Node, SequenceState
 
@@ -100,7 +101,7 @@ class BlockManager:
         parent: Hashable = nodes[-1] if nodes else sequence.prefix_root
         best: Node | None = None
         most = 0
-        for node in list(self._children.get(parent, ()))[-MAX_CANDIDATES:]:
+        for node in islice(reversed(self._children.get(parent, {})), MAX_CANDIDATES):
             pairs = list(zip(wanted, node.key[1], strict=False))
             length = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
             if length > most and node.owner is None:
