@@ -39,7 +39,7 @@ from serving.engine.native.device import cache_tokens
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float16", "int8", "int4")
 CHECKED = (5, 64, 300)  # lengths of the prompts whose logits are compared
-ALLOWED_ERROR = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.2, "int4": 0.5}  # of random weights; see docs/gpu.md
+ALLOWED_ERROR = {"bfloat16": 0.06, "float16": 0.02, "int8": 0.4, "int4": 1.1}  # of random weights; see docs/gpu.md
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def report_reference(bench: Bench, report: Report) -> torch.Tensor | None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--batch-tokens", type=int, default=512, help="rows of one step, as the server's setting")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="rows of one step, as the server has on a GPU")
     parser.add_argument("--minutes", type=float, default=30, help="sections that begin later are skipped")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape on the CPU")
     parser.add_argument("--out", type=Path, help="folder; default benchmarks/results, for a dry run a temporary one")

@@ -144,7 +144,7 @@ def logits_of(decoder: FlatDecoder, lengths: tuple[int, ...]) -> Tensor:
     memory = KVMemory(decoder.shape, sum(num_blocks), decoder.device, decoder.dtype)
     numbers = iter(range(sum(num_blocks)))
     tables = [[next(numbers) for _ in range(count)] for count in num_blocks]
-    kernel = choose_kernel(decoder.device, decoder.dtype)
+    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.shape.head_dim)
     rows = [(prompt(length, seed), 0) for seed, length in enumerate(lengths)]
     found: list[Tensor] = []
     for num_single in (0, len(lengths)):

@@ -17,7 +17,7 @@ from serving.engine.native.device import GPU_CACHE_SHARE
 GB, GIB = 10**9, 2**30
 KV_HEADS, HEAD_DIM = 2, 128
 CONTEXT = 8192
-INT4_GROUP_BYTES = 64 / 2 + 4  # 64 weights of half a byte, a scale and an offset of 16 bits
+INT8_BYTES, INT4_BYTES = 34 / 32, 18 / 32  # of a weight, with the scale of its group of 32
 
 
 def parameters() -> tuple[int, int, int]:
@@ -35,9 +35,9 @@ def weight_bytes(precision: str) -> float:
     matrices, table, others = parameters()
     match precision:
         case "int8":
-            return matrices + table + 2 * (table + others)
+            return (matrices + table) * INT8_BYTES + 2 * (table + others)
         case "int4":
-            return matrices * INT4_GROUP_BYTES / 64 + table + 2 * (table + others)
+            return matrices * INT4_BYTES + table * INT8_BYTES + 2 * (table + others)
         case _:
             return (matrices + 2 * table + others) * (4 if precision == "float32" else 2)
 

@@ -34,10 +34,9 @@ def _attend(
         inside = token < end
         number = tl.load(table + token // block, mask=inside, other=0).to(tl.int64)
         slot = token % block
-        key = tl.load(
-            keys + number[None, :] * key_block + head * key_head + channels[:, None] * key_channel + slot[None, :],
-            mask=inside[None, :], other=0.0,
-        )  # fmt: skip
+        # a block's tokens lie side by side, so 16 of them are one load; those beyond `end` are hidden below
+        place = number[None, :] * key_block + head * key_head + channels[:, None] * key_channel + slot[None, :]
+        key = tl.load(keys + tl.max_contiguous(tl.multiple_of(place, (1, block)), (1, block)))
         score = tl.dot(q, key) * scale
         visible = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None]) & inside[None, :]
         score = tl.where(visible, score, float("-inf"))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GlmForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from kernels import linears, linears_cuda
+from kernels import linears
 from kernels.decoder_native import MAX_GROUP, DecoderLayer, NativeAttention, NativeDecoder
-from kernels.fused_ops import EAGER, FusedOps, compiled, rms_norm
+from kernels.fused_ops import FusedOps, fastest
 from kernels.linears_native import NativeLinear
 from kernels.precision import Precision, Progress
 from kernels.quantization import QuantizedLinear, concatenate
@@ -47,7 +47,6 @@ class FlatLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm: Tensor = layer.input_layernorm.weight.detach()
         self.post_norm: Tensor = layer.post_attention_layernorm.weight.detach()
-        self.epsilon: float = layer.input_layernorm.variance_epsilon
         self.qkv = _concatenated([attention.q_proj, attention.k_proj, attention.v_proj], halves_to_pairs)
         self.out: nn.Module = attention.o_proj
         self.gate_up: nn.Module = (
@@ -56,24 +55,26 @@ class FlatLayer(nn.Module):
         self.down: nn.Module = mlp.down_proj
         layer.self_attn = layer.mlp = None
 
-    def forward(
+    def attention(
         self,
         index: int,
-        hidden: Tensor,
+        normed: Tensor,
         rotations: Tensor,
         shape: NetworkShape,
         attend: AttentionFunction,
         ops: FusedOps,
     ) -> Tensor:
-        """hidden: [rows, hidden_size]; rotations: [rows, 1, rotated / 2] complex64. Returns hidden's shape."""
-        normed = rms_norm(hidden, self.input_norm, self.epsilon)
-        heads = self.qkv(normed).view(len(hidden), -1, shape.head_dim)
+        """normed: [rows, hidden_size]; rotations: [rows, 1, rotated / 2] complex64. Returns normed's shape."""
+        heads = self.qkv(normed).view(len(normed), -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_kv_heads
         ops.rotate(heads[:, :num_rotated, : 2 * rotations.shape[-1]], rotations)
         query, key, value = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
         seen = attend(index, query, key, value, shape.head_dim**-0.5)
-        hidden, normed = ops.add_rms_norm(hidden, self.out(seen.reshape(len(hidden), -1)), self.post_norm, self.epsilon)
-        return hidden + cast("Tensor", self.down(ops.swiglu(self.gate_up(normed))))
+        return cast("Tensor", self.out(seen.reshape(len(normed), -1)))
+
+    def feed_forward(self, normed: Tensor, ops: FusedOps) -> Tensor:
+        """[rows, hidden_size] -> the same shape"""
+        return cast("Tensor", self.down(ops.swiglu(self.gate_up(normed))))
 
 
 class FlatDecoder(nn.Module):
@@ -111,7 +112,7 @@ class FlatDecoder(nn.Module):
         for layer in cast("list[FlatLayer]", self.layers):
             layer.input_norm = layer.input_norm.to(self.device, self.dtype)
             layer.post_norm = layer.post_norm.to(self.device, self.dtype)
-        self._ops = EAGER
+        self._ops = fastest(self.device, self.dtype)
         self.shape = NetworkShape(
             num_layers=len(self.layers),
             num_heads=config.num_attention_heads,
@@ -157,14 +158,6 @@ class FlatDecoder(nn.Module):
             self.epsilon,
         )
 
-    def warm_up(self) -> None:
-        """Compile the fused operations on a GPU: half a minute at most."""
-        if self.device.type == "cuda":
-            self._ops = compiled(self.device, self.dtype)
-            for module in self.modules():
-                if isinstance(module, linears_cuda.Int8Linear):
-                    module.fused_ops = self._ops
-
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return CAUSAL
 
@@ -173,19 +166,25 @@ class FlatDecoder(nn.Module):
         """Hidden state of every row after the final norm, [rows, hidden_size]."""
         angles = batch.indices[:, None, None].float() * self._frequencies  # fp32, whatever the weights are
         rotations = torch.polar(torch.full_like(angles, self._scaling), angles)
-        hidden: Tensor = self.embedding(batch.token_ids)
+        hidden: Tensor = self.embedding(batch.token_ids).float()  # sums over the layers lose no bits
         cache = attend.cache
         if self._native is not None and cache is not None:
             attention = NativeAttention(
                 cache.keys, cache.values, cache.scales, cache.first, cache.lengths, cache.two_way, cache.tables,
                 self.shape.num_heads,
             )  # fmt: skip
-            hidden = hidden.float().contiguous()
+            hidden = hidden.contiguous()
             self._native.forward(hidden, torch.view_as_real(rotations).contiguous(), attention)
             return hidden
-        for index, layer in enumerate(self.layers):
-            hidden = layer(index, hidden, rotations, self.shape, attend, self._ops)
-        return rms_norm(hidden, self.norm, self.epsilon)
+        layers, ops = cast("list[FlatLayer]", list(self.layers)), self._ops
+        normed = ops.rms_norm(hidden, layers[0].input_norm, self.epsilon)
+        for index, layer in enumerate(layers):
+            delta = layer.attention(index, normed, rotations, self.shape, attend, ops)
+            hidden, normed = ops.add_rms_norm(hidden, delta, layer.post_norm, self.epsilon)
+            delta = layer.feed_forward(normed, ops)
+            following = layers[index + 1].input_norm if index + 1 < len(layers) else self.norm
+            hidden, normed = ops.add_rms_norm(hidden, delta, following, self.epsilon)
+        return normed
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from serving.engine.output_queue import OutputQueue
 from serving.engine.outputs import PoolingOutput, TokenOutput
@@ -132,15 +132,6 @@ class NetworkShape:
     vocab_size: int  # width of the logits; may be more than the tokenizer has
     num_tokens: int  # ids at or past this are never sampled (they have no text)
     max_positions: int  # trained length, prompt and answer together
-
-
-@runtime_checkable
-class SupportsWarmUp(Protocol):
-    """A network with work to do once, before its first forward pass (such as compiling kernels)."""
-
-    def warm_up(self) -> None:
-        """Called at start-up. Returns within half a minute."""
-        ...
 
 
 class CausalLM(Protocol):

@@ -156,7 +156,7 @@ def test_packed_attention_is_attention_sequence_by_sequence(
         memory.keys.normal_()
         memory.values.normal_()
     expected = StepAttention(memories[0], spans, is_native=False)(0, query, key, value, 0.25, window)
-    kernel = Kernel(_packed_reference, True) if takes_chunks else PADDED
+    kernel = Kernel(_packed_reference, KVMemory.store, True) if takes_chunks else PADDED
     got = step_attention(memories[1], spans, 2, kernel)(0, query, key, value, 0.25, window)
     native = StepAttention(memories[2], spans)(0, query, key, value, 0.25, window)
     assert got.dtype == torch.float32

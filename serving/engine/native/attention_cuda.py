@@ -46,6 +46,7 @@ class Kernel:
     """
 
     attend: Callable[[Tensor, Tensor, Tensor, Packed, float, int | None], Tensor]
+    store: Callable[[KVMemory, int, Tensor, Tensor, Tensor, Tensor], None]  # as `KVMemory.store`
     takes_chunks: bool  # else at most one row a sequence
 
 
@@ -80,8 +81,16 @@ def padded(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: f
     return out.reshape(query.shape)
 
 
-TRITON = Kernel(triton, takes_chunks=True)
-PADDED = Kernel(padded, takes_chunks=False)
+def triton_store(memory: KVMemory, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+    """Keys and values in one launch."""
+    from kernels.ops_triton import store
+
+    dtype = memory.keys.dtype
+    store(memory.keys[layer], memory.values[layer], blocks, offsets, key.to(dtype), value.to(dtype))
+
+
+TRITON = Kernel(triton, triton_store, takes_chunks=True)
+PADDED = Kernel(padded, KVMemory.store, takes_chunks=False)
 
 
 class PackedAttention:
@@ -92,15 +101,16 @@ class PackedAttention:
     def __init__(self, memory: KVMemory, blocks: Tensor, offsets: Tensor, packed: Packed, kernel: Kernel) -> None:
         """blocks, offsets: [rows] int64, where each row's key and value are stored."""
         self._memory, self._blocks, self._offsets, self._packed = memory, blocks, offsets, packed
-        self._attend = kernel.attend
+        self._kernel = kernel
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
-        self._memory.store(layer, self._blocks, self._offsets, key, value)
+        self._kernel.store(self._memory, layer, self._blocks, self._offsets, key, value)
         # the memory may be narrower than the rows, and the kernels want one type
-        return self._attend(query.to(keys.dtype), keys, values, self._packed, scale, window).to(query.dtype)
+        out = self._kernel.attend(query.to(keys.dtype), keys, values, self._packed, scale, window)
+        return out.to(query.dtype)
 
 
 class SplitAttention:
@@ -166,9 +176,9 @@ def _packed_attention(memory: KVMemory, spans: Sequence[AttentionSpan], kernel: 
     return PackedAttention(memory, blocks.long(), slots.long(), packed, kernel)
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The fastest kernel that gives right results on this device."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The fastest kernel that gives right results on this device. Triton's tiles are powers of two."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_dim & (head_dim - 1) == 0:
         if triton_works_here(device, dtype):
             return TRITON
         logger.warning("Triton kernels do not work on this device: plain attention, no CUDA graphs")

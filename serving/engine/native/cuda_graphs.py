@@ -77,6 +77,9 @@ class DecodeGraph:
         self._network, self._scratch = network, memory.scratch_block
         max_blocks = -(-network.shape.max_positions // BLOCK)
         self._staging = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._staging[:, 2:] = self._scratch
+        self._num_rows = 0  # that `_staging` holds; padding follows
+        self._written: list[tuple[Sequence[int], int, int] | None] = [None] * size  # the table in each row of it
         self._numbers = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, device=device)  # the columns of Rows
         self._places = torch.zeros((4, size), dtype=torch.int64, device=device)  # token ids, indices, blocks, offsets
         self._packed = Packed(
@@ -104,12 +107,27 @@ class DecodeGraph:
 
     def write(self, rows: Rows) -> None:
         """Fill the buffers. The last step's results have been read, so no kernel reads the buffers any more."""
-        for row, token_id, index, table in zip(self._staging, rows.token_ids, rows.indices, rows.tables, strict=False):
-            numbers = (token_id, index, *table[: self._staging.shape[1] - 2])
-            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
-        padding = self._staging[len(rows.token_ids) :]
-        padding[:, :2], padding[:, 2:] = 0, self._scratch
+        num_rows = len(rows.token_ids)
+        self._staging[:num_rows, :2] = torch.tensor((rows.token_ids, rows.indices), dtype=torch.int32).T
+        for row, table in enumerate(rows.tables):
+            written = (table, len(table), table[-1])
+            if not _is_same(self._written[row], written):
+                blocks = torch.tensor(table[: self._staging.shape[1] - 2], dtype=torch.int32)
+                self._staging[row, 2 : 2 + len(blocks)] = blocks
+                self._written[row] = written
+        if num_rows < self._num_rows:
+            self._staging[num_rows : self._num_rows, :2], self._staging[num_rows : self._num_rows, 2:] = (
+                0,
+                self._scratch,
+            )
+            self._written[num_rows : self._num_rows] = [None] * (self._num_rows - num_rows)
+        self._num_rows = num_rows
         self._numbers.copy_(self._staging, non_blocking=True)
+
+
+def _is_same(a: tuple[Sequence[int], int, int] | None, b: tuple[Sequence[int], int, int]) -> bool:
+    """Whether two steps' row has the same block table: the same list, which only grows, of the same length."""
+    return a is not None and a[0] is b[0] and a[1:] == b[1:]
 
 
 class DecodeGraphs:

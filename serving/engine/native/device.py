@@ -18,7 +18,8 @@ GIB = 2**30
 SMALL_MODEL_BYTES = GIB // 4  # below this, full precision costs nothing
 CPU_CACHE_SHARE = 0.25  # of the memory that is free after loading; the rest stays for activations and others
 CPU_CACHE_LIMIT = 8 * GIB
-GPU_CACHE_SHARE = 0.85
+GPU_CACHE_SHARE = 0.9  # or what leaves GPU_RESERVE, but no less than half
+GPU_RESERVE = 5 * GIB // 4  # a step of 2,048 rows, CUDA graphs
 WEIGHTS_MARGIN = 1.1  # beside the weights there must be some cache and the tensors of a step
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 MAX_KEPT_BLOCK = 32 * 2**20  # the most that glibc allows
@@ -131,10 +132,11 @@ def cache_tokens(shape: NetworkShape, device: torch.device, dtype: torch.dtype, 
     per_token = KVMemory.bytes_per_token(shape, dtype)
     budget = int(gib * GIB)
     if not budget:
-        share = GPU_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
-        budget = int(free_memory(device) * share)
-        if device.type != "cuda":
-            budget = min(budget, CPU_CACHE_LIMIT)
+        free = free_memory(device)
+        if device.type == "cuda":
+            budget = max(free // 2, min(int(free * GPU_CACHE_SHARE), free - GPU_RESERVE))
+        else:
+            budget = min(int(free * CPU_CACHE_SHARE), CPU_CACHE_LIMIT)
     return min(budget // per_token, max_sequences * shape.max_positions)
 
 

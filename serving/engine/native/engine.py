@@ -21,7 +21,13 @@ from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs
 from serving.engine.native.device import is_out_of_memory
 from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
-from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from serving.engine.native.scheduler import (
+    GPU_MIN_PROMPT_ROWS,
+    MIN_PROMPT_ROWS,
+    ScheduledSequence,
+    Scheduler,
+    SchedulerOutput,
+)
 from serving.engine.native.sequence import BLOCK, SequenceState
 from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.outputs import (
@@ -71,7 +77,8 @@ class NativeEngine:
         self.limits = limits
         self.shape = network.shape
         self._runner = ModelRunner(network, limits.kv_tokens, limits.max_sequences, capture, limits.kv_dtype)
-        self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens)
+        min_rows = GPU_MIN_PROMPT_ROWS if network.device.type == "cuda" else MIN_PROMPT_ROWS
+        self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens, min_rows)
         self._requests: dict[SequenceState, Request] = {}  # in flight; changed by the engine thread only
         self._step_outputs: StepOutputs = {}  # of the present step; the engine thread's
         self._commands: deque[tuple[Request, Command]] = deque()  # guarded by _wake

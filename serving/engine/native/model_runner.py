@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span, SupportsWarmUp
+from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span
 from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.attention_cuda import TRITON, choose_kernel, step_attention
 from serving.engine.native.block_manager import BlockCopy
@@ -68,7 +68,7 @@ class ModelRunner:
         self._memory = KVMemory(network.shape, kv_tokens // BLOCK, network.device, kv_dtype or network.dtype)
         self._sampler = Sampler(network.shape.num_tokens, network.device)
         self._sums: dict[SequenceState, Tensor] = {}  # [hidden_size] float32 of the rows so far, for texts to be pooled
-        self._kernel = choose_kernel(network.device, self._memory.keys.dtype)
+        self._kernel = choose_kernel(network.device, self._memory.keys.dtype, network.shape.head_dim)
         self._is_packed = capture is not None or network.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         can_capture = self._kernel is TRITON or network.device.type != "cuda"
@@ -83,8 +83,6 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Everything that can be done before the first request. Returns within a minute."""
         if self.graphs:
-            if isinstance(self._network, SupportsWarmUp):
-                self._network.warm_up()
             self.graphs.capture_all()
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from serving.engine.native.sequence import BLOCK, SequenceState
 
 STRETCH = 1.5  # a step with prompt rows may take this much longer than one without
 MIN_PROMPT_ROWS = 32  # fewer would read all weights for next to nothing
+GPU_MIN_PROMPT_ROWS = 512  # a step with prompts takes a GPU's host as long for 32 rows: it is no CUDA graph
 BACKLOG = 1500  # rows of waiting prompts; with more, steps are stretched further, in proportion
 MAX_STRETCH_FACTOR = 6.0
 MEMORY = 0.8  # of the running averages
@@ -76,9 +77,11 @@ class SchedulerCounters:
 class Scheduler:
     """Owns the waiting and the running sequences and the cache's blocks."""
 
-    def __init__(self, max_sequences: int, max_batch_tokens: int, kv_tokens: int) -> None:
+    def __init__(
+        self, max_sequences: int, max_batch_tokens: int, kv_tokens: int, min_prompt_rows: int = MIN_PROMPT_ROWS
+    ) -> None:
         self.max_sequences = max_sequences
-        self.pacer = PrefillPacer(max_batch_tokens)
+        self.pacer = PrefillPacer(max_batch_tokens, min_prompt_rows)
         self.blocks = BlockManager(kv_tokens // BLOCK)
         self.counters = SchedulerCounters()
         self.waiting: list[SequenceState] = []  # the first to be admitted first
@@ -230,8 +233,8 @@ class PrefillPacer:
     """Estimates what a step costs by itself and what each row adds, and limits the prompt rows beside decoding ones:
     p99 of the time per token stays below three times its median while long prompts arrive."""
 
-    def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
+    def __init__(self, max_rows: int, min_prompt_rows: int = MIN_PROMPT_ROWS) -> None:
+        self._max_rows, self._min_prompt_rows = max_rows, min_prompt_rows
         self._step_seconds: float | None = None  # of a step without rows: the weights are read once
         self._row_seconds: float | None = None
 
@@ -246,7 +249,7 @@ class PrefillPacer:
             return free
         decode_seconds = self._step_seconds + num_decoding * self._row_seconds
         stretch = STRETCH * min(max(1.0, backlog / BACKLOG), MAX_STRETCH_FACTOR)
-        return min(free, max(MIN_PROMPT_ROWS, int(stretch * decode_seconds / self._row_seconds)))
+        return min(free, max(self._min_prompt_rows, int(stretch * decode_seconds / self._row_seconds)))
 
     def observe(self, num_decoding: int, num_prompt_rows: int, seconds: float) -> None:
         """The rows and the duration of the last step."""
