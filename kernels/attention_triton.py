@@ -1,10 +1,13 @@
 """Attention over a KV cache in blocks on a GPU: single rows split over the length, and chunks of prompts. Triton.
 
-keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim], tables [sequences, blocks] int32.
+keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim], in int8 with scales
+[blocks, kv_heads, BLOCK] float32 each; tables [sequences, blocks] int32.
 The query heads of a key head are one small matrix, so that keys and values are read once for all of them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -21,8 +24,8 @@ PREFILL_QUERIES = 128  # rows of a program's matrix: rows of the chunk times the
 @triton.jit
 def _attend(
     q, keys, values, table, head, low, high, begin, end, scale,
-    key_block, key_head, key_channel, value_block, value_head, value_token,
-    rows: tl.constexpr, dim: tl.constexpr, tokens: tl.constexpr, block: tl.constexpr,
+    key_block, key_head, key_channel, value_block, value_head, value_token, key_scales, value_scales, scale_block,
+    rows: tl.constexpr, dim: tl.constexpr, tokens: tl.constexpr, block: tl.constexpr, is_int8: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of `q` [rows, dim] over tokens `begin` to `end`; each row sees `low` to `high` of them."""
     maxima = tl.full([rows], float("-inf"), tl.float32)
@@ -37,7 +40,10 @@ def _attend(
         # a block's tokens lie side by side, so 16 of them are one load; those beyond `end` are hidden below
         place = number[None, :] * key_block + head * key_head + channels[:, None] * key_channel + slot[None, :]
         key = tl.load(keys + tl.max_contiguous(tl.multiple_of(place, (1, block)), (1, block)))
-        score = tl.dot(q, key) * scale
+        score = tl.dot(q, key.to(q.dtype)) * scale
+        if is_int8:  # one scale for each token and head
+            of_token = number * scale_block + head * block + slot
+            score *= tl.load(key_scales + of_token, mask=inside, other=0.0)[None, :]
         visible = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None]) & inside[None, :]
         score = tl.where(visible, score, float("-inf"))
         largest = tl.maximum(maxima, tl.max(score, 1))
@@ -50,7 +56,9 @@ def _attend(
             + channels[None, :],
             mask=inside[:, None], other=0.0,
         )  # fmt: skip
-        out = out * factor[:, None] + tl.dot(weight.to(value.dtype), value)
+        if is_int8:
+            weight *= tl.load(value_scales + of_token, mask=inside, other=0.0)[None, :]
+        out = out * factor[:, None] + tl.dot(weight.to(q.dtype), value.to(q.dtype))
         maxima = largest
     return out, maxima, sums
 
@@ -58,9 +66,9 @@ def _attend(
 @triton.jit(do_not_specialize=["max_blocks", "window", "parts"])
 def _decode(
     q, keys, values, tables, lengths, partial, numbers, scale, max_blocks, window, parts,
-    key_block, key_head, key_channel, value_block, value_head, value_token,
+    key_block, key_head, key_channel, value_block, value_head, value_token, key_scales, value_scales, scale_block,
     heads: tl.constexpr, kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, dim: tl.constexpr,
-    tokens: tl.constexpr, block: tl.constexpr,
+    tokens: tl.constexpr, block: tl.constexpr, is_int8: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence and key head. partial: [rows, heads, parts, dim]; numbers: the same, 2: maximum, sum."""
     sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -74,7 +82,8 @@ def _decode(
     low, high = tl.zeros([rows], tl.int32) + first, tl.zeros([rows], tl.int32) + length
     out, maxima, sums = _attend(
         query, keys, values, tables + sequence.to(tl.int64) * max_blocks, head, low, high, begin, end, scale,
-        key_block, key_head, key_channel, value_block, value_head, value_token, rows, dim, tokens, block,
+        key_block, key_head, key_channel, value_block, value_head, value_token, key_scales, value_scales, scale_block,
+        rows, dim, tokens, block, is_int8,
     )  # fmt: skip
     at = (row * parts + part).to(tl.int64)
     tl.store(partial + at[:, None] * dim + channels[None, :], out, mask=(m < group)[:, None])
@@ -99,9 +108,9 @@ def _merge(partial, numbers, out, parts, dim: tl.constexpr, max_parts: tl.conste
 @triton.jit(do_not_specialize=["max_blocks", "window"])
 def _prefill(
     q, keys, values, offsets, tables, lengths, out, scale, max_blocks, window,
-    key_block, key_head, key_channel, value_block, value_head, value_token,
+    key_block, key_head, key_channel, value_block, value_head, value_token, key_scales, value_scales, scale_block,
     heads: tl.constexpr, group: tl.constexpr, queries: tl.constexpr, dim: tl.constexpr, tokens: tl.constexpr,
-    block: tl.constexpr,
+    block: tl.constexpr, is_int8: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one sequence's chunk, for one key head."""
     tile, sequence, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -120,20 +129,24 @@ def _prefill(
         begin = tl.min(tl.where(inside, low, length), 0) // tokens * tokens
         total, _, sums = _attend(
             query, keys, values, tables + sequence.to(tl.int64) * max_blocks, head, low, high, begin, end, scale,
-            key_block, key_head, key_channel, value_block, value_head, value_token, queries, dim, tokens, block,
+            key_block, key_head, key_channel, value_block, value_head, value_token,
+            key_scales, value_scales, scale_block, queries, dim, tokens, block, is_int8,
         )  # fmt: skip
         total = total / tl.where(inside, sums, 1.0)[:, None]
         tl.store(out + at[:, None] * dim + channels[None, :], total.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def _strides(keys: Tensor, values: Tensor) -> tuple[int, ...]:
-    return (*keys.stride()[:3], *values.stride()[:3])
+def _memory(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
+    """The kernels' arguments that say where keys, values and their scales are."""
+    strides = (*keys.stride()[:3], *values.stride()[:3])
+    return (*strides, keys, values, 0) if scales is None else (*strides, *scales, scales[0].stride(0))
 
 
 def decode(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     tables: Tensor,
     lengths: Tensor,
     max_length: int,
@@ -150,8 +163,8 @@ def decode(
     numbers = torch.empty((num_sequences, num_heads, parts, 2), dtype=torch.float32, device=query.device)
     _decode[(num_sequences, num_kv_heads, parts)](
         query, keys, values, tables, lengths, partial, numbers, scale, tables.shape[1], window, parts,
-        *_strides(keys, values), num_heads, num_kv_heads, group, max(MIN_GROUP, triton.next_power_of_2(group)), dim,
-        TOKENS, BLOCK, num_warps=4,
+        *_memory(keys, values, scales), num_heads, num_kv_heads, group,
+        max(MIN_GROUP, triton.next_power_of_2(group)), dim, TOKENS, BLOCK, scales is not None, num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge[(num_sequences * num_heads,)](partial, numbers, out, parts, dim, MAX_PARTS, num_warps=1)
@@ -162,6 +175,7 @@ def prefill(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     offsets: Tensor,
     tables: Tensor,
     lengths: Tensor,
@@ -178,7 +192,8 @@ def prefill(
     out = torch.empty_like(query)
     tiles = triton.cdiv(max_rows, queries // group)
     _prefill[(tiles, len(lengths), num_kv_heads)](
-        query, keys, values, offsets, tables, lengths, out, scale, tables.shape[1], window, *_strides(keys, values),
-        num_heads, group, queries, dim, TOKENS, BLOCK, num_warps=8 if queries >= 128 else 4,
+        query, keys, values, offsets, tables, lengths, out, scale, tables.shape[1], window,
+        *_memory(keys, values, scales), num_heads, group, queries, dim, TOKENS, BLOCK, scales is not None,
+        num_warps=8 if queries >= 128 else 4,
     )  # fmt: skip
     return out

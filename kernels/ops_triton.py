@@ -103,24 +103,44 @@ def rotate(heads: Tensor, rotations: Tensor) -> None:
 @triton.jit
 def _store(
     key, value, keys, values, blocks, offsets, key_row, value_row, key_head_stride, value_head_stride,
-    key_block, key_head, key_channel, value_block, value_head, value_token, kv_heads: tl.constexpr, dim: tl.constexpr,
+    key_block, key_head, key_channel, value_block, value_head, value_token, key_scales, value_scales, scale_block,
+    kv_heads: tl.constexpr, dim: tl.constexpr, tokens: tl.constexpr, is_int8: tl.constexpr,
 ):  # fmt: skip
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, dim)
     block, offset = tl.load(blocks + row), tl.load(offsets + row)
     for head in tl.static_range(kv_heads):
         one = tl.load(key + row * key_row + head * key_head_stride + channel)
-        tl.store(keys + block * key_block + head * key_head + channel * key_channel + offset, one)
         other = tl.load(value + row * value_row + head * value_head_stride + channel)
+        if is_int8:
+            of_token = block * scale_block + head * tokens + offset
+            key_scale = tl.max(tl.abs(one.to(tl.float32))) / 127.0
+            value_scale = tl.max(tl.abs(other.to(tl.float32))) / 127.0
+            tl.store(key_scales + of_token, key_scale)
+            tl.store(value_scales + of_token, value_scale)
+            # to the nearest even: a large number added and subtracted leaves no fraction
+            one = ((one.to(tl.float32) / tl.maximum(key_scale, 1e-30) + 12582912.0) - 12582912.0).to(tl.int8)
+            other = ((other.to(tl.float32) / tl.maximum(value_scale, 1e-30) + 12582912.0) - 12582912.0).to(tl.int8)
+        tl.store(keys + block * key_block + head * key_head + channel * key_channel + offset, one)
         tl.store(values + block * value_block + head * value_head + offset * value_token + channel, other)
 
 
-def store(keys: Tensor, values: Tensor, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
-    """One layer's cache: keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim].
+def store(
+    keys: Tensor,
+    values: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    blocks: Tensor,
+    offsets: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> None:
+    """One layer's cache: keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim], in int8
+    with scales [blocks, kv_heads, BLOCK] float32 each.
 
     key, value: [rows, kv_heads, head_dim] of the tokens at `offsets` in `blocks`, [rows] int64 each.
     """
     rows, kv_heads, dim = key.shape
     _store[(rows,)](
         key, value, keys, values, blocks, offsets, key.stride(0), value.stride(0), key.stride(1), value.stride(1),
-        *keys.stride()[:3], *values.stride()[:3], kv_heads, dim, num_warps=1,
+        *keys.stride()[:3], *values.stride()[:3], *(scales or (keys, values)),
+        0 if scales is None else scales[0].stride(0), kv_heads, dim, keys.shape[-1], scales is not None, num_warps=1,
     )  # fmt: skip

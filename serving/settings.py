@@ -72,6 +72,8 @@ class Settings(BaseModel):
     """CPU threads of the engine; 0 uses all cores available to the process."""
     kv_cache_gib: float = Field(0.0, ge=0)
     """Size of the KV cache in GiB; 0 chooses it by the free memory."""
+    kv_precision: Literal["auto", "16", "8"] = "auto"
+    """Bits of a cached number: `8` holds nearly twice the tokens (a scale for each token and head); `auto` is 16."""
     max_sequences: int = Field(64, ge=1, le=1024)
     """Maximum number of answers generated concurrently; further ones are queued."""
     max_batch_tokens: int = Field(512, ge=16, le=65536)

@@ -205,6 +205,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def step_size(self) -> float:
+        """Rows of the present step as a multiple of `limits.max_batch_tokens`: a two-way prompt is never divided."""
+        ...
+
+    @property
     def queue_seconds(self) -> deque[float]:
         """Waiting times of sequences that got their first rows; the reader pops."""
         ...

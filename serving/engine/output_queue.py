@@ -20,6 +20,11 @@ class RunningSequence(Protocol):
         """Carried out within two steps of the engine."""
         ...
 
+    @property
+    def prompt_progress(self) -> tuple[int, int] | None:
+        """(prompt tokens that are computed, prompt tokens), or None if the engine does not say."""
+        ...
+
 
 class OutputQueue(Generic[OutputT]):
     """Outputs as (index, output), in the order of arrival, from `Engine.generate` or `Engine.embed` to one reader.
@@ -81,6 +86,11 @@ class OutputQueue(Generic[OutputT]):
             raise self._error
         return None
 
+    def prompt_progress(self) -> tuple[int, int] | None:
+        """Of the prompt whose answer begins first; None if the engine does not say or nothing runs."""
+        known = [progress for each in self._running.values() if (progress := each.prompt_progress) is not None]
+        return min(known, key=lambda progress: progress[1] - progress[0], default=None)
+
     def cancel(self, index: int) -> None:
         """No more outputs of this index are wanted. Does nothing if it has ended."""
         sequence = self._running.pop(index, None)
@@ -111,7 +121,9 @@ class OutputQueue(Generic[OutputT]):
     async def _wait(self, until: float | None) -> None:
         self._reader = self.loop.create_future()
         self._wait_ends = until
-        if until is not None and self._timer is None:
+        if until is not None and (self._timer is None or self._timer.when() > until):
+            if self._timer is not None:
+                self._timer.cancel()
             self._timer = self.loop.call_at(until, self._timed_out)
         await self._reader
 

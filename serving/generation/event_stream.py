@@ -73,6 +73,10 @@ class EventStream:
                 return events
         raise self._failure
 
+    def prompt_progress(self) -> tuple[int, int] | None:
+        """(prompt tokens that are computed, prompt tokens), or None if the engine does not say."""
+        return self._queue.prompt_progress()
+
     def _process(self, outputs: list[tuple[int, TokenOutput]]) -> list[IndexedEvent]:
         events: list[IndexedEvent] = []
         try:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = "data: [DONE]\n\n"
-PING = b": ping\n\n"
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -47,6 +46,11 @@ def _has_containers(values: Iterable[object]) -> bool:
 def event(data: str, name: str | None = None) -> str:
     """One event. Never with `id:` or `retry:` lines: the openai SDK takes those for events without data."""
     return f"data: {data}\n\n" if name is None else f"event: {name}\ndata: {data}\n\n"
+
+
+def comment(text: str) -> str:
+    """What clients skip; it keeps the connection open."""
+    return f": {text}\n\n"
 
 
 def around_empty_text(event: str) -> tuple[str, str]:

@@ -15,5 +15,6 @@ class ApiLimits:
     body: BodyLimits = field(default_factory=BodyLimits)
     max_n: int = 128  # answers of one request, over all its prompts
     ping_seconds: float = 15.0  # silence after which a stream sends a comment
+    progress_seconds: float = 2.0  # the same before the first token; the comment says how far the prompt is
     stall_seconds: float = 60.0  # a client that reads nothing for this long counts as disconnected
     timeout_seconds: float = math.inf  # from a request's arrival to the end of its answer

@@ -43,9 +43,10 @@ async def collect(stream: EventStream, request: Request) -> list[IndexedEvent]:
 
 
 async def begin_stream(stream: EventStream, chunks: Chunks, request: Request, limits: ApiLimits) -> Response:
-    """The response, once its first events are there: a failure before them is an HTTP error and not an event."""
+    """The response, once its first events are there or `progress_seconds` are over: a failure before that is an HTTP
+    error and not an event, and proxies see a byte within seconds of however long a prompt."""
     try:
-        first = await unless_disconnected(request.receive, stream.take())
+        first = await unless_disconnected(request.receive, stream.take(limits.progress_seconds))
     except BaseException:
         stream.close()
         raise
@@ -76,14 +77,17 @@ class EventStreamResponse(Response):
 
     async def _send(self, send: Send, context: RequestContext) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        events = self._first
+        events, has_begun = self._first, False
         try:
             while events is not None:
+                has_begun = has_begun or bool(events)
                 data = [chunk for index, event in events for chunk in self._chunks.push(index, event)]
-                if data or not events:  # events may have no chunks; no events: the stream was silent for ping_seconds
-                    body = "".join(data).encode() if data else sse.PING
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                events = await self._stream.take(self._limits.ping_seconds)
+                if not events:
+                    data = [sse.comment("ping" if has_begun else self._progress())]
+                if data:  # events may have no chunks
+                    await send({"type": "http.response.body", "body": "".join(data).encode(), "more_body": True})
+                seconds = self._limits.ping_seconds if has_begun else self._limits.progress_seconds
+                events = await self._stream.take(seconds)
             last = self._chunks.end()
         except OSError:
             raise
@@ -95,6 +99,10 @@ class EventStreamResponse(Response):
             logger.error("request %s failed in its stream with %s%s", context.request_id, failure, where)
             last = self._chunks.fail(failure)
         await send({"type": "http.response.body", "body": "".join(last).encode(), "more_body": False})
+
+    def _progress(self) -> str:
+        progress = self._stream.prompt_progress()
+        return "ping" if progress is None else f"prefill {progress[0]:,}/{progress[1]:,}"
 
 
 class WriteTimeout:

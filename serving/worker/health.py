@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from serving import metrics
 from serving.admission.admission_control import Admission
-from serving.engine.interface import EngineStats
+from serving.engine.interface import Engine, EngineStats
 from serving.http.access_middleware import ServerState
 from serving.registry import ModelRegistry
 
@@ -38,7 +39,12 @@ class HealthMonitor:
 
     @property
     def is_hung(self) -> bool:
-        return self._num_ticks >= self._max_ticks
+        model = self._registry.model
+        return model is not None and self._num_ticks >= self._limit(model.engine)
+
+    def _limit(self, engine: Engine) -> int:
+        """Ticks without progress; more for a step of more rows than a step has by its setting."""
+        return math.ceil(self._max_ticks * max(1.0, engine.step_size))
 
     @property
     def is_alive(self) -> bool:
@@ -76,7 +82,7 @@ class HealthMonitor:
             self._num_steps, self._num_ticks = engine.num_steps, 0
             return
         self._num_ticks += 1
-        if self._num_ticks == self._max_ticks:
+        if self._num_ticks == self._limit(engine):
             seconds = self._num_ticks * TICK_SECONDS
             logger.critical("the engine is hung: no step has completed for %g s, and /livez fails", seconds)
             engine.give_up()

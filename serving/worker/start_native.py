@@ -76,7 +76,7 @@ def start_model(
     loaded = load(folder, metadata, device, precision, _ProgressLog(logger))
     if device.type == "cpu":
         keep_freed_memory()  # only now: memory that loading has freed should go back to the system
-    shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype)
+    shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype, settings.kv_precision)
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
     context_length = min(shape.max_positions, kv_tokens)
     engine = NativeEngine(

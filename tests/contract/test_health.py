@@ -17,11 +17,11 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from serving.admission.admission_control import AdmissionLimits
-from serving.engine.interface import EngineLimits
+from serving.engine.interface import EngineLimits, PromptLayout
 from serving.http.access_log import AccessLog, to_fields
 from serving.http.access_middleware import RouteNames
 from serving.worker.tracing import Tracing
-from tests.contract.tiny import assert_openai_error
+from tests.contract.tiny import HookedNetwork, assert_openai_error
 from tests.contract.worker import CHAT, Worker, at_rest, body, client, running_worker
 
 SECRET = "MARKER-of-a-prompt"
@@ -47,6 +47,38 @@ def test_too_many_or_too_large_headers_are_a_431(headers: dict[str, str], folder
         with running_worker(folder) as worker:
             async with client(worker) as http:
                 assert_openai_error(await http.get("/v1/models", headers=headers), 431)
+
+    asyncio.run(run())
+
+
+class TwoWay(HookedNetwork):
+    """A network whose prompts cannot be divided, as ChatGLM-6B's."""
+
+    def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
+        return PromptLayout(num_two_way=len(prompt_ids))
+
+
+def test_a_step_of_more_rows_than_usual_may_take_longer(folder: Path) -> None:
+    step = threading.Event()
+
+    async def run() -> None:
+        limits = EngineLimits(max_batch_tokens=16)
+        with running_worker(folder, step.wait, limits, max_step_seconds=3, hooked=TwoWay) as worker:
+            try:
+                async with client(worker) as http:
+                    text = "你好" * 60
+                    asking = {"messages": [{"role": "user", "content": text}]}
+                    waiting = asyncio.create_task(http.post(CHAT, json=body(max_tokens=2) | asking))
+                    while not worker.engine.step_size:
+                        await asyncio.sleep(0.01)
+                    assert worker.engine.step_size > 4
+                    for _ in range(12):
+                        worker.monitor.tick()
+                    assert worker.monitor.is_ready
+                    step.set()
+                    assert (await waiting).status_code == 200
+            finally:
+                step.set()
 
     asyncio.run(run())
 

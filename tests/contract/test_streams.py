@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -196,3 +197,17 @@ def test_tokens_without_text_send_nothing(app: Starlette) -> None:
     parts = chunks(response)
     assert len(parts) < parts[-1]["usage"]["completion_tokens"]
     assert ": ping" not in response.text
+
+
+def test_a_stream_says_how_far_a_long_prompt_is(folder: Path) -> None:
+    long = {"model": NAME, "messages": [{"role": "user", "content": "你好" * 1500}], "max_tokens": 2, "stream": True}
+    limits = ApiLimits(progress_seconds=0.05)
+    with serving(folder, before=lambda: time.sleep(0.2), limits=limits, context=8192) as app:
+        text = post(app, "/chat/completions", long).text
+    comments = re.findall(r"^: prefill ([\d,]+)/([\d,]+)$", text, re.MULTILINE)
+    found = [tuple(int(number.replace(",", "")) for number in pair) for pair in comments]
+    assert len(found) >= 3
+    assert found == sorted(found)
+    assert len({total for _, total in found}) == 1
+    assert found[0][0] < found[-1][0] <= found[0][1]
+    assert text.endswith("data: [DONE]\n\n")

@@ -52,13 +52,12 @@ def running_worker(
     limits: ApiLimits | None = None,
     keys: list[str] | None = None,
     max_step_seconds: float = 60.0,
+    hooked: type[HookedNetwork] = HookedNetwork,
 ) -> Iterator[Worker]:
     """A worker without BentoML around it, for as long as the block lasts."""
     format_ = chat_format(folder, "chatglm2")
     network = random_network(format_.num_tokens)
-    engine = NativeEngine(
-        network if before is None else HookedNetwork(network, before), engine_limits or EngineLimits()
-    )
+    engine = NativeEngine(network if before is None else hooked(network, before), engine_limits or EngineLimits())
     engine.start()
     model = RunningModel(engine, format_, CONTEXT)
     registry = ModelRegistry(NAME, model=model)

@@ -17,7 +17,7 @@ from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.attention_cuda import PADDED, Kernel, Packed, step_attention
 from serving.engine.native.cuda_graphs import bucket_sizes, run_eagerly
 from serving.engine.native.engine import NativeEngine
-from serving.engine.native.kv_memory import KVMemory
+from serving.engine.native.kv_memory import KVLayer, KVMemory
 from serving.engine.native.sequence import BLOCK
 from tests.reference_attention import dense_attention, visible
 from tests.tiny import VOCABULARY, TinyModel, greedy, settled, tiny_model, tokens
@@ -82,7 +82,8 @@ def test_captured_steps_give_what_generate_gives(
     expected = [MODEL.greedy(ids, sampling.max_tokens) for ids, sampling in wanted]
     assert answers(MODEL.network, limits, wanted, capture) == expected
     assert capture.num_captured == len(bucket_sizes(20))
-    assert capture.num_replayed > 0 or all(count == 1 for _, count in jobs)
+    # short answers may run beside chunks of the other prompts only
+    assert capture.num_replayed > 0 or max(count for _, count in jobs) <= len(jobs) + 1
 
 
 def test_sampling_penalties_and_logprobs_are_the_same_with_and_without_graphs() -> None:
@@ -116,7 +117,7 @@ def test_buckets_are_powers_of_two_up_to_the_largest() -> None:
 
 
 def _packed_reference(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, packed: Packed, scale: float, window: int | None
+    query: torch.Tensor, layer: KVLayer, packed: Packed, scale: float, window: int | None
 ) -> torch.Tensor:
     """What a kernel for chunks has to do, sequence by sequence."""
     assert int(packed.lengths.max()) <= packed.max_length
@@ -126,8 +127,8 @@ def _packed_reference(
         assert last - first <= packed.max_rows
         blocks = packed.tables[number, : -(-length // BLOCK)].long()
         past = (
-            keys[blocks].permute(0, 3, 1, 2).flatten(0, 1)[:length],
-            values[blocks].transpose(1, 2).flatten(0, 1)[:length],
+            layer.keys[blocks].permute(0, 3, 1, 2).flatten(0, 1)[:length],
+            layer.values[blocks].transpose(1, 2).flatten(0, 1)[:length],
         )
         allowed = visible(length, last - first, CAUSAL, window)
         outs.append(dense_attention(query[first:last], *past, allowed, scale))

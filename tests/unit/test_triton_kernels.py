@@ -52,20 +52,26 @@ def test_small_operations_agree_with_torchs(rows: int) -> None:
     assert agrees_with_eager(triton_ops(), CPU, torch.float16, rows)
 
 
-def test_attention_over_blocks_agrees_with_plain_attention() -> None:
-    assert triton_works_here(CPU, torch.float16)
+@pytest.mark.parametrize("kept", [torch.float16, torch.int8])
+def test_attention_over_blocks_agrees_with_plain_attention(kept: torch.dtype) -> None:
+    assert triton_works_here(CPU, kept)
 
 
-def test_the_cache_store_writes_the_same_places() -> None:
+@pytest.mark.parametrize("kept", [torch.float16, torch.int8])
+def test_the_cache_store_writes_the_same_places(kept: torch.dtype) -> None:
     shape = NetworkShape(2, 4, 2, 64, 256, 100, 100, 64)
     generator = torch.Generator().manual_seed(0)
     heads = torch.randn(3, 8, 64, generator=generator).half()
     blocks, offsets = torch.tensor([1, 1, 3]), torch.tensor([0, 5, 15])
-    memories = [KVMemory(shape, 4, CPU, torch.float16) for _ in range(2)]
+    memories = [KVMemory(shape, 4, CPU, kept) for _ in range(2)]
     for memory, store in zip(memories, (triton_store, KVMemory.store), strict=True):
         memory.keys.zero_()
         memory.values.zero_()
+        for scales in memory.scales or ():
+            scales.zero_()
         store(memory, 1, blocks, offsets, heads[:, 4:6], heads[:, 6:])
     assert torch.equal(memories[0].keys, memories[1].keys)
     assert torch.equal(memories[0].values, memories[1].values)
-    assert memories[0].keys.count_nonzero() == 3 * 2 * 64
+    assert 3 * 2 * 60 < memories[0].keys.count_nonzero() <= 3 * 2 * 64
+    if kept == torch.int8:
+        torch.testing.assert_close(memories[0].scales, memories[1].scales)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from serving.engine.interface import AttentionFunction
+from serving.engine.interface import AttentionFunction, NetworkShape
 from serving.engine.native.attention import AttentionSpan, TorchAttention
 from serving.engine.native.device import numbers_to_device
-from serving.engine.native.kv_memory import KVMemory
+from serving.engine.native.kv_memory import KVLayer, KVMemory
 from serving.engine.native.sequence import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -41,30 +41,28 @@ class Packed:
 class Kernel:
     """An implementation of packed attention.
 
-    attend: query [rows, heads, head_dim], keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK,
-    head_dim], the rows, scale, window -> query's shape. Rows attend to their own sequence, causally.
+    attend: query [rows, heads, head_dim], a layer of the cache, the rows, scale, window -> query's shape. Rows attend
+    to their own sequence, causally.
     """
 
-    attend: Callable[[Tensor, Tensor, Tensor, Packed, float, int | None], Tensor]
+    attend: Callable[[Tensor, KVLayer, Packed, float, int | None], Tensor]
     store: Callable[[KVMemory, int, Tensor, Tensor, Tensor, Tensor], None]  # as `KVMemory.store`
     takes_chunks: bool  # else at most one row a sequence
 
 
-def triton(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
+def triton(query: Tensor, layer: KVLayer, packed: Packed, scale: float, window: int | None) -> Tensor:
     """Single rows split over the length of their sequences, or chunks of prompts."""
     from kernels.attention_triton import decode, prefill  # Triton comes with torch's CUDA wheels only
 
     out: Tensor
     if packed.max_rows == 1:
-        out = decode(query, keys, values, packed.tables, packed.lengths, packed.max_length, scale, window or 0)
+        out = decode(query, *layer, packed.tables, packed.lengths, packed.max_length, scale, window or 0)
     else:
-        out = prefill(
-            query, keys, values, packed.offsets, packed.tables, packed.lengths, packed.max_rows, scale, window or 0
-        )
+        out = prefill(query, *layer, packed.offsets, packed.tables, packed.lengths, packed.max_rows, scale, window or 0)
     return out
 
 
-def padded(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
+def padded(query: Tensor, layer: KVLayer, packed: Packed, scale: float, window: int | None) -> Tensor:
     """Single rows on any device: every sequence is gathered and padded to the longest."""
     assert packed.max_rows == 1, "chunks go from sequence to sequence"
     columns = torch.arange(packed.max_length, device=query.device)
@@ -74,9 +72,14 @@ def padded(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: f
     # masked columns read the sequence's own last token: elsewhere there may be NaN, and 0 * NaN is NaN
     columns = torch.minimum(columns, packed.lengths[:, None] - 1)
     blocks = packed.tables.long().gather(1, columns // BLOCK)
-    past_keys = keys.permute(0, 3, 1, 2)[blocks, columns % BLOCK].transpose(1, 2)  # [rows, kv_heads, length, head_dim]
-    past_values = values.transpose(1, 2)[blocks, columns % BLOCK].transpose(1, 2)
-    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
+    slots = columns % BLOCK
+    past_keys = layer.keys.permute(0, 3, 1, 2)[blocks, slots].transpose(1, 2)  # [rows, kv_heads, length, head_dim]
+    past_values = layer.values.transpose(1, 2)[blocks, slots].transpose(1, 2)
+    if layer.scales is not None:
+        of_keys, of_values = (scales.transpose(1, 2)[blocks, slots].transpose(1, 2) for scales in layer.scales)
+        past_keys = (past_keys * of_keys[..., None]).to(query.dtype)
+        past_values = (past_values * of_values[..., None]).to(query.dtype)
+    grouped = query.reshape(len(query), past_keys.shape[1], -1, query.shape[-1])
     out = scaled_dot_product_attention(grouped, past_keys, past_values, visible[:, None, None], scale=scale)
     return out.reshape(query.shape)
 
@@ -85,8 +88,10 @@ def triton_store(memory: KVMemory, layer: int, blocks: Tensor, offsets: Tensor, 
     """Keys and values in one launch."""
     from kernels.ops_triton import store
 
-    dtype = memory.keys.dtype
-    store(memory.keys[layer], memory.values[layer], blocks, offsets, key.to(dtype), value.to(dtype))
+    kept = memory.layer(layer)
+    if kept.scales is None:
+        key, value = key.to(kept.keys.dtype), value.to(kept.keys.dtype)
+    store(*kept, blocks, offsets, key, value)
 
 
 TRITON = Kernel(triton, triton_store, takes_chunks=True)
@@ -106,10 +111,11 @@ class PackedAttention:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        keys, values = self._memory.keys[layer], self._memory.values[layer]
+        kept = self._memory.layer(layer)
         self._kernel.store(self._memory, layer, self._blocks, self._offsets, key, value)
         # the memory may be narrower than the rows, and the kernels want one type
-        out = self._kernel.attend(query.to(keys.dtype), keys, values, self._packed, scale, window)
+        narrow = query if kept.scales is not None else query.to(kept.keys.dtype)
+        out = self._kernel.attend(narrow, kept, self._packed, scale, window)
         return out.to(query.dtype)
 
 
@@ -177,8 +183,12 @@ def _packed_attention(memory: KVMemory, spans: Sequence[AttentionSpan], kernel: 
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
-    """The fastest kernel that gives right results on this device. Triton's tiles are powers of two."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_dim & (head_dim - 1) == 0:
+    """The fastest kernel that gives right results on this device for a cache of this type.
+
+    Triton's tiles are powers of two.
+    """
+    kept = (torch.float16, torch.bfloat16, torch.int8)
+    if device.type == "cuda" and dtype in kept and head_dim & (head_dim - 1) == 0:
         if triton_works_here(device, dtype):
             return TRITON
         logger.warning("Triton kernels do not work on this device: plain attention, no CUDA graphs")
@@ -189,9 +199,12 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
 def triton_works_here(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels equal plain attention for single rows and for chunks, of short and of long sequences."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(64, 2, 128, BLOCK, generator=generator).to(device, dtype)
-    values = torch.randn(64, 2, BLOCK, 128, generator=generator).to(device, dtype)
-    query = torch.randn(9, 8, 128, generator=generator).to(device, dtype)
+    memory = KVMemory(NetworkShape(1, 8, 2, 128, 1024, 1, 1, 1024), 63, device, dtype)
+    places = torch.arange(64 * BLOCK, device=device)
+    blocks, slots = places // BLOCK, places % BLOCK
+    computed = torch.float16 if dtype == torch.int8 else dtype
+    key, value = torch.randn(2, 64 * BLOCK, 2, 128, generator=generator).to(device, computed)
+    query = torch.randn(9, 8, 128, generator=generator).to(device, computed)
     tables = torch.randperm(64, generator=generator)[:60].view(3, 20).int().to(device)
     lengths = torch.tensor([311, 5, 130], dtype=torch.int32, device=device)
 
@@ -199,14 +212,20 @@ def triton_works_here(device: torch.device, dtype: torch.dtype) -> bool:
         return Packed(torch.tensor(offsets, dtype=torch.int32, device=device), tables, lengths, rows, 320)
 
     try:
-        single = triton(query[:3], keys, values, packed([0, 1, 2, 3], 1), 0.1, None)
-        chunk = triton(query, keys, values, packed([0, 1, 4, 9], 5), 0.1, None)
+        triton_store(memory, 0, blocks, slots, key, value)
+        kept = memory.layer(0)
+        single = triton(query[:3], kept, packed([0, 1, 2, 3], 1), 0.1, None)
+        chunk = triton(query, kept, packed([0, 1, 4, 9], 5), 0.1, None)
     except Exception as error:  # noqa: BLE001
         # no compiler, an old driver, a card without the instructions: Triton documents no exception types
         logger.warning("Triton: %s", str(error).partition("\n")[0])
         return False
-    plain = padded(query[:3].float(), keys.float(), values.float(), packed([0, 1, 2, 3], 1), 0.1, None)
-    last = padded(query[[0, 3, 8]].float(), keys.float(), values.float(), packed([0, 1, 2, 3], 1), 0.1, None)
+    memory.store(0, blocks, slots, key, value)
+    exact = memory.layer(0)
+    if exact.scales is None:
+        exact = KVLayer(exact.keys.float(), exact.values.float(), None)
+    plain = padded(query[:3].float(), exact, packed([0, 1, 2, 3], 1), 0.1, None)
+    last = padded(query[[0, 3, 8]].float(), exact, packed([0, 1, 2, 3], 1), 0.1, None)
     return _is_close(single, plain) and _is_close(chunk[[0, 3, 8]], last)
 
 

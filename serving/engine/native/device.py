@@ -118,9 +118,13 @@ def _meminfo_available() -> int:
     return 8 * GIB
 
 
-def kv_dtype(device: torch.device, precision: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of stored keys and values: 16 bits with weights of 16 bits or less, though a CPU without bfloat16
-    products computes in float32; with float32 and float16 weights, the type that they compute in."""
+def kv_dtype(device: torch.device, precision: str, dtype: torch.dtype, kv_precision: str = "auto") -> torch.dtype:
+    """The type of stored keys and values. `auto`: 16 bits with weights of 16 bits or less, though a CPU computes in
+    float32; with float32 and float16 weights, the type that they compute in."""
+    if kv_precision == "8":
+        return torch.int8
+    if kv_precision == "16" and dtype == torch.float32:
+        return torch.bfloat16
     if device.type == "cpu" and precision in ("bfloat16", "int8", "int4"):
         return torch.bfloat16
     return dtype

@@ -21,13 +21,7 @@ from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs
 from serving.engine.native.device import is_out_of_memory
 from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
-from serving.engine.native.scheduler import (
-    GPU_MIN_PROMPT_ROWS,
-    MIN_PROMPT_ROWS,
-    ScheduledSequence,
-    Scheduler,
-    SchedulerOutput,
-)
+from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput, least_prompt_rows
 from serving.engine.native.sequence import BLOCK, SequenceState
 from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.outputs import (
@@ -62,6 +56,12 @@ class Request:
     queue: OutputQueue[Any]
     index: int
 
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """See RunningSequence. Of prompts with equal beginnings one is computed and the others wait for it."""
+        size = self.sequence.num_prompt_tokens
+        return min(self.sequence.num_computed, size), size
+
     def send(self, command: SequenceCommand) -> None:
         """See RunningSequence."""
         self.engine.send([(self, command)])
@@ -77,14 +77,15 @@ class NativeEngine:
         self.limits = limits
         self.shape = network.shape
         self._runner = ModelRunner(network, limits.kv_tokens, limits.max_sequences, capture, limits.kv_dtype)
-        min_rows = GPU_MIN_PROMPT_ROWS if network.device.type == "cuda" else MIN_PROMPT_ROWS
-        self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens, min_rows)
+        least = least_prompt_rows(network.device.type)
+        self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens, least)
         self._requests: dict[SequenceState, Request] = {}  # in flight; changed by the engine thread only
         self._step_outputs: StepOutputs = {}  # of the present step; the engine thread's
         self._commands: deque[tuple[Request, Command]] = deque()  # guarded by _wake
         self.queue_seconds: deque[float] = deque(maxlen=4096)  # see Engine
         self.num_steps = 0  # see Engine
         self.is_busy = False  # see Engine
+        self.step_size = 0.0  # see Engine
         self._num_generated = 0
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -266,6 +267,7 @@ class NativeEngine:
         A failed step has written nothing but its own rows in the cache, which the next attempt writes again.
         """
         begun, size = time.monotonic(), len(step.scheduled)
+        self.step_size = sum(each.num_rows for each in step.scheduled) / self.limits.max_batch_tokens
         try:
             results = self._runner.run(step)
         except Exception as error:  # noqa: BLE001

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from serving.engine.interface import NetworkShape
 from serving.engine.native.sequence import BLOCK
+
+
+class KVLayer(NamedTuple):
+    """The cache of one layer."""
+
+    keys: Tensor  # [blocks, kv_heads, head_dim, BLOCK]
+    values: Tensor  # [blocks, kv_heads, BLOCK, head_dim]
+    scales: tuple[Tensor, Tensor] | None  # of int8: [blocks, kv_heads, BLOCK] float32 each
 
 
 class KVMemory:
@@ -30,6 +40,11 @@ class KVMemory:
     def bytes_per_token(shape: NetworkShape, dtype: torch.dtype) -> int:
         bytes_per_head = shape.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
         return 2 * shape.num_layers * shape.num_kv_heads * bytes_per_head
+
+    def layer(self, index: int) -> KVLayer:
+        """Views of one layer."""
+        scales = None if self.scales is None else (self.scales[0][index], self.scales[1][index])
+        return KVLayer(self.keys[index], self.values[index], scales)
 
     def store(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value: [rows, kv_heads, head_dim] of the tokens at `offsets` in `blocks`, [rows] int64 each."""

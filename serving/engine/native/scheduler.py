@@ -261,6 +261,11 @@ class PrefillPacer:
             self._step_seconds = _average(self._step_seconds, max(seconds - known, least))
 
 
+def least_prompt_rows(device_type: str) -> int:
+    """Of a step with prompts beside decoding rows."""
+    return GPU_MIN_PROMPT_ROWS if device_type == "cuda" else MIN_PROMPT_ROWS
+
+
 def _average(known: float | None, new: float) -> float:
     return new if known is None else MEMORY * known + (1 - MEMORY) * new
 

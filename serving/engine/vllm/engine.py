@@ -142,6 +142,11 @@ class VllmEngine:
         return bool(self._queues)
 
     @property
+    def step_size(self) -> float:
+        """See Engine: vLLM divides every prompt."""
+        return 0.0
+
+    @property
     def num_steps(self) -> int:
         return sum(each.num_steps for each in self._statistics)
 
@@ -221,6 +226,11 @@ class VllmRequest:
         self._is_resumed = asyncio.Event()
         self._is_resumed.set()
         self.task = asyncio.create_task(self._read())
+
+    @property
+    def prompt_progress(self) -> None:
+        """See RunningSequence: vLLM does not say how far a prompt is."""
+        return None
 
     def send(self, command: SequenceCommand) -> None:
         """See RunningSequence."""
