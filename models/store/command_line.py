@@ -1,6 +1,8 @@
 """The command line of the model store: arguments -> calls of `model_store`, and errors -> exit codes.
 
-python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]]
+python -m models.store inspect DIR
+python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]] [--adapter DIR[=WEIGHT]] [--tokenizer DIR]
+python -m models.store import DIR
 python -m models.store quantize NAME[:VERSION] int8|int4 [--name NAME[:VERSION]]
 python -m models.store list
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from kernels.precision import Progress
+from models.checkpoints.inspection import inspect
 from models.families import FAMILIES
 from models.family import ImportOption, ImportRefused
 from models.store.model_store import StoredModel, StoreError, import_model, quantize_model, resolve, stored_models
@@ -81,10 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     families = "; ".join(f"{family.name}: {family.title}" for family in FAMILIES.values())
     importing = commands.add_parser("import", help="convert a checkpoint folder into the store")
     importing.set_defaults(run=_import)
-    importing.add_argument("family", metavar="FAMILY", help=families)
+    importing.add_argument("family", metavar="FAMILY", help=f"{families}; or a folder, whose family is proposed")
+    importing.add_argument("--from", dest="source", metavar="DIR", type=Path, help="the checkpoint folder")
     importing.add_argument(
-        "--from", dest="source", metavar="DIR", type=Path, required=True, help="the checkpoint folder"
+        "--adapter", metavar="DIR[=WEIGHT]", action="append", default=[], help="a LoRA adapter to merge; repeatable"
     )
+    importing.add_argument("--tokenizer", metavar="DIR", type=Path, help="take missing tokenizer files from here")
     importing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the folder's name and a new version")
     for option in _family_options().values():
         importing.add_argument(f"--{option.name}", metavar="|".join(option.choices) or "VALUE", help=option.help)
@@ -93,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     quantizing.add_argument("tag", metavar="NAME[:VERSION]", help="a model in the store")
     quantizing.add_argument("precision", choices=("int8", "int4"))
     quantizing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the model's name and the precision")
+    inspecting = commands.add_parser("inspect", help="say what a folder is and what to do with it")
+    inspecting.set_defaults(run=_inspect)
+    inspecting.add_argument("folder", metavar="DIR", type=Path)
     commands.add_parser("list", help="show what is in the store").set_defaults(run=_list)
     return parser
 
@@ -104,11 +112,38 @@ def _family_options() -> dict[str, ImportOption]:
 def _import(arguments: argparse.Namespace) -> None:
     chosen = {name: getattr(arguments, name.replace("-", "_")) for name in _family_options()}
     options = {name: str(value) for name, value in chosen.items() if value is not None}
+    family, source = arguments.family, arguments.source
+    if source is None:
+        source = Path(family)
+        family = _proposed_family(source)
     with _interruptible_progress() as progress:
-        tag = import_model(arguments.family, arguments.source, arguments.name, options, progress)
+        tag = import_model(family, source, arguments.name, options, progress, arguments.adapter, arguments.tokenizer)
     model = _print_stored(tag)
     if model.metadata.get("weights_only"):
         print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
+
+
+def _proposed_family(folder: Path) -> str:
+    """The family that fits a folder, once the operator agrees. Raises ImportRefused."""
+    if str(folder) in FAMILIES:
+        raise ImportRefused(f"which folder? import {folder} --from DIR")
+    found = inspect(folder)
+    if found.family is None:
+        raise ImportRefused(f"{folder} is {found}")
+    command = f"import {found.family} --from {folder}"
+    if not sys.stdin.isatty():
+        raise ImportRefused(f"{folder} is {found.what}; to import it as that: {command}")
+    if input(f"{folder} is {found.what}. {command}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ImportRefused("nothing was imported; name the family: import FAMILY --from DIR")
+    return found.family
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    found = inspect(arguments.folder)
+    if found.family is None:
+        print(f"{arguments.folder} is {found}")
+    else:
+        print(f"{arguments.folder} is {found.what}\nimport {found.family} --from {arguments.folder}")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

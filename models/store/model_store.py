@@ -6,7 +6,7 @@ bentoml is imported inside the functions: it is slow, and a refused import shoul
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,19 +49,39 @@ class StoredModel:
     metadata: Mapping[str, Any]
 
 
-def import_model(family: str, source: Path, name: str | None, options: Mapping[str, str], progress: Progress) -> str:
+def import_model(
+    family: str,
+    source: Path,
+    name: str | None,
+    options: Mapping[str, str],
+    progress: Progress,
+    adapters: Sequence[str] = (),
+    tokenizer: Path | None = None,
+) -> str:
     """Convert the checkpoint folder `source` into the store; return its tag. Raises ImportRefused, StoreError.
 
     name: `NAME` (with a new version) or `NAME:VERSION`; None takes the folder's name. A failed or interrupted import
     leaves nothing behind, and the next import removes what a killed one left.
+    adapters: folders of LoRA adapters to merge, `DIR` or `DIR=WEIGHT`.
+    tokenizer: where the tokenizer's files are taken from if `source` lacks them.
     """
+    from models.checkpoints import lora
+    from models.checkpoints.inspection import inspect
+    from models.checkpoints.prepared import prepared
+
     import_checkpoint = _family(family, options).import_checkpoint
     if not source.is_dir():
         raise ImportRefused(f"{source} is not a folder")
     source = source.resolve()
+    merging = [lora.parse(adapter) for adapter in adapters]
+    if lora.is_adapter(source):
+        raise ImportRefused(f"{source} is {inspect(source)}")
 
     def write(folder: Path) -> dict[str, Any]:
-        metadata = import_checkpoint(source, folder, options, progress)
+        ready = prepared(source, merging, tokenizer, folder.parent / "prepared", progress)
+        metadata = import_checkpoint(ready, folder, options, progress)
+        if merging:
+            metadata["adapters"] = [each.path.resolve().name for each in merging]
         size = sum(path.stat().st_size for path in folder.rglob("*"))
         progress(size, size, "into the store")  # the last call that may raise to interrupt the import
         return metadata | {"family": family, "source": source.name, "options": dict(options)}

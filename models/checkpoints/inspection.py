@@ -1,0 +1,155 @@
+"""What a folder of somebody's model is, in one line, and what to do with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.checkpoints import lora
+from models.checkpoints.files import LFS_POINTER, read_json
+from models.checkpoints.prepared import WRAPPERS
+from models.checkpoints.shards import find_shards, inspect_shards
+from models.family import ImportRefused
+
+PREFIX_ENCODER = "prefix_encoder."
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """what: in words. family: to import it with; None if it cannot be imported by itself, and `advice` says why."""
+
+    what: str
+    family: str | None = None
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.advice}" if self.advice else self.what
+
+
+def inspect(folder: Path) -> Inspection:
+    """Reads configurations and the headers of weights, no weights. Raises ImportRefused for damaged files."""
+    if folder.suffix == ".gguf" or (folder.is_dir() and not (folder / "config.json").is_file() and _gguf(folder)):
+        return Inspection("a GGUF file", None, "import the original safetensors checkpoint")
+    if not folder.is_dir():
+        return Inspection("not a folder", None, "give the folder of a downloaded checkpoint")
+    if lora.is_adapter(folder):
+        return _adapter(folder)
+    pointers = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _is_pointer(path)]
+    if pointers:
+        return Inspection(
+            f"a clone with Git LFS pointers instead of files ({', '.join(pointers[:3])})",
+            None,
+            "run `git lfs install`, then `git lfs pull` in it",
+        )
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        where = f"; there are folders with one in it: {', '.join(inner[:4])}" if inner else ""
+        return Inspection("a folder without config.json", None, f"give the folder of a downloaded checkpoint{where}")
+    config = read_json(folder / "config.json")
+    return _chatglm(folder, config) if config.get("model_type") == "chatglm" else _other(config)
+
+
+def _gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf"))
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _adapter(folder: Path) -> Inspection:
+    config = read_json(folder / lora.CONFIG_FILE)
+    base = str(config.get("base_model_name_or_path") or "an unnamed base")
+    if config.get("peft_type") != "LORA":
+        return Inspection(
+            f"an adapter of the type {config.get('peft_type')} for {base}", None, "only LORA can be merged"
+        )
+    return Inspection(
+        f"a LoRA adapter for {base} (rank {config.get('r')})",
+        None,
+        f"import the base with it: import FAMILY --from BASE --adapter {folder}",
+    )
+
+
+def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
+    names = _tensor_names(folder)
+    if names and all(PREFIX_ENCODER in name for name in names):
+        return Inspection(
+            f"a P-Tuning v2 prefix of {config.get('pre_seq_len')} tokens",
+            None,
+            "prefixes cannot be served yet; a LoRA adapter can (--adapter)",
+        )
+    if config.get("pre_seq_len") or any(PREFIX_ENCODER in name for name in names):
+        return Inspection(
+            "a ChatGLM checkpoint with a P-Tuning v2 prefix in it",
+            None,
+            "prefixes cannot be served yet; import the model that it was trained from",
+        )
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        return Inspection(f"a ChatGLM quantised by {method}", None, "import the 16-bit checkpoint and quantise it here")
+    if "vision_config" in config:
+        return Inspection("a GLM-4V checkpoint, which takes images", None, "it cannot be imported")
+    wrapped = next((wrapper for wrapper in WRAPPERS if names and all(n.startswith(wrapper) for n in names)), None)
+    note = f" ({len(names)} tensors carry the prefix `{wrapped}`, which the import removes)" if wrapped else ""
+    bits = config.get("quantization_bit")
+    note += f", int{bits}" if bits else ""
+    if "padded_vocab_size" not in config:
+        return Inspection(f"ChatGLM-6B, the first version{note}", "chatglm")
+    if int(config.get("padded_vocab_size") or 0) > 100_000 or _has_rank_tokenizer(folder):
+        return Inspection(
+            f"GLM-4 in its original layout{note}",
+            None,
+            "import the folder that transformers knows (glm-4-9b-chat-hf) with the family hf",
+        )
+    if _mentions(folder, "<|user|>"):
+        return Inspection(f"ChatGLM3-6B{note}", "chatglm3")
+    if _mentions(folder, "[Round {}]"):
+        return Inspection(f"ChatGLM2-6B{note}", "chatglm2")
+    return Inspection(f"ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2 without its tokenizer's code{note}", "chatglm2")
+
+
+def _has_rank_tokenizer(folder: Path) -> bool:
+    """Whether tokenizer.model is GLM-4's: lines of base64 and a rank."""
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        return False
+    first = file.read_bytes()[:200].partition(b"\n")[0].split(b" ")
+    return len(first) == 2 and first[1].isdigit()
+
+
+def _mentions(folder: Path, text: str) -> bool:
+    files = (folder / name for name in ("tokenization_chatglm.py", "tokenizer_config.json"))
+    return any(file.is_file() and text in file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    try:
+        shards = find_shards(folder)
+    except ImportRefused:
+        return []
+    index = next((folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
+                  if (folder / f"{name}.index.json").is_file()), None)  # fmt: skip
+    if index is not None:
+        return sorted(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
+    return sorted(inspect_shards(shards))
+
+
+def _other(config: dict[str, Any]) -> Inspection:
+    kind = config.get("model_type")
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict):
+        method = str(quantised.get("quant_method", "?"))
+        why = (
+            "its weights are stored in a layout of that package"
+            if method == "bitsandbytes"
+            else "import the 16-bit checkpoint and quantise it here"
+        )
+        return Inspection(f"a model of the type {kind} quantised by {method}", None, why)
+    if config.get("is_encoder_decoder"):
+        return Inspection(f"an encoder-decoder of the type {kind}", None, "only decoders can be served")
+    return Inspection(f"a Hugging Face model of the type {kind}", "hf")
