@@ -12,7 +12,7 @@ from kernels.precision import Precision, Progress
 if TYPE_CHECKING:
     import torch
 
-    from serving.engine.interface import CausalLM
+    from serving.engine.interface import CausalLM, TrainedPrefix
     from serving.generation.interface import ChatFormat
 
 
@@ -35,6 +35,7 @@ class LoadedNetwork:
 
     network: CausalLM
     chat_format: ChatFormat
+    prefix: TrainedPrefix | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from models.tokenizers.chatglm import ChatGLMTokenizer
 TOKENIZER_FILE = "ice_text.model"
 # Keys that only ChatGLM2 and ChatGLM3 have; all three say model_type "chatglm".
 LATER_KEYS = ("padded_vocab_size", "ffn_hidden_size", "multi_query_attention", "rmsnorm")
+PREFIX_ENCODER = "transformer.prefix_encoder."  # of P-Tuning v2; see `ptuning`
 LINEARS = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
 
 
@@ -38,8 +39,6 @@ def read_config(config: Mapping[str, Any]) -> ChatGLMConfig:
         raise ImportRefused("config.json is that of a later ChatGLM: import it with the family chatglm2 or chatglm3")
     if config.get("position_encoding_2d", True) is not True:
         raise ImportRefused("config.json says position_encoding_2d=false, which ChatGLM-6B never had")
-    if config.get("pre_seq_len") is not None:
-        raise ImportRefused("this is a P-Tuning checkpoint with a prefix encoder (pre_seq_len): import its base model")
     hidden_size, num_heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
     if hidden_size % (4 * num_heads):
         raise ImportRefused(f"hidden_size {hidden_size} is not a multiple of 4 times the {num_heads} attention heads")
@@ -115,7 +114,11 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     packed = {name for name in names if bits and (name.endswith(LINEARS) or f"{name}{SCALE}" in found)}
     # a tied output layer is stored as well; the original overwrites it with the embedding
     copies = ("lm_head.weight", f"lm_head.weight{SCALE}") if config.tie_word_embeddings else ()
-    check_tensors(found, shapes, packed, bits, lambda name: name in copies or name.endswith("rotary_emb.inv_freq"))
+
+    def is_ignored(name: str) -> bool:
+        return name in copies or name.endswith("rotary_emb.inv_freq") or name.startswith(PREFIX_ENCODER)
+
+    check_tensors(found, shapes, packed, bits, is_ignored)
     embeddings = found["transformer.word_embeddings.weight"]
     dtype = torch.float16 if embeddings.dtype == torch.int8 else embeddings.dtype
     parameters = sum(map(math.prod, shapes.values()))

@@ -10,10 +10,9 @@ from typing import Any
 from models.checkpoints import lora
 from models.checkpoints.files import LFS_POINTER, read_json
 from models.checkpoints.prepared import WRAPPERS
+from models.checkpoints.ptuning import NAME
 from models.checkpoints.shards import find_shards, inspect_shards
 from models.family import ImportRefused
-
-PREFIX_ENCODER = "prefix_encoder."
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,11 @@ def _adapter(folder: Path) -> Inspection:
 
 def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
     names = _tensor_names(folder)
-    if names and all(PREFIX_ENCODER in name for name in names):
+    if names and all(NAME in name for name in names):
         return Inspection(
             f"a P-Tuning v2 prefix of {config.get('pre_seq_len')} tokens",
             None,
-            "prefixes cannot be served yet; a LoRA adapter can (--adapter)",
-        )
-    if config.get("pre_seq_len") or any(PREFIX_ENCODER in name for name in names):
-        return Inspection(
-            "a ChatGLM checkpoint with a P-Tuning v2 prefix in it",
-            None,
-            "prefixes cannot be served yet; import the model that it was trained from",
+            f"import the base with it: import FAMILY --from BASE --prefix {folder}",
         )
     quantised = config.get("quantization_config")
     if quantised:
@@ -98,6 +91,7 @@ def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
     note = f" ({len(names)} tensors carry the prefix `{wrapped}`, which the import removes)" if wrapped else ""
     bits = config.get("quantization_bit")
     note += f", int{bits}" if bits else ""
+    note += " with a P-Tuning v2 prefix" if any(NAME in name for name in names) else ""
     if "padded_vocab_size" not in config:
         return Inspection(f"ChatGLM-6B, the first version{note}", "chatglm")
     if int(config.get("padded_vocab_size") or 0) > 100_000 or _has_rank_tokenizer(folder):

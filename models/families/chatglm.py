@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Precision, Progress
 from models.families.answer_parsers import TrimmedAnswerParser
-from models.families.chatglm2 import check_rounds
+from models.families.chatglm2 import PREFIX, check_rounds
 from models.families.chatglm_answer_parser import ChatGLMAnswerParser
 from models.family import Family, LoadedNetwork
 from models.tokenizers.chatglm import ChatGLMTokenizer
@@ -78,6 +78,7 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
     from models.checkpoints.chatglm import TOKENIZER_FILE, convert, find_num_image_tokens, read_config, write_config
     from models.checkpoints.chatglm_tensors import quantization_bits
     from models.checkpoints.files import read_json
+    from models.checkpoints.ptuning import CacheShape, import_prefix
 
     original = read_json(source / "config.json")
     tokenizer_file = source / TOKENIZER_FILE
@@ -87,18 +88,22 @@ def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], p
     metadata = convert(source, target, config, quantization_bits(original), progress)
     write_config(target, config, num_image_tokens)
     shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
-    return metadata | {"context_length": config.max_positions}
+    shape = CacheShape(config.num_layers, config.num_heads, config.hidden_size // config.num_heads)
+    prefix = import_prefix(source, options.get("prefix"), target, shape, config.max_positions)
+    return metadata | prefix | {"context_length": config.max_positions}
 
 
 def _load(
     folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
 ) -> LoadedNetwork:
     from models.checkpoints.chatglm import TOKENIZER_FILE, load_network, read_stored_config
+    from models.checkpoints.ptuning import load_prefix
 
     config, num_image_tokens = read_stored_config(folder)
     tokenizer = ChatGLMTokenizer(folder / TOKENIZER_FILE, num_image_tokens)
     chat_format = ChatGLMFormat(tokenizer, config.gmask_token_id, config.bos_token_id, config.eos_token_id)
-    return LoadedNetwork(load_network(folder, config, device, precision, progress), chat_format)
+    network = load_network(folder, config, device, precision, progress)
+    return LoadedNetwork(network, chat_format, load_prefix(folder))
 
 
 FAMILY = Family(
@@ -106,4 +111,5 @@ FAMILY = Family(
     title="ChatGLM-6B (the first version), also -int4 and -int8",
     import_checkpoint=_import_checkpoint,
     load=_load,
+    options=(PREFIX,),
 )

@@ -22,6 +22,7 @@ ROPE = ImportOption(
     help="what rope_ratio of a long-context checkpoint does: divide the position (linear) or multiply the base (base)",
     choices=("linear", "base"),
 )
+PREFIX = ImportOption(name="prefix", help="the folder of a P-Tuning v2 prefix (checkpoint-N) trained on this model")
 TOKENIZER_FILE = "tokenizer.model"
 
 
@@ -41,6 +42,7 @@ def import_checkpoint(
     """
     from models.checkpoints.chatglm2 import convert, read_config, rope_rule_in_code
     from models.checkpoints.files import read_json, refuse_lfs_pointer
+    from models.checkpoints.ptuning import CacheShape, import_prefix
 
     config = read_config(read_json(source / "config.json"))
     tokenizer_file = source / TOKENIZER_FILE
@@ -51,6 +53,8 @@ def import_checkpoint(
     rules: dict[str, RopeRule] = {"linear": "linear", "base": "base"}
     rope = rules.get(options.get("rope", "")) or rope_rule_in_code(source) or default_rope
     metadata = convert(source, target, rope, progress)
+    shape = CacheShape(config.num_layers, config.num_kv_heads, config.head_dim)
+    metadata |= import_prefix(source, options.get("prefix"), target, shape, config.max_positions)
     if has_tokenizer:
         shutil.copyfile(tokenizer_file, target / TOKENIZER_FILE)
     return {**metadata, "weights_only": not has_tokenizer}
@@ -168,6 +172,6 @@ FAMILY = Family(
     title="ChatGLM2-6B, also -32k, -int4 and int8",
     import_checkpoint=_import_checkpoint,
     load=load_with(open_format),
-    options=(ROPE,),
+    options=(ROPE, PREFIX),
     open_format=open_format,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from kernels.precision import Progress
 from models.families.answer_parsers import TrimmedAnswerParser
-from models.families.chatglm2 import ROPE, TOKENIZER_FILE, has_role_tokens, import_checkpoint
+from models.families.chatglm2 import PREFIX, ROPE, TOKENIZER_FILE, has_role_tokens, import_checkpoint
 from models.families.decoder import load_with
 from models.family import Family, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
@@ -142,6 +142,6 @@ FAMILY = Family(
     title="ChatGLM3-6B, also -32k",
     import_checkpoint=_import_checkpoint,
     load=load_with(open_format),
-    options=(ROPE,),
+    options=(ROPE, PREFIX),
     open_format=open_format,
 )

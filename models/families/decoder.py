@@ -24,10 +24,11 @@ def load_with(open_format: Callable[[Path], ChatFormat]) -> Load:
         folder: Path, metadata: Mapping[str, Any], device: torch.device, precision: Precision, progress: Progress
     ) -> LoadedNetwork:
         from models.checkpoints.open_decoder import open_decoder  # transformers takes seconds to import
+        from models.checkpoints.ptuning import load_prefix
 
         chat_format = open_format(folder)
         max_positions = int(metadata["context_length"])
         network = open_decoder(folder, device, precision, progress, chat_format.num_tokens, max_positions)
-        return LoadedNetwork(network, chat_format)
+        return LoadedNetwork(network, chat_format, load_prefix(folder))
 
     return load

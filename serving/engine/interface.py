@@ -155,6 +155,21 @@ class CausalLM(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainedPrefix:
+    """Keys and values that every sequence begins with: a P-Tuning v2 prefix. [layers, tokens, kv_heads, head_dim] each.
+
+    They are in the cache as they are: not rotated. Positions of the tokens behind them count from 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.keys.shape[1])
+
+
+@dataclass(frozen=True)
 class EngineLimits:
     """Sizes of the engine's batches and of its KV cache."""
 

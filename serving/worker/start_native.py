@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from serving.engine.interface import CausalLM, EngineLimits
+from serving.engine.interface import CausalLM, EngineLimits, TrainedPrefix
 from serving.engine.native.cuda_graphs import CudaCapture
 from serving.engine.native.device import (
     GIB,
@@ -42,6 +42,8 @@ class LoadedNetwork(Protocol):
     def network(self) -> CausalLM: ...
     @property
     def chat_format(self) -> ChatFormat: ...
+    @property
+    def prefix(self) -> TrainedPrefix | None: ...
 
 
 class Progress(Protocol):
@@ -78,7 +80,7 @@ def start_model(
         keep_freed_memory()  # only now: memory that loading has freed should go back to the system
     shape, dtype = loaded.network.shape, kv_dtype(device, precision, loaded.network.dtype, settings.kv_precision)
     kv_tokens = cache_tokens(shape, device, dtype, settings.kv_cache_gib, settings.max_sequences)
-    context_length = min(shape.max_positions, kv_tokens)
+    context_length = min(shape.max_positions, kv_tokens - (loaded.prefix.num_tokens if loaded.prefix else 0))
     engine = NativeEngine(
         loaded.network,
         EngineLimits(
@@ -88,6 +90,7 @@ def start_model(
             kv_dtype=dtype,
         ),
         capture=CudaCapture(device) if device.type == "cuda" and not settings.quick_start else None,
+        prefix=loaded.prefix,
     )
     engine.start()
     logger.info(

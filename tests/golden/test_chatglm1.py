@@ -172,7 +172,7 @@ def test_a_quantised_checkpoint_is_read_within_half_a_step_and_half_precision(tm
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ({"pre_seq_len": 128}, "P-Tuning"),
+        ({"pre_seq_len": 128}, "add --prefix"),
         ({"quantization_bit": 3}, "quantization_bit=3"),
         ({"model_type": "llama"}, "llama"),
         ({"padded_vocab_size": 65024}, "chatglm2"),

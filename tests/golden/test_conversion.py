@@ -225,8 +225,8 @@ def damage(source: Path, kind: str) -> tuple[str, ...]:
         case "missing tensor":
             del tensors[name]
         case "extra tensor":
-            tensors["transformer.prefix_encoder.weight"] = torch.ones(2)
-            name = "transformer.prefix_encoder.weight"
+            tensors["transformer.other.weight"] = torch.ones(2)
+            name = "transformer.other.weight"
         case "duplicate tensor":
             name, tensor = next(iter(load_file(first).items()))
             tensors[name] = tensor

@@ -31,7 +31,11 @@ CHATGLM = {"model_type": "chatglm", "padded_vocab_size": 65024}
     ("config", "tensors", "words"),
     [
         (CHATGLM | {"pre_seq_len": 128}, ("transformer.prefix_encoder.embedding.weight",), "P-Tuning v2 prefix of 128"),
-        (CHATGLM | {"pre_seq_len": 8}, ("transformer.prefix_encoder.a", "transformer.b"), "with a P-Tuning v2 prefix"),
+        (
+            CHATGLM | {"pre_seq_len": 8},
+            ("transformer.prefix_encoder.a", "transformer.b"),
+            "with a P-Tuning v2 prefix\n",
+        ),
         (CHATGLM | {"quantization_config": {"quant_method": "gptq"}}, (), "quantised by gptq: import the 16-bit"),
         (CHATGLM | {"padded_vocab_size": 151552}, (), "GLM-4 in its original layout"),
         ({"model_type": "chatglm", "vocab_size": 130528}, ("transformer.a",), "import chatglm --from"),

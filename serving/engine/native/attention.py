@@ -31,6 +31,12 @@ class AttentionSpan:
     blocks: Sequence[int]  # the sequence's block table
     length: int  # tokens of the sequence up to the last of these rows
     layout: PromptLayout
+    num_trained: int = 0  # tokens of a trained prefix before it
+
+    @property
+    def num_two_way(self) -> int:
+        """Tokens from the beginning of the cache on that attend to each other both ways."""
+        return self.layout.num_two_way and self.num_trained + self.layout.num_two_way
 
     @property
     def num_rows(self) -> int:
@@ -50,7 +56,7 @@ def cache_step(memory: KVMemory, spans: Sequence[AttentionSpan]) -> CacheStep:
         memory.scales,
         torch.tensor(first, dtype=torch.int32),
         torch.tensor([span.length for span in spans], dtype=torch.int32),
-        torch.tensor([span.layout.num_two_way for span in spans], dtype=torch.int32),
+        torch.tensor([span.num_two_way for span in spans], dtype=torch.int32),
         tables,
     )
 
@@ -134,7 +140,7 @@ class TorchAttention:
     def _mask(self, number: int, window: int | None) -> Tensor | None:
         """[rows, length], true where a row attends; None for causal attention from the first token on."""
         span = self._spans[number]
-        if span.length == span.num_rows and span.layout.num_two_way == 0 and not window:
+        if span.length == span.num_rows and span.num_two_way == 0 and not window:
             return None
         known = self._masks.get((number, window))
         if known is None:
@@ -160,6 +166,6 @@ def _visible(span: AttentionSpan, window: int | None, device: torch.device) -> T
     visible = columns <= rows
     if window:
         visible &= columns > rows - window
-    if span.layout.num_two_way:
-        visible |= (columns < span.layout.num_two_way) & (rows < span.layout.num_two_way)
+    if span.num_two_way:
+        visible |= (columns < span.num_two_way) & (rows < span.num_two_way)
     return visible

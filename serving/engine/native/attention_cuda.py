@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,8 +151,8 @@ def step_attention(
         ]
         parts.append(_packed_attention(memory, apart, kernel))
     if chunks:
-        moved = [AttentionSpan(s.first - num_first, s.last - num_first, s.blocks, s.length, s.layout) for s in chunks]
-        is_causal = all(span.layout.num_two_way <= span.length - span.num_rows for span in chunks)
+        moved = [replace(s, first=s.first - num_first, last=s.last - num_first) for s in chunks]
+        is_causal = all(span.num_two_way <= span.length - span.num_rows for span in chunks)
         takes = kernel.takes_chunks and is_causal
         parts.append(_packed_attention(memory, moved, kernel) if takes else TorchAttention(memory, moved))
     return parts[0] if len(parts) == 1 else SplitAttention(num_first, *parts)

@@ -10,7 +10,7 @@ or differs within a block, that one block is copied (copy on write).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -57,6 +57,9 @@ class BlockManager:
         # without references: those that hold nothing first, then the least recently used
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_cached = 0
+        self._trained: tuple[Node, ...] = ()  # the whole blocks of a trained prefix, which every sequence begins with
+        self._trained_tail: Node | None = None  # its last tokens, which are copied
+        self._num_trained_tail = 0
 
     @property
     def num_free(self) -> int:
@@ -76,11 +79,11 @@ class BlockManager:
         """The longest known beginning of a waiting sequence. Its last token never counts: it has to be computed, to
         sample after it."""
         limit = len(sequence.token_ids) - 1
-        nodes: list[Node] = []
+        nodes = list(self._trained)
         last: Node | None = None
         is_ready = True
         parent: Hashable = sequence.prefix_root
-        for tokens in sequence.full_blocks(limit // BLOCK):
+        for tokens in sequence.full_blocks(limit // BLOCK, len(nodes)):
             node = self._tree.get((parent, tokens))
             if node is None:
                 break
@@ -91,14 +94,37 @@ class BlockManager:
         if last is not None and self.is_pending(last):
             return PrefixMatch(tuple(nodes), pending=last)
         tail, num_tail = self._tail(sequence, nodes, limit) if is_ready else (None, 0)
-        if len(nodes) * BLOCK + num_tail < sequence.layout.num_two_way:
-            return PrefixMatch()  # such tokens are computed in one piece or not at all
-        return PrefixMatch(tuple(nodes), tail, num_tail)
+        found = PrefixMatch(tuple(nodes), tail, num_tail)
+        trained = self.trained_match()
+        # tokens that attend to each other both ways are computed in one piece or not at all
+        is_enough = found.num_tokens >= max(sequence.num_two_way, trained.num_tokens)
+        return found if is_enough else trained
+
+    def trained_match(self) -> PrefixMatch:
+        """The trained prefix alone."""
+        return PrefixMatch(self._trained, self._trained_tail, self._num_trained_tail)
+
+    def pin(self, num_tokens: int) -> list[int]:
+        """Blocks for a trained prefix, which are never evicted. Call once, before there is a sequence.
+
+        The prefix is whatever is written into them; sequences stand for it with `placeholders`.
+        """
+        blocks = [self._free.popitem(last=False)[0] for _ in range(num_blocks_for(num_tokens))]
+        for block in blocks:
+            self._references[block] = 1
+        nodes = [Node(block, ("trained", ()), None) for block in blocks]
+        num_whole, self._num_trained_tail = divmod(num_tokens, BLOCK)
+        self._trained, self._trained_tail = tuple(nodes[:num_whole]), nodes[-1] if self._num_trained_tail else None
+        return blocks
+
+    def _parent(self, sequence: SequenceState, nodes: Sequence[Node]) -> Hashable:
+        """What the block after these is entered under. Behind a trained prefix everything begins anew."""
+        return nodes[-1] if len(nodes) > len(self._trained) else sequence.prefix_root
 
     def _tail(self, sequence: SequenceState, nodes: list[Node], limit: int) -> tuple[Node | None, int]:
         """The computed block after these that begins with most of the next tokens, and their number."""
         wanted = sequence.token_ids[len(nodes) * BLOCK : min(limit, (len(nodes) + 1) * BLOCK)]
-        parent: Hashable = nodes[-1] if nodes else sequence.prefix_root
+        parent = self._parent(sequence, nodes)
         best: Node | None = None
         most = 0
         for node in islice(reversed(self._children.get(parent, {})), MAX_CANDIDATES):
@@ -129,11 +155,14 @@ class BlockManager:
             return None
         source = match.tail.block
         self._acquire(source)  # or it might be evicted for this very sequence
-        if not self.extend(sequence, num_tokens):
-            sequence.num_computed = len(match.nodes) * BLOCK  # it was the last free block
+        if not self.extend(sequence, num_tokens):  # it was the last free block
             self._drop(source)
+            sequence.num_computed = len(match.nodes) * BLOCK
             assert self.extend(sequence, num_tokens)
-            return None
+            if self._trained_tail is None or len(match.nodes) > len(self._trained):
+                return None
+            sequence.num_computed += self._num_trained_tail
+            return BlockCopy(self._trained_tail.block, sequence.blocks[len(match.nodes)])
         self._drop(source)
         return BlockCopy(source, sequence.blocks[len(match.nodes)])
 
@@ -152,7 +181,7 @@ class BlockManager:
     def register(self, sequence: SequenceState) -> None:
         """Enter a sequence's full blocks into the tree, so that others can wait for them. Call again when it grew."""
         known = len(sequence.nodes)
-        parent: Hashable = sequence.nodes[-1] if known else sequence.prefix_root
+        parent = self._parent(sequence, sequence.nodes)
         for index, tokens in enumerate(sequence.full_blocks(len(sequence.token_ids) // BLOCK, known), known):
             key = (parent, tokens)
             node = self._tree.get(key) or self._enter(Node(sequence.blocks[index], key, sequence))
@@ -188,7 +217,7 @@ class BlockManager:
         if sequence.pooled is not None or not num_tokens or len(sequence.nodes) < index:
             return
         tokens = tuple(sequence.token_ids[index * BLOCK : sequence.num_computed])
-        key = (sequence.nodes[index - 1] if index else sequence.prefix_root, tokens)
+        key = (self._parent(sequence, sequence.nodes[:index]), tokens)
         if self._nodes[sequence.blocks[index]] is None and key not in self._tree:
             self._enter(Node(sequence.blocks[index], key, None))
 

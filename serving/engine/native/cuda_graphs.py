@@ -72,25 +72,27 @@ class Rows:
 class DecodeGraph:
     """The forward pass of one bucket, with its buffers and its results."""
 
-    def __init__(self, network: CausalLM, memory: KVMemory, kernel: Kernel, size: int) -> None:
+    def __init__(self, network: CausalLM, memory: KVMemory, kernel: Kernel, size: int, num_trained: int) -> None:
         device = network.device
-        self._network, self._scratch = network, memory.scratch_block
-        max_blocks = -(-network.shape.max_positions // BLOCK)
+        self._network, self._scratch, self._num_trained = network, memory.scratch_block, num_trained
+        max_length = num_trained + network.shape.max_positions
+        max_blocks = -(-max_length // BLOCK)
         self._staging = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging[:, 2:] = self._scratch
         self._num_rows = 0  # that `_staging` holds; padding follows
         self._written: list[tuple[Sequence[int], int, int] | None] = [None] * size  # the table in each row of it
         self._numbers = torch.zeros((size, 2 + max_blocks), dtype=torch.int32, device=device)  # the columns of Rows
-        self._places = torch.zeros((4, size), dtype=torch.int64, device=device)  # token ids, indices, blocks, offsets
+        # token ids, indices in the cache, blocks, offsets, positions
+        self._places = torch.zeros((5, size), dtype=torch.int64, device=device)
         self._packed = Packed(
             offsets=torch.arange(size + 1, dtype=torch.int32, device=device),
             tables=torch.zeros((size, max_blocks), dtype=torch.int32, device=device),
             lengths=torch.ones(size, dtype=torch.int32, device=device),
             max_rows=1,
-            max_length=network.shape.max_positions,
+            max_length=max_length,
         )
-        token_ids, indices, blocks, offsets = self._places.unbind(0)
-        self._batch = RaggedBatch(token_ids, indices, tuple(Span(i, i + 1, CAUSAL) for i in range(size)))
+        token_ids, _, blocks, offsets, positions = self._places.unbind(0)
+        self._batch = RaggedBatch(token_ids, positions, tuple(Span(i, i + 1, CAUSAL) for i in range(size)))
         self._attend = PackedAttention(memory, blocks, offsets, self._packed, kernel)
         self.hidden = self.logits = torch.empty(0, device=device)
 
@@ -102,6 +104,7 @@ class DecodeGraph:
         torch.add(self._numbers[:, 1], 1, out=self._packed.lengths)
         self._places[2].copy_(self._packed.tables.gather(1, (indices // BLOCK)[:, None])[:, 0])
         torch.remainder(indices, BLOCK, out=self._places[3])
+        torch.sub(indices, self._num_trained, out=self._places[4]).clamp_(min=0)  # of padding rows too
         self.hidden = self._network.forward(self._batch, self._attend)
         self.logits = self._network.logits(self.hidden)
 
@@ -140,8 +143,10 @@ class DecodeGraphs:
         kernel: Kernel,
         capture: CaptureFunction,
         max_rows: int,
+        num_trained: int = 0,
     ) -> None:
         self._network, self._memory, self._kernel, self._capture = network, memory, kernel, capture
+        self._num_trained = num_trained
         self._sizes = bucket_sizes(max_rows)
         self._graphs: dict[int, tuple[DecodeGraph, Callable[[], None]]] = {}  # size -> the graph, its replay
         self._is_broken = False
@@ -165,7 +170,7 @@ class DecodeGraphs:
 
     def can_run(self, rows: Rows) -> bool:
         """Whether a graph exists or can be captured for a step of these decode rows."""
-        is_short = max(rows.indices) < self._network.shape.max_positions
+        is_short = max(rows.indices) < self._num_trained + self._network.shape.max_positions
         return not self._is_broken and len(rows.token_ids) <= self._sizes[-1] and rows.is_causal and is_short
 
     def run(self, rows: Rows) -> tuple[Tensor, Tensor] | None:
@@ -186,7 +191,7 @@ class DecodeGraphs:
         if size in self._graphs or self._is_broken:
             return self._graphs.get(size)
         begun = time.monotonic()
-        graph = DecodeGraph(self._network, self._memory, self._kernel, size)
+        graph = DecodeGraph(self._network, self._memory, self._kernel, size, self._num_trained)
         graph.write(Rows([], [], [], True))
         try:
             self._graphs[size] = graph, self._capture(graph.forward)

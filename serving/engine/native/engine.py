@@ -13,17 +13,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from serving.engine.interface import CausalLM, EngineCapabilities, EngineLimits, EngineStats, SamplingParams, TokenMask
+from serving.engine.interface import (
+    CausalLM,
+    EngineCapabilities,
+    EngineLimits,
+    EngineStats,
+    PromptLayout,
+    SamplingParams,
+    TokenMask,
+    TrainedPrefix,
+)
 from serving.engine.native.cuda_graphs import CaptureFunction, DecodeGraphs
 from serving.engine.native.device import is_out_of_memory
 from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
 from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput, least_prompt_rows
-from serving.engine.native.sequence import BLOCK, SequenceState
-from serving.engine.output_queue import OutputQueue, SequenceCommand
+from serving.engine.native.sequence import BLOCK, Command, Request, SequenceState, placeholders
+from serving.engine.output_queue import OutputQueue
 from serving.engine.outputs import (
     EngineError,
     EngineStopped,
@@ -39,32 +47,12 @@ from serving.safe_traceback import where_from
 
 logger = logging.getLogger(__name__)
 
-Command = SequenceCommand | Literal["add"]
 Output = TokenOutput | PoolingOutput | EngineError
 StepOutputs = dict[OutputQueue[Any], list[tuple[int, Output]]]
 
+NOTHING = SamplingParams(max_tokens=0)
 STUCK_SECONDS = 0.05  # between steps while everything that could run is paused
 MAX_FAILED_STEPS = 3  # in a row in which the device computed nothing at all; then the engine stops
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One sequence and the queue that its outputs go to."""
-
-    engine: NativeEngine
-    sequence: SequenceState
-    queue: OutputQueue[Any]
-    index: int
-
-    @property
-    def prompt_progress(self) -> tuple[int, int]:
-        """See RunningSequence. Of prompts with equal beginnings one is computed and the others wait for it."""
-        size = self.sequence.num_prompt_tokens
-        return min(self.sequence.num_computed, size), size
-
-    def send(self, command: SequenceCommand) -> None:
-        """See RunningSequence."""
-        self.engine.send([(self, command)])
 
 
 class NativeEngine:
@@ -72,20 +60,28 @@ class NativeEngine:
 
     capabilities = EngineCapabilities()
 
-    def __init__(self, network: CausalLM, limits: EngineLimits, capture: CaptureFunction | None = None) -> None:
-        """capture: how decode steps are captured, see cuda_graphs; None runs each step eagerly."""
-        self.limits = limits
-        self.shape = network.shape
-        self._runner = ModelRunner(network, limits.kv_tokens, limits.max_sequences, capture, limits.kv_dtype)
-        least = least_prompt_rows(network.device.type)
-        self._scheduler = Scheduler(limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens, least)
+    def __init__(
+        self,
+        network: CausalLM,
+        limits: EngineLimits,
+        capture: CaptureFunction | None = None,
+        prefix: TrainedPrefix | None = None,
+    ) -> None:
+        """capture: see cuda_graphs; None runs each step eagerly."""
+        self.limits, self.shape = limits, network.shape
+        self._trained = placeholders(prefix.num_tokens if prefix else 0)
+        self._runner = ModelRunner(
+            network, limits.kv_tokens, limits.max_sequences, capture, limits.kv_dtype, len(self._trained)
+        )
+        sizes = limits.max_sequences, limits.max_batch_tokens, limits.kv_tokens
+        self._scheduler = Scheduler(*sizes, least_prompt_rows(network.device.type))
+        if prefix is not None:
+            self._runner.write_prefix(prefix, self._scheduler.blocks.pin(prefix.num_tokens))
         self._requests: dict[SequenceState, Request] = {}  # in flight; changed by the engine thread only
         self._step_outputs: StepOutputs = {}  # of the present step; the engine thread's
         self._commands: deque[tuple[Request, Command]] = deque()  # guarded by _wake
         self.queue_seconds: deque[float] = deque(maxlen=4096)  # see Engine
-        self.num_steps = 0  # see Engine
-        self.is_busy = False  # see Engine
-        self.step_size = 0.0  # see Engine
+        self.num_steps, self.step_size, self.is_busy = 0, 0.0, False  # see Engine
         self._num_generated = 0
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -93,14 +89,14 @@ class NativeEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the engine can still answer."""
-        return self._thread.is_alive() and not self._is_stopping
-
-    @property
     def graphs(self) -> DecodeGraphs | None:
         """The captured decode steps; None where nothing is captured."""
         return self._runner.graphs
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine can still answer."""
+        return self._thread.is_alive() and not self._is_stopping
 
     def start(self) -> None:
         """Ready when it returns; capturing decode steps takes up to a minute."""
@@ -144,10 +140,10 @@ class NativeEngine:
         self._check(prompt_ids, max(each.max_tokens for each in samplings))
         layout = self._runner.layout(prompt_ids)
         sequences = [
-            SequenceState(
-                list(prompt_ids),
+            self._sequence(
+                prompt_ids,
                 sampling,
-                layout=layout,
+                layout,
                 priority=priority,
                 seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
                 mask=mask,
@@ -160,11 +156,16 @@ class NativeEngine:
         """See Engine."""
         for token_ids, _ in texts:
             self._check(token_ids, 1)
-        nothing = SamplingParams(max_tokens=0)
-        self._add(
-            [SequenceState(list(ids), nothing, self._runner.layout(ids), pooled=counted) for ids, counted in texts],
-            queue,
-        )
+        skipped = len(self._trained)
+        counted = [range(skipped + each.start, skipped + each.stop) for _, each in texts]
+        parts = zip(texts, [self._runner.layout(ids) for ids, _ in texts], counted, strict=True)
+        self._add([self._sequence(ids, NOTHING, layout, pooled=rows) for (ids, _), layout, rows in parts], queue)
+
+    def _sequence(
+        self, ids: Sequence[int], sampling: SamplingParams, layout: PromptLayout, **more: Any
+    ) -> SequenceState:
+        trained = self._trained
+        return SequenceState([*trained, *ids], sampling, layout, num_trained=len(trained), **more)
 
     def give_up(self) -> None:
         """See Engine. From any thread."""
@@ -183,12 +184,12 @@ class NativeEngine:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.shape.vocab_size:  # it would fail the step, and all later ones on a GPU
                 raise UnknownToken(token_id)
-        num_needed, size = len(token_ids) + num_more, self._scheduler.num_tokens
+        num_needed, size = len(token_ids) + num_more, self._scheduler.num_tokens - len(self._trained)
         if num_needed > size:
             raise RequestTooLarge(f"it needs {num_needed} tokens of cache, and there are {size}", num_needed, size)
 
     def _add(self, sequences: list[SequenceState], queue: OutputQueue[Any], first_index: int = 0) -> None:
-        requests = [Request(self, sequence, queue, first_index + i) for i, sequence in enumerate(sequences)]
+        requests = [Request(self.send, sequence, queue, first_index + i) for i, sequence in enumerate(sequences)]
         self.send([(request, "add") for request in requests])
         for request in requests:
             queue.add(request.index, request)

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.interface import CAUSAL, CausalLM, PromptLayout, RaggedBatch, SamplingParams, Span
+from serving.engine.interface import (
+    CAUSAL,
+    CausalLM,
+    PromptLayout,
+    RaggedBatch,
+    SamplingParams,
+    Span,
+    TrainedPrefix,
+)
 from serving.engine.native.attention import AttentionSpan, StepAttention
 from serving.engine.native.attention_cuda import TRITON, choose_kernel, step_attention
 from serving.engine.native.block_manager import BlockCopy
@@ -23,7 +31,7 @@ from serving.engine.native.kv_memory import KVMemory
 from serving.engine.native.prompt_lookup import MAX_DECODING, MAX_DRAFT
 from serving.engine.native.sampler import SampledToken, Sampler
 from serving.engine.native.scheduler import ScheduledSequence, SchedulerOutput
-from serving.engine.native.sequence import BLOCK, SequenceState
+from serving.engine.native.sequence import BLOCK, SequenceState, placeholders
 from serving.engine.outputs import PoolingOutput
 from serving.safe_traceback import where_from
 
@@ -62,8 +70,11 @@ class ModelRunner:
         max_sequences: int = 1,
         capture: CaptureFunction | None = None,
         kv_dtype: torch.dtype | None = None,
+        num_trained: int = 0,
     ) -> None:
-        """capture: how decode steps of up to `max_sequences` answers are captured; None runs each step eagerly."""
+        """capture: how decode steps of up to `max_sequences` answers are captured; None runs each step eagerly.
+        num_trained: tokens of a trained prefix, which `write_prefix` gets."""
+        self._num_trained = num_trained
         self._network = network
         self._memory = KVMemory(network.shape, kv_tokens // BLOCK, network.device, kv_dtype or network.dtype)
         self._sampler = Sampler(network.shape.num_tokens, network.device)
@@ -74,7 +85,7 @@ class ModelRunner:
         can_capture = self._kernel is TRITON or network.device.type != "cuda"
         if capture and can_capture and network.layout((0, 0)) == CAUSAL:
             max_rows = max(max_sequences, min(max_sequences, MAX_DECODING) * (1 + MAX_DRAFT))
-            self.graphs = DecodeGraphs(network, self._memory, self._kernel, capture, max_rows)
+            self.graphs = DecodeGraphs(network, self._memory, self._kernel, capture, max_rows, num_trained)
 
     def layout(self, prompt_ids: Sequence[int]) -> PromptLayout:
         return self._network.layout(prompt_ids)
@@ -84,6 +95,15 @@ class ModelRunner:
         """Everything that can be done before the first request. Returns within a minute."""
         if self.graphs:
             self.graphs.capture_all()
+
+    @torch.inference_mode()
+    def write_prefix(self, prefix: TrainedPrefix, blocks: Sequence[int]) -> None:
+        """Its keys and values into these blocks."""
+        device = self._network.device
+        places = torch.arange(prefix.num_tokens, device=device)
+        numbers = torch.tensor(blocks, device=device)[places // BLOCK]
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            self._memory.store(layer, numbers, places % BLOCK, keys.to(device), values.to(device))
 
     @torch.inference_mode()
     def copy(self, copies: Iterable[BlockCopy]) -> None:
@@ -117,7 +137,15 @@ class ModelRunner:
     def can_compute(self, token_id: int) -> bool:
         """Whether the device can compute one token and sample after it. Writes into the block of no sequence."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        trial = SequenceState([token_id], sampling, self.layout([token_id]), blocks=[self._memory.scratch_block])
+        num_blocks = 1 + self._num_trained // BLOCK
+        trial = SequenceState(
+            [*placeholders(self._num_trained), token_id],
+            sampling,
+            self.layout([token_id]),
+            num_trained=self._num_trained,
+            num_computed=self._num_trained,
+            blocks=[self._memory.scratch_block] * num_blocks,
+        )
         try:
             ((_, result),) = self.run(SchedulerOutput((), (), (ScheduledSequence(trial, 1),)))
         except Exception as error:  # noqa: BLE001
@@ -148,7 +176,9 @@ class ModelRunner:
                 return hidden, logits if sampled_rows is None else logits[sampled_rows]
         numbers = to_device(torch.tensor((rows.token_ids, rows.indices), dtype=torch.int64), device)
         token_ids, indices = numbers.unbind(0)
-        ragged = RaggedBatch(token_ids, indices, tuple(Span(s.first, s.last, s.layout) for s in batch.spans))
+        ragged = RaggedBatch(
+            token_ids, indices - self._num_trained, tuple(Span(s.first, s.last, s.layout) for s in batch.spans)
+        )
         if self._is_packed:
             attend = step_attention(self._memory, batch.spans, len(scheduler_output.decoding), self._kernel)
         else:
@@ -184,7 +214,7 @@ def build_batch(scheduled: tuple[ScheduledSequence, ...]) -> StepBatch:
         rows.indices.extend(range(begin, end))
         rows.tables.extend([sequence.blocks] * (end - begin))
         last = len(rows.token_ids)
-        spans.append(AttentionSpan(first, last, sequence.blocks, end, sequence.layout))
+        spans.append(AttentionSpan(first, last, sequence.blocks, end, sequence.layout, sequence.num_trained))
         if sequence.pooled is not None:
             counted = max(begin, sequence.pooled.start)
             stop = max(counted, min(end, sequence.pooled.stop))

@@ -39,7 +39,7 @@ class TokenCounts:
 
     def __init__(self, sequence: SequenceState, num_tokens: int, device: torch.device) -> None:
         self._num_prompt_tokens = sequence.num_prompt_tokens
-        self._num_counted = 0
+        self._num_counted = sequence.num_trained  # placeholders are no tokens
         self.prompt = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         self.answer = torch.zeros(num_tokens, dtype=torch.int32, device=device)
 

@@ -161,7 +161,7 @@ class Scheduler:
                 rows[sequence] = rows.get(sequence, 0) + taken
                 left -= taken
         # tokens that attend to each other both ways cannot be split, whatever the budget is
-        return [ScheduledSequence(s, max(count, s.layout.num_two_way - s.num_computed)) for s, count in rows.items()]
+        return [ScheduledSequence(s, max(count, s.num_two_way - s.num_computed)) for s, count in rows.items()]
 
     def _admit_waiting(self) -> None:
         """Admit the first of those that wait, until one does not fit. Who waits for another's prefix costs one look."""
@@ -173,7 +173,7 @@ class Scheduler:
             if sequence.awaited is not None and self.blocks.is_pending(sequence.awaited):
                 continue  # a running sequence is about to compute the same beginning
             # the hidden states of a pooled text are all needed, and reused tokens would have none
-            match = self.blocks.find(sequence) if sequence.pooled is None else PrefixMatch()
+            match = self.blocks.find(sequence) if sequence.pooled is None else self.blocks.trained_match()
             sequence.awaited = match.pending
             if match.pending is None and not self._admit(sequence, match):
                 return
@@ -189,9 +189,9 @@ class Scheduler:
         if copy is not None:
             self._copies.append(copy)
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = sequence.num_computed
-            self.counters.prompt_tokens += sequence.num_prompt_tokens
-            self.counters.cached_tokens += sequence.num_computed
+            sequence.num_cached_tokens = sequence.num_computed - sequence.num_trained
+            self.counters.prompt_tokens += sequence.num_prompt_tokens - sequence.num_trained
+            self.counters.cached_tokens += sequence.num_cached_tokens
         self._leave_waiting(sequence)
         self.running.append(sequence)
         sequence.state = "running"

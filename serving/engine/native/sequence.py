@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 from serving.engine.interface import CAUSAL, PromptLayout, SamplingParams, TokenMask
 from serving.engine.native.prompt_lookup import PromptLookup
+from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.outputs import FinishReason
 
 BLOCK = 16  # tokens of a KV-cache block; kernels/native/attention.h has the same
+
+Command = SequenceCommand | Literal["add"]
 
 _ids = count()
 
 
 Key = tuple[Hashable, tuple[int, ...]]  # (the node before, or what distinguishes prompts of equal tokens; the tokens)
+
+
+def placeholders(num_tokens: int) -> list[int]:
+    """What stands for the tokens of a trained prefix; no id of a vocabulary."""
+    return list(range(-1, -1 - num_tokens, -1))
 
 
 @dataclass(eq=False)
@@ -32,12 +40,13 @@ class Node:
 class SequenceState:
     """A prompt and the tokens generated after it, or a text whose hidden states are averaged."""
 
-    token_ids: list[int]  # prompt, then answer
+    token_ids: list[int]  # a trained prefix's placeholders, prompt, then answer
     sampling: SamplingParams
     layout: PromptLayout = CAUSAL
     priority: int = 0  # smaller goes first
     seed: int = 0
     mask: TokenMask | None = None
+    num_trained: int = 0  # tokens of a trained prefix
     pooled: range | None = None  # the tokens whose hidden states are averaged; then nothing is sampled
     id: int = field(default_factory=lambda: next(_ids))
     num_prompt_tokens: int = field(init=False)
@@ -57,6 +66,11 @@ class SequenceState:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_two_way(self) -> int:
+        """Tokens from the beginning of the cache on that attend to each other both ways."""
+        return self.layout.num_two_way and self.num_trained + self.layout.num_two_way
 
     @property
     def prefix_root(self) -> Hashable:
@@ -82,6 +96,12 @@ class SequenceState:
     def is_prefilling(self) -> bool:
         return self.num_uncomputed > 1
 
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """(prompt tokens that are computed, prompt tokens)"""
+        size = self.num_prompt_tokens - self.num_trained
+        return max(0, min(self.num_computed - self.num_trained, size)), size
+
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; the reason if it was the last one."""
         self.token_ids.append(token_id)
@@ -90,3 +110,22 @@ class SequenceState:
         if self.num_generated >= self.sampling.max_tokens:
             return "length"
         return None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One sequence and the queue that its outputs go to. Implements serving.engine.output_queue.RunningSequence."""
+
+    send_commands: Callable[[list[tuple[Request, Command]]], None]  # of the engine
+    sequence: SequenceState
+    queue: OutputQueue[Any]
+    index: int
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """See RunningSequence. Of prompts with equal beginnings one is computed and the others wait for it."""
+        return self.sequence.prompt_progress
+
+    def send(self, command: SequenceCommand) -> None:
+        """See RunningSequence."""
+        self.send_commands([(self, command)])

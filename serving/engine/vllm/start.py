@@ -42,6 +42,8 @@ def start_on_vllm(
         from serving.engine.vllm.token_masks import mask_maker
     except ImportError as error:
         raise CannotStart(f"CHATGLM_ENGINE=vllm needs requirements-vllm.txt installed: {error}") from None
+    if metadata.get("prefix_tokens"):
+        raise CannotStart("the model has a P-Tuning v2 prefix, which vLLM cannot begin with: use CHATGLM_ENGINE=native")
     chat_format = open_format(folder)
     limits = EngineLimits(settings.max_sequences, settings.max_batch_tokens)
     config = cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
