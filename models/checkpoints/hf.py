@@ -30,8 +30,6 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 
 def read_config(source: Path) -> PretrainedConfig:
     """Check `config.json`. Raises ImportRefused for models that transformers does not load as a decoder by itself."""
-    if not (source / "config.json").is_file() and any(source.glob("*.gguf")):
-        raise ImportRefused(f"{source} holds GGUF files: import the original safetensors checkpoint instead")
     config = read_json(source / "config.json")
     model_type = config.get("model_type")
     if model_type == "chatglm":

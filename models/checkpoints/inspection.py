@@ -9,6 +9,7 @@ from typing import Any
 
 from models.checkpoints import lora
 from models.checkpoints.files import LFS_POINTER, read_json
+from models.checkpoints.gguf import find_gguf
 from models.checkpoints.prepared import WRAPPERS
 from models.checkpoints.ptuning import NAME
 from models.checkpoints.shards import find_shards, inspect_shards
@@ -29,8 +30,8 @@ class Inspection:
 
 def inspect(folder: Path) -> Inspection:
     """Reads configurations and the headers of weights, no weights. Raises ImportRefused for damaged files."""
-    if folder.suffix == ".gguf" or (folder.is_dir() and not (folder / "config.json").is_file() and _gguf(folder)):
-        return Inspection("a GGUF file", None, "import the original safetensors checkpoint")
+    if find_gguf(folder) is not None:
+        return Inspection("a GGUF file", "hf")
     if not folder.is_dir():
         return Inspection("not a folder", None, "give the folder of a downloaded checkpoint")
     if lora.is_adapter(folder):
@@ -48,10 +49,6 @@ def inspect(folder: Path) -> Inspection:
         return Inspection("a folder without config.json", None, f"give the folder of a downloaded checkpoint{where}")
     config = read_json(folder / "config.json")
     return _chatglm(folder, config) if config.get("model_type") == "chatglm" else _other(config)
-
-
-def _gguf(folder: Path) -> bool:
-    return any(folder.glob("*.gguf"))
 
 
 def _is_pointer(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """A checkpoint folder as people have it -> a folder as an import expects it: adapters merged, names without wrappers.
 
 Tools leave prefixes in the names of tensors (`module.` of data parallelism, `_orig_mod.` of torch.compile,
-`base_model.model.` of peft), and trainers leave folders without tokenizer files.
+`base_model.model.` of peft), and trainers leave folders without tokenizer files. A GGUF file becomes a folder first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from kernels.precision import Progress
 from models.checkpoints import lora
 from models.checkpoints.files import link_or_copy, require_space
+from models.checkpoints.gguf import find_gguf, unpack
 from models.checkpoints.shards import SINGLE_FILES, ShardWriter, find_shards, inspect_shards, read_tensors
 from models.family import ImportRefused
 
@@ -27,6 +28,10 @@ def prepared(
 
     tokenizer: where files of a tokenizer are taken from that `source` lacks. Raises ImportRefused.
     """
+    file = find_gguf(source)
+    if file is not None:
+        source = target.with_name(f"{target.name}-gguf")
+        unpack(file, source, progress)
     if not (source / "config.json").is_file():
         return source  # the import says what is missing
     shards = find_shards(source)

@@ -70,8 +70,10 @@ def import_model(
     from models.checkpoints.prepared import prepared
 
     import_checkpoint = _family(family, options).import_checkpoint
-    if not source.is_dir():
+    if not source.is_dir() and source.suffix != ".gguf":
         raise ImportRefused(f"{source} is not a folder")
+    if not source.exists():
+        raise ImportRefused(f"{source} does not exist")
     source = source.resolve()
     merging = [lora.parse(adapter) for adapter in adapters]
     if lora.is_adapter(source):
@@ -86,7 +88,7 @@ def import_model(
         progress(size, size, "into the store")  # the last call that may raise to interrupt the import
         return metadata | {"family": family, "source": source.name, "options": dict(options)}
 
-    return _add(_new_tag(name or source.name), write)
+    return _add(_new_tag(name or source.stem), write)
 
 
 def quantize_model(tag: str, precision: QuantizedPrecision, name: str | None, progress: Progress) -> str:

@@ -33,6 +33,7 @@ LOAD_HELP = ".venv/bin/python -m benchmarks.load --help"
 RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, QUANTIZE, SERVE_QUANTIZED}
 RUN_ELSEWHERE = {
     "make serve": "tests/e2e/server.py::serving",
+    "make serve MODEL=smollm2": "tests/e2e/test_small_model.py::make",
     "make test": ".ci/run::make test",
     "make setup": "Makefile::test-setup",
     ".venv/bin/bentoml build": "tests/e2e/test_service.py::test_the_bento_is_built_and_serves",

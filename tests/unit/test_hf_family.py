@@ -357,9 +357,6 @@ def break_folder(folder: Path, fault: str) -> None:
         case "no tokenizer":
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).unlink()
-        case "GGUF":
-            (folder / "config.json").unlink()
-            (folder / "model.gguf").write_bytes(b"GGUF")
         case "a layer more":
             edit_config(folder, num_hidden_layers=3)
         case "another width":
@@ -373,7 +370,6 @@ def break_folder(folder: Path, fault: str) -> None:
     [
         ("a pointer", "Git LFS"),
         ("no tokenizer", r"no tokenizer\.json"),
-        ("GGUF", "GGUF"),
         ("a layer more", "missing"),
         ("another width", "mismatched"),
         ('{"model_type": "wonder", "auto_map": {"AutoModel": "x.Y"}}', "never run"),
