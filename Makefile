@@ -4,6 +4,8 @@ export BENTOML_DO_NOT_TRACK ?= true
 VENV := .venv
 BIN := $(VENV)/bin
 STATE := .state
+# the command `chatglm` of the environment: this folder's chatglm.py
+WRITE_COMMAND = printf '\#!/bin/sh\nPYTHONPATH="%s" exec "%s/python" "%s/chatglm.py" "$$@"\n' "$(CURDIR)" "$(CURDIR)/$(BIN)" "$(CURDIR)" > $(BIN)/chatglm && chmod +x $(BIN)/chatglm
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
 .PHONY: help serve smollm2 setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
@@ -79,11 +81,13 @@ $(BIN)/python:
 $(STATE)/setup: requirements.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m kernels.native_library
+	@$(WRITE_COMMAND)
 	@mkdir -p $(STATE) && touch $@
 
 $(STATE)/test-setup: requirements.txt requirements-dev.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@$(BIN)/python -m kernels.native_library
+	@$(WRITE_COMMAND)
 	@mkdir -p $(STATE) && touch $@ $(STATE)/setup
 
 $(STATE)/vllm-setup: requirements-vllm-test.txt

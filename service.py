@@ -33,6 +33,7 @@ from serving.worker.bentoml_adapter import (
     complete_log,
     container_image,
     forward_second_signal,
+    gpu_resources,
     requested_address,
     worker_number,
 )
@@ -88,9 +89,11 @@ at_root = create_app(
     service_class=BentoMLService,
     http={"port": PORT, "host": host},
     image=container_image(built),
-    resources={"gpu": settings.workers * settings.gpus_per_worker},
+    resources=gpu_resources(settings.workers * settings.gpus_per_worker, settings.gpu_type),
     workers=settings.workers,
-    traffic={"timeout": 86400},  # for proxies that read it; BentoMLService does not apply it
+    # for proxies and autoscalers that read it; BentoMLService does not apply it
+    traffic={"timeout": 86400, "concurrency": settings.workers * settings.max_sequences},
+    envs=[{"name": "BENTOML_DO_NOT_TRACK", "value": "true"}],
     tracing={"excluded_urls": "."},  # BentoML's spans cost more than a token each; worker/tracing.py has one a request
     metrics={"enabled": False},  # BentoML's have the raw path as a label; /metrics is our own route
     logging={"access": {"enabled": False}},  # ours has tokens and the names of API keys

@@ -66,6 +66,8 @@ class Settings(BaseModel):
     """Worker processes, each with a copy of the model on its own GPU; request limits apply to all together."""
     gpus_per_worker: int = Field(1, ge=1, le=64)
     """Number of GPUs that one copy of the model is split over; more than 1 requires `ENGINE=vllm`."""
+    gpu_type: str = ""
+    """BentoCloud's name of the GPU to run on, such as `nvidia-l4`; empty leaves the choice to BentoCloud."""
     quick_start: bool = False
     """On a GPU: skip compilation and CUDA graph capture; ready up to a minute earlier, but slower."""
     threads: int = Field(0, ge=0)

@@ -139,3 +139,8 @@ def _terminate_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             os.kill(child.pid, signal.SIGTERM)
+
+
+def gpu_resources(num_gpus: int, gpu_type: str) -> dict[str, Any]:
+    """The decorator's `resources`. An unknown type is refused by BentoCloud, not here."""
+    return {"gpu": num_gpus, "gpu_type": gpu_type} if gpu_type else {"gpu": num_gpus}
