@@ -140,7 +140,8 @@ class ChatTemplate:
                 for message in conversation.messages
             ]
             tools = [self._escaped(_openai_tool(tool), marker) for tool in conversation.tools]
-            rendered = self._rendered(messages, tools, conversation.continue_final, marker)
+            arguments = self._escaped(dict(conversation.template_arguments), marker)
+            rendered = self._rendered(messages, tools, conversation.continue_final, arguments, marker)
         except RecursionError:
             raise PromptError("The tools or the arguments of a call are nested too deeply.") from None
         self._refuse_lost_text(messages, rendered)
@@ -160,7 +161,9 @@ class ChatTemplate:
             case _:
                 return value
 
-    def _rendered(self, messages: list[Any], tools: list[Any], continue_final: bool, marker: str) -> str:
+    def _rendered(
+        self, messages: list[Any], tools: list[Any], continue_final: bool, arguments: dict[str, Any], marker: str
+    ) -> str:
         try:
             rendered: Any = _render(
                 conversations=[messages],
@@ -168,7 +171,7 @@ class ChatTemplate:
                 chat_template=self._tool_source if tools else self._source,
                 continue_final_message=continue_final,
                 add_generation_prompt=not continue_final,
-                **self._token_names,
+                **(arguments | self._token_names),
             )
         except (TemplateError, ValueError, TypeError) as error:
             # a template refuses by raising; any other failure is caused by the conversation too, the template is fixed

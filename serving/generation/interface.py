@@ -63,6 +63,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     continue_final: bool = False  # the last message is the beginning of the answer
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])  # for chat templates with switches
 
     @property
     def uses_tools(self) -> bool:

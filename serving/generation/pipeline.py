@@ -134,8 +134,8 @@ class RunningModel:
             max_tokens = max(1, min(max_tokens, num_left))
         if max_tokens > num_left:
             raise ContextOverflow(len(token_ids), max_tokens, self.context_length, param)
-        stop_token_ids = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
-        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+        own = frozenset[int]() if job.ignore_eos else self.chat_format.stop_token_ids
+        sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=own | job.sampling.stop_token_ids)
         n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
         before = self._before(job, token_ids)
         return Prompt(tuple(token_ids), sampling, job.stop, n, self._answer_spec(job), before, num_dropped)

@@ -239,11 +239,15 @@ class ChunkOptions:
     include_usage: bool = False
     continuous_usage: bool = False
     has_legacy_functions: bool = False  # calls are `function_call`, as before there were tools
+    has_named_tool: bool = False  # the client chose the function: then an answer ends with `stop`
 
 
-def chunk_options(body: ChoicesRequest, logprobs: bool, has_legacy_functions: bool = False) -> ChunkOptions:
+def chunk_options(
+    body: ChoicesRequest, logprobs: bool, has_legacy_functions: bool = False, has_named_tool: bool = False
+) -> ChunkOptions:
     stream = body.stream_options or StreamOptions()
-    return ChunkOptions(logprobs, stream.include_usage, stream.continuous_usage_stats, has_legacy_functions)
+    usage = stream.include_usage, stream.continuous_usage_stats
+    return ChunkOptions(logprobs, *usage, has_legacy_functions, has_named_tool)
 
 
 BodyT = TypeVar("BodyT", bound=RequestBody)

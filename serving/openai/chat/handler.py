@@ -27,7 +27,7 @@ async def create(api: Api, request: Request) -> Response:
     if body.n > api.limits.max_n:
         raise above_maximum("n", api.limits.max_n, body.n)
     envelope = api.envelope("chatcmpl", body.model)
-    options = chunk_options(body, body.logprobs, has_legacy_functions=bool(body.functions))
+    options = chunk_options(body, body.logprobs, bool(body.functions), job.tool_use.name is not None)
     token_bytes = model.chat_format.token_bytes
     with api.generations.admit(request, model, body.n) as admitted:
         prompt = await build_prompt(model, job)

@@ -16,6 +16,13 @@ MESSAGE_FIELDS_WITHOUT_EFFECT = {
     "refusal": "an earlier answer's refusal; this model's answers have none",
     "annotations": "an earlier answer's web citations",
     "reasoning_content": "an earlier answer's reasoning, as some clients send it back",
+    "reasoning": "as `reasoning_content`",
+    "reasoning_details": "as `reasoning_content`",
+    "thinking_blocks": "as `reasoning_content`",
+    "provider_specific_fields": "what a proxy noted of another provider's answer",
+    "extra_content": "as `provider_specific_fields`",
+    "cache_control": "a hint for another provider's cache; equal prefixes are found without it",
+    "copilot_cache_control": "as `cache_control`",
 }
 MEDIA_PARTS = frozenset(
     (
@@ -54,7 +61,14 @@ def part_kind(value: Any) -> str:
     return "<refusal>" if isinstance(value, dict) and value.get("type") == "refusal" else "<text>"
 
 
-class RefusalPart(StrictModel):
+class CacheHints(StrictModel):
+    """What proxies pass on for other providers' caches: accepted without effect."""
+
+    cache_control: Any = None
+    copilot_cache_control: Any = None
+
+
+class RefusalPart(CacheHints):
     """An earlier answer's refusal, which is a text like any other."""
 
     type: Literal["refusal"]
@@ -65,11 +79,12 @@ class RefusalPart(StrictModel):
         return self.refusal
 
 
-class TextPart(StrictModel):
+class TextPart(CacheHints):
     """One part of a message's content."""
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # without effect
 
 
 _Part = Annotated[
@@ -90,13 +105,15 @@ class FunctionCall(StrictModel):
     arguments: str
 
 
-class MessageToolCall(StrictModel):
+class MessageToolCall(CacheHints):
     """One entry of an assistant message's `tool_calls`."""
 
     id: str
     type: Literal["function"]
     function: FunctionCall
     index: int | None = None  # clients that glue stream deltas together send it back
+    provider_specific_fields: Any = None  # without effect, as for messages
+    extra_content: Any = None
 
 
 def _given(field: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +129,7 @@ _RULES: list[Any] = [  # `ChatMessage._fields_agree` as JSON Schema
 ]
 
 
-class ChatMessage(StrictModel):
+class ChatMessage(CacheHints):
     """One turn of the conversation."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": _RULES})
@@ -126,6 +143,11 @@ class ChatMessage(StrictModel):
     refusal: str | None = None
     annotations: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
+    reasoning: Any = None
+    reasoning_details: Any = None
+    thinking_blocks: Any = None
+    provider_specific_fields: Any = None
+    extra_content: Any = None
     audio: None = None
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ or unknown and refused. The pipeline trusts what passed here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,8 +20,10 @@ from serving.openai.chat.messages import ChatMessage, check_calls_are_answered
 from serving.openai.chat.structured_outputs import (
     Choices,
     GuidedJson,
+    Guides,
     Pattern,
     ResponseFormat,
+    StructuredOutputs,
     check_formats,
     check_response_format,
     to_constraint,
@@ -36,7 +39,7 @@ from serving.openai.chat.tools import (
     to_selection,
     to_tools,
 )
-from serving.openai.common import ChoicesRequest
+from serving.openai.common import ChoicesRequest, StrictModel, TokenId
 
 DEFAULT_MAX_TOKENS = 2048  # the documented default of ChatGLM2's API; fewer where the context ends before
 ACCEPTED_WITHOUT_EFFECT = {
@@ -46,10 +49,26 @@ ACCEPTED_WITHOUT_EFFECT = {
     "verbosity": "the model was not trained for it",
     "reasoning_effort": "the model does not reason apart from its answer",
     "web_search_options": "the server does not search the web",
-    "moderation": "answers are not moderated",
+    "moderation": "answers are not moderated; the mode `block` is refused",
     "prediction": "speeds up, never changes an answer; not needed here",
     "modalities": "only `text` exists",
 }
+
+
+RESERVED_ARGUMENTS = frozenset(
+    (
+        *("conversations", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    )
+)
+
+
+class ThinkingSwitch(StrictModel):
+    """Whether a model that can reason before it answers does; other models have no such switch."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = None  # without effect
+    clear_thinking: bool | None = None  # without effect
 
 
 class ChatRequest(ChoicesRequest):
@@ -70,6 +89,11 @@ class ChatRequest(ChoicesRequest):
     guided_json: GuidedJson | None = None
     guided_regex: Pattern | None = None
     guided_choice: Choices | None = None
+    structured_outputs: StructuredOutputs | None = None
+    stop_token_ids: list[TokenId] = Field([], max_length=64)
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    enable_thinking: bool | None = None
+    thinking: ThinkingSwitch | None = None
 
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -95,13 +119,41 @@ class ChatRequest(ChoicesRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
         _check_continuation(self)
+        for name in self.chat_template_kwargs or {}:
+            if name in RESERVED_ARGUMENTS:
+                raise invalid(f"'chat_template_kwargs.{name}' is set by the server.", f"chat_template_kwargs.{name}")
+        if self.moderation is not None and self.moderation.get("mode") == "block":
+            raise invalid("Answers are not moderated: the mode 'block' is not supported.", "moderation.mode")
         return self
+
+    @property
+    def guides(self) -> Guides:
+        """vLLM's fields for the answer's format, by either name."""
+        new = self.structured_outputs or StructuredOutputs()
+        return Guides(
+            self.guided_json if new.json_ is None else new.json_,
+            self.guided_regex if new.regex is None else new.regex,
+            self.guided_choice if new.choice is None else new.choice,
+        )
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template of a model that has such switches gets."""
+        found = dict(self.chat_template_kwargs or {})
+        switches = {
+            "enable_thinking": self.enable_thinking,
+            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
+            "reasoning_effort": False if self.reasoning_effort == "none" else None,
+        }
+        for value in switches.values():
+            if value is not None:
+                found.setdefault("enable_thinking", value)
+        return found
 
     @property
     def has_formats(self) -> bool:
         """Whether a field describes the answer's format."""
-        guides = (self.guided_json, self.guided_regex, self.guided_choice)
-        return self.response_format is not None or any(guide is not None for guide in guides)
+        return self.response_format is not None or any(guide is not None for guide in self.guides)
 
     @property
     def offers_tools(self) -> bool:
@@ -112,13 +164,12 @@ class ChatRequest(ChoicesRequest):
 def _check_formats(body: ChatRequest) -> None:
     is_given = {
         "response_format": body.response_format is not None and body.response_format.type != "text",
-        "guided_json": body.guided_json is not None,
-        "guided_regex": body.guided_regex is not None,
-        "guided_choice": body.guided_choice is not None,
+        **{f"guided_{name}": guide is not None for name, guide in body.guides._asdict().items()},
     }
     breaking = {
         "ignore_eos": body.ignore_eos,
         "min_tokens": body.min_tokens > 0,
+        "stop_token_ids": bool(body.stop_token_ids),
         "continue_final_message": body.continue_final_message,
     }
     check_formats([field for field, given in is_given.items() if given], body.offers_tools, breaking)
@@ -149,15 +200,19 @@ def to_chat_job(body: ChatRequest) -> ChatJob:
         tool_use = selection.tool_use(body.parallel_tool_calls and not body.functions)
     constraint = None
     if body.has_formats:
-        constraint = to_constraint(body.response_format, body.guided_json, body.guided_regex, body.guided_choice)
+        constraint = to_constraint(body.response_format, *body.guides)
     length = body.requested_length
     return ChatJob(
         conversation=Conversation(
             tuple(message.to_message(index) for index, message in enumerate(body.messages)),
             tools,
             body.continue_final_message,
+            body.template_arguments,
         ),
-        sampling=body.sampling(length or DEFAULT_MAX_TOKENS, (body.top_logprobs or 0) if body.logprobs else None),
+        sampling=replace(
+            body.sampling(length or DEFAULT_MAX_TOKENS, (body.top_logprobs or 0) if body.logprobs else None),
+            stop_token_ids=frozenset(body.stop_token_ids),
+        ),
         stop=body.stop_strings,
         n=body.n,
         max_tokens_is_default=length is None,

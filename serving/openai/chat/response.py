@@ -263,7 +263,9 @@ def _logprobs(tokens: Sequence[TextToken], token_bytes: TokenBytes) -> ChoiceLog
 
 
 def _reason(event: Finished, options: ChunkOptions) -> FinishReason:
-    return "function_call" if event.reason == "tool_calls" and options.has_legacy_functions else event.reason
+    if event.reason != "tool_calls":
+        return event.reason
+    return "stop" if options.has_named_tool else "function_call" if options.has_legacy_functions else "tool_calls"
 
 
 def _call_delta(event: ToolCallDelta, options: ChunkOptions) -> Delta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import Field, StringConstraints, Tag
 
@@ -36,6 +36,22 @@ class ResponseFormat(StrictModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's newer name of the guided fields; one of them."""
+
+    json_: Annotated[GuidedJson | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+
+
+class Guides(NamedTuple):
+    """vLLM's fields for the answer's format."""
+
+    json: str | dict[str, Any] | None
+    regex: str | None
+    choice: Sequence[str] | None
 
 
 def check_response_format(response_format: ResponseFormat) -> None:

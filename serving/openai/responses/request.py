@@ -21,6 +21,7 @@ from serving.openai.chat.messages import (
     MAX_CALLS,
     PART_SEPARATOR,
     ROLES,
+    CacheHints,
     RefusalPart,
     part_kind,
     refuse_media,
@@ -81,7 +82,7 @@ def _kind(value: Any) -> Any:
     return cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else None
 
 
-class InputText(StrictModel):
+class InputText(CacheHints):
     """One part of an item's content; `output_text` is an earlier answer's, with all that the SDK leaves in it."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -89,6 +90,7 @@ class InputText(StrictModel):
     annotations: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     logprobs: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     parsed: Any = None
+    prompt_cache_breakpoint: Any = None  # without effect
 
 
 InputPart = Annotated[
