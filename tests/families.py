@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import sentencepiece
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from models.families import chatglm
+from models.families import chatglm, glm4
 from models.store.progress import no_progress
 from tests import hf_folders, original_chatglm, original_glm
+from tests.golden_data import GOLDEN
 from tests.reference_attention import greedy
 
 Ids = Sequence[int]
@@ -117,7 +120,34 @@ def _hf(folder: Path, kind: str, template: str = "") -> Written:
     return Written(folder, chat_ids, lambda text: list(tokenizer.encode(text)), continuation, len(tokenizer), options)
 
 
+def _glm4(folder: Path) -> Written:
+    """The golden checkpoint; its tokens and logits are compared with the original's in tests/golden/test_glm4.py."""
+    shutil.copytree(GOLDEN / "finetune" / "glm4-tiny", folder, copy_function=shutil.copyfile)
+    stored = folder.parent / "reference"
+    stored.mkdir()
+    glm4.FAMILY.import_checkpoint(folder, stored, {}, no_progress)
+    model: Any = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(stored / "tokenizer.json"))
+    num_tokens = 334  # behind the ranks and the control tokens come rows without a token
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def continuation(prompt: Ids, length: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(length):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1, :num_tokens].argmax()))
+        return ids[len(prompt) :]
+
+    def chat_ids(question: str) -> list[int]:
+        return [322, 324, 327, *encode(f"\n{question}"), 328]
+
+    return Written(folder, chat_ids, lambda text: [322, 324, *encode(text)], continuation, num_tokens, {}, "glm4")
+
+
 FAMILIES: dict[str, Callable[[Path], Written]] = {
+    "glm4-original": _glm4,
     "chatglm2": lambda folder: _glm(folder, "chatglm2", 0, True),
     "chatglm3": lambda folder: _glm(folder, "chatglm3", 4, True),
     "chatglm3-32k": lambda folder: _glm(folder, "chatglm3", 4, True, rope_ratio=50),

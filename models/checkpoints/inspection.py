@@ -92,11 +92,7 @@ def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
     if "padded_vocab_size" not in config:
         return Inspection(f"ChatGLM-6B, the first version{note}", "chatglm")
     if int(config.get("padded_vocab_size") or 0) > 100_000 or _has_rank_tokenizer(folder):
-        return Inspection(
-            f"GLM-4 in its original layout{note}",
-            None,
-            "import the folder that transformers knows (glm-4-9b-chat-hf) with the family hf",
-        )
+        return Inspection(f"GLM-4 in its original layout{note}", "glm4")
     if _mentions(folder, "<|user|>"):
         return Inspection(f"ChatGLM3-6B{note}", "chatglm3")
     if _mentions(folder, "[Round {}]"):

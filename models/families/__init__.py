@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.families import chatglm, chatglm2, chatglm3, codegeex2, hf
+from models.families import chatglm, chatglm2, chatglm3, codegeex2, glm4, hf
 from models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -10,5 +10,6 @@ FAMILIES: dict[str, Family] = {
     "chatglm2": chatglm2.FAMILY,
     "chatglm3": chatglm3.FAMILY,
     "codegeex2": codegeex2.FAMILY,
+    "glm4": glm4.FAMILY,
     "hf": hf.FAMILY,
 }

@@ -37,7 +37,7 @@ CHATGLM = {"model_type": "chatglm", "padded_vocab_size": 65024}
             "with a P-Tuning v2 prefix\n",
         ),
         (CHATGLM | {"quantization_config": {"quant_method": "gptq"}}, (), "quantised by gptq: import the 16-bit"),
-        (CHATGLM | {"padded_vocab_size": 151552}, (), "GLM-4 in its original layout"),
+        (CHATGLM | {"padded_vocab_size": 151552}, (), "import glm4 --from"),
         ({"model_type": "chatglm", "vocab_size": 130528}, ("transformer.a",), "import chatglm --from"),
         (CHATGLM, ("module.transformer.a",), "1 tensors carry the prefix `module.`"),
         ({"model_type": "llama"}, (), "import hf --from"),
