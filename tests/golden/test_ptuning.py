@@ -26,7 +26,9 @@ from serving.engine.native.block_manager import num_blocks_for
 from serving.engine.native.cuda_graphs import run_eagerly
 from serving.engine.native.engine import NativeEngine
 from serving.engine.native.kv_memory import KVMemory
-from serving.engine.native.sequence import BLOCK
+from serving.engine.native.sequence import BLOCK, SequenceState
+from serving.engine.output_queue import OutputQueue
+from serving.engine.outputs import PoolingOutput
 from tests.golden_data import GOLDEN
 from tests.tiny import generating
 
@@ -145,20 +147,28 @@ def test_the_engine_gives_the_originals_tokens(
 
 def test_embeddings_penalties_and_drafts_do_not_see_the_placeholders(tmp_path: Path) -> None:
     network, prefix = imported("glm2-ptuning", tmp_path)
-    engine = NativeEngine(network, EngineLimits(4, 64, 2048), None, prefix)
     ids = [5, 6, 7, 8] * 6
 
-    async def run() -> None:
+    async def run(engine: NativeEngine) -> list[float]:
         plain = SamplingParams(max_tokens=12, temperature=0.0)
         for sampling in (plain, replace(plain, repetition_penalty=1.3, frequency_penalty=0.5), replace(plain, top_k=1)):
             async with generating(engine, ids, [sampling, sampling]) as outputs:
                 assert len([None async for _ in outputs]) == 24
+        queue = OutputQueue[PoolingOutput]()
+        engine.embed([(ids, range(2, len(ids)))], queue)
+        (taken,) = await queue.take() or ()
+        return list(taken[1].vector)
 
-    engine.start()
-    try:
-        asyncio.run(run())
-    finally:
-        engine.stop()
+    vectors = list[list[float]]()
+    for batch_tokens in (64, 7):
+        engine = NativeEngine(network, EngineLimits(4, batch_tokens, 2048), None, prefix)
+        engine.start()
+        try:
+            vectors.append(asyncio.run(run(engine)))
+        finally:
+            engine.stop()
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=1e-4, atol=1e-5)
+    assert "4711" not in repr(SequenceState([4711] * 40, SamplingParams(max_tokens=1)))
 
 
 def test_prefixes_that_do_not_fit_are_refused(tmp_path: Path) -> None:

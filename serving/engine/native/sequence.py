@@ -32,7 +32,7 @@ class Node:
     """One full block of the prefix tree."""
 
     block: int
-    key: Key
+    key: Key = field(repr=False)
     owner: SequenceState | None  # that is about to compute it, for which others wait; None once it is computed
 
 
@@ -40,7 +40,8 @@ class Node:
 class SequenceState:
     """A prompt and the tokens generated after it, or a text whose hidden states are averaged."""
 
-    token_ids: list[int]  # a trained prefix's placeholders, prompt, then answer
+    # a trained prefix's placeholders, prompt, then answer; an exception with a sequence in its text has no prompt in it
+    token_ids: list[int] = field(repr=False)
     sampling: SamplingParams
     layout: PromptLayout = CAUSAL
     priority: int = 0  # smaller goes first
@@ -57,12 +58,14 @@ class SequenceState:
     queued_at: float | None = None  # time.monotonic() of its arrival, until its first rows
     lookup: PromptLookup | None = None  # made for the first draft
     blocks: list[int] = field(default_factory=list)  # block i holds tokens i * BLOCK on; empty while waiting
-    nodes: list[Node] = field(default_factory=list)  # of the full blocks, in the prefix tree
+    nodes: list[Node] = field(default_factory=list, repr=False)  # of the full blocks, in the prefix tree
     prefix_key: Hashable = None  # sequences of different keys share no prefix: an adapter, a cache salt
-    awaited: Node | None = None  # a block of its prompt that another sequence is about to compute
+    awaited: Node | None = field(
+        default=None, repr=False
+    )  # a block of its prompt that another sequence is about to compute
     state: Literal["waiting", "running", "finished"] = "waiting"
 
-    _full_blocks: list[tuple[int, ...]] = field(default_factory=list)
+    _full_blocks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
