@@ -193,10 +193,9 @@ class ModelRunner:
         sums: list[tuple[ScheduledSequence, Tensor]] = []
         for rows in pooled:
             total = hidden[rows.first : rows.last].float().sum(dim=0)
-            if (
-                rows.scheduled.sequence.num_computed > self._num_trained
-            ):  # else the first chunk, perhaps again after a preemption
-                total += self._sums[rows.scheduled.sequence]
+            sequence = rows.scheduled.sequence
+            if sequence.num_computed > self._num_trained:  # else the first chunk, perhaps again after a preemption
+                total += self._sums[sequence]
             sums.append((rows.scheduled, total))
         return sums
 

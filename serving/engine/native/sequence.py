@@ -60,9 +60,7 @@ class SequenceState:
     blocks: list[int] = field(default_factory=list)  # block i holds tokens i * BLOCK on; empty while waiting
     nodes: list[Node] = field(default_factory=list, repr=False)  # of the full blocks, in the prefix tree
     prefix_key: Hashable = None  # sequences of different keys share no prefix: an adapter, a cache salt
-    awaited: Node | None = field(
-        default=None, repr=False
-    )  # a block of its prompt that another sequence is about to compute
+    awaited: Node | None = field(default=None, repr=False)  # a block that another sequence is about to compute
     state: Literal["waiting", "running", "finished"] = "waiting"
 
     _full_blocks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
