@@ -68,6 +68,7 @@ has_keys = bool(settings.api_keys or settings.api_keys_file)
 host = default_host(has_keys, os.environ)
 limits = ApiLimits(
     BodyLimits(max_bytes=int(settings.max_body_mib * 2**20)),
+    ignores_unknown=settings.unknown_fields == "ignore",
     max_n=settings.max_n,
     ping_seconds=settings.ping_seconds,
     stall_seconds=settings.stall_seconds,

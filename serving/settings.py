@@ -82,6 +82,8 @@ class Settings(BaseModel):
     """Maximum number of tokens processed per step, prompt tokens included."""
     drop_oldest_rounds: bool = False
     """Drop the oldest rounds of too long a conversation; `x-chatglm-dropped-rounds` gives their number."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """Request fields that do not exist: a 400, or served without them and named in `x-chatglm-ignored-fields`."""
     max_n: int = Field(128, ge=1, le=128)
     """Maximum value of `n` in a request."""
     max_body_mib: float = Field(4.0, gt=0)

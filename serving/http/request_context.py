@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -13,6 +14,12 @@ from starlette.types import Message, Scope, Send
 
 SAFE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 KEY = "request_context"  # in the scope's state
+IGNORED_HEADER = "x-chatglm-ignored-fields"
+UNSAFE_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")  # a comma separates
+MAX_LOGGED = 1000
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple[str, str]] = set()  # (client, field) pairs that are in the log
 
 
 @dataclass
@@ -78,6 +85,16 @@ def label_response(context: RequestContext, send: Send) -> Send:
         await send(message)
 
     return send_labelled
+
+
+def note_ignored(context: RequestContext, fields: list[str]) -> None:
+    """Name these fields of the body in the response's header, and in the log once for each client and field."""
+    safe = [UNSAFE_IN_HEADER.sub("?", name) for name in fields]
+    context.headers[IGNORED_HEADER] = ", ".join(safe)[:2000]
+    for name in safe:
+        if (context.client, name) not in _logged and len(_logged) < MAX_LOGGED:
+            _logged.add((context.client, name))
+            logger.warning("request %s: the unknown field %s is ignored", context.request_id, name)
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import (
@@ -28,11 +29,12 @@ from serving.generation.interface import AnswerPart, Conversation, Finished, Ind
 from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
 from serving.http.errors import invalid
 from serving.http.json_body import INLINE_BYTES, parse_object, read_body
+from serving.http.request_context import note_ignored, request_context
 from serving.http.server_sent_events import to_json, to_json_slices
 from serving.openai import errors
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
-from serving.openai.validation import to_api_error
+from serving.openai.validation import remove_unknown, to_api_error
 from serving.registry import ModelRegistry
 
 INLINE_ITEMS = 256  # events of an answer, tokens, numbers; a response with more is built in a thread
@@ -250,6 +252,7 @@ def chunk_options(
     return ChunkOptions(logprobs, *usage, has_legacy_functions, has_named_tool)
 
 
+MAX_IGNORED = 64  # unknown fields of one body
 BodyT = TypeVar("BodyT", bound=RequestBody)
 JobT = TypeVar("JobT")
 
@@ -271,9 +274,11 @@ class Api:
     ) -> tuple[BodyT, JobT]:
         """The body as a typed request, and the job that it asks for. Raises APIError 400, 408, 413 or 415."""
         raw = await read_body(request, self.limits.body)
-        if len(raw) > INLINE_BYTES:
-            return await asyncio.to_thread(_parse, raw, kind, to_job)
-        return _parse(raw, kind, to_job)
+        parse = partial(_parse, raw, kind, to_job, self.limits.ignores_unknown)
+        body, job, ignored = await asyncio.to_thread(parse) if len(raw) > INLINE_BYTES else parse()
+        if ignored:
+            note_ignored(request_context(request.scope), ignored)
+        return body, job
 
     def running_model(self, name: str) -> RunningModel:
         """Raises APIError 404 for a name that is not served, 503 while the model is not loaded."""
@@ -292,13 +297,23 @@ def running_model(registry: ModelRegistry) -> RunningModel:
     raise errors.model_loading() if registry.error is None else errors.model_load_failed()
 
 
-def _parse(raw: bytes, kind: type[BodyT], to_job: Callable[[BodyT], JobT]) -> tuple[BodyT, JobT]:
+def _parse(
+    raw: bytes, kind: type[BodyT], to_job: Callable[[BodyT], JobT], ignores_unknown: bool
+) -> tuple[BodyT, JobT, list[str]]:
+    """The body, its job, and the paths of the fields that were ignored."""
     fields = parse_object(raw)
-    try:
-        body = kind.model_validate(fields)
-    except ValidationError as error:
-        raise to_api_error(error) from None
-    return body, to_job(body)
+    ignored: list[str] = []
+    while True:
+        try:
+            body = kind.model_validate(fields)
+        except ValidationError as error:
+            # a list's validation stops at its first error, so there may be more behind each
+            removed = remove_unknown(fields, error) if ignores_unknown and len(ignored) < MAX_IGNORED else []
+            if not removed:
+                raise to_api_error(error) from None
+            ignored += removed
+        else:
+            return body, to_job(body), ignored
 
 
 def _no_job(body: RequestBody) -> None:

@@ -13,6 +13,7 @@ class ApiLimits:
     """What the API accepts from one client."""
 
     body: BodyLimits = field(default_factory=BodyLimits)
+    ignores_unknown: bool = False  # fields that no type has are named in a header instead of refused
     max_n: int = 128  # answers of one request, over all its prompts
     ping_seconds: float = 15.0  # silence after which a stream sends a comment
     progress_seconds: float = 2.0  # the same before the first token; the comment says how far the prompt is

@@ -61,6 +61,24 @@ def to_api_error(error: ValidationError) -> APIError:
     return _translate(error.errors(include_url=False)[0])
 
 
+def remove_unknown(body: dict[str, Any], error: ValidationError) -> list[str]:
+    """Take the fields that no type has out of `body`; returns their paths, for the client. [] if none was at fault."""
+    removed: list[str] = []
+    for each in error.errors(include_url=False):
+        if each["type"] != "extra_forbidden":
+            continue
+        *above, name = each["loc"]
+        holder: Any = body
+        for step in above:
+            if (isinstance(holder, list) and isinstance(step, int)) or (isinstance(holder, dict) and step in holder):
+                holder = holder[step]
+        if isinstance(holder, dict) and name in holder:
+            del holder[name]
+            nested = path_of(tuple(above))
+            removed.append(_shorten(f"{nested}.{name}" if nested else str(name), 100))
+    return removed
+
+
 def above_maximum(param: str, limit: int, value: int) -> APIError:
     """400: an integer past a limit that is a setting and not part of the protocol."""
     return _out_of_bounds("less_than_equal", param, limit, value)

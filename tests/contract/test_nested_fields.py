@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serving.openai.limits import ApiLimits
 from tests.contract.tiny import NAME, USER, assert_openai_error, chunks, post, serving
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
@@ -125,3 +126,29 @@ def test_responses_take_cache_breakpoints(folder: Path) -> None:
         part = {"type": "input_text", "text": "你好", "prompt_cache_breakpoint": {"mode": "explicit"}}
         body = {"model": NAME, "input": [{"role": "user", "content": [part]}], "max_output_tokens": 3}
         assert post(app, "/responses", body).status_code == 200
+
+
+def test_unknown_fields_can_be_ignored_and_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unknown = chat(
+        made_up=1,
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "x", "a,b\n": 1}, {"type": "text", "text": "y", "c": 2}],
+            }
+        ],
+        tools=[{**TOOL, "d": 3}],
+        tool_choice="none",
+    )
+    with serving(folder) as app:
+        assert_openai_error(post(app, "/chat/completions", unknown), 400)
+    with serving(folder, limits=ApiLimits(ignores_unknown=True)) as app:
+        for _ in range(2):
+            reply = post(app, "/chat/completions", unknown)
+            assert reply.status_code == 200, reply.text
+            named = set(reply.headers["x-chatglm-ignored-fields"].split(", "))
+            assert named == {"made_up", "messages[0].content[0].a?b?", "messages[0].content[1].c", "tools[0].d"}
+        assert len([r for r in caplog.records if "unknown field" in r.message and "made_up" in r.message]) <= 1
+        for known in ({"temperature": 3}, {"audio": {"voice": "x"}}, {"max_tokens": "x"}):
+            assert_openai_error(post(app, "/chat/completions", {**unknown, **known}), 400)
+        assert "x-chatglm-ignored-fields" not in post(app, "/chat/completions", chat()).headers
