@@ -70,7 +70,8 @@ def remove_unknown(body: dict[str, Any], error: ValidationError) -> list[str]:
         *above, name = each["loc"]
         holder: Any = body
         for step in above:
-            if (isinstance(holder, list) and isinstance(step, int)) or (isinstance(holder, dict) and step in holder):
+            # else it is a union's tag
+            if isinstance(step, int) or step in holder:
                 holder = holder[step]
         if isinstance(holder, dict) and name in holder:
             del holder[name]
