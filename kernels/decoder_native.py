@@ -1,6 +1,7 @@
-"""A step's rows over a KV cache in blocks -> attention, or all layers of a decoder, by the compiled kernels.
+"""A step's rows over a KV cache in blocks -> attention, all layers of a decoder, or sampled tokens, by the compiled
+kernels.
 
-See kernels/native/attention.h and kernels/native/decoder.h.
+See kernels/native/attention.h, kernels/native/decoder.h and kernels/native/sample.c.
 """
 
 from __future__ import annotations
@@ -54,7 +55,27 @@ def functions(instruction_set: str | None = None) -> ctypes.CDLL | None:
         pointer, pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_float, ctypes.c_int, pointer,
     ]  # fmt: skip
     library.attention_forward.restype = None
+    library.sampling_workspace.argtypes = [ctypes.c_int, ctypes.c_int]
+    library.sampling_workspace.restype = ctypes.c_size_t
+    library.sample_rows.argtypes = [
+        pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int, pointer, pointer, pointer,
+    ]  # fmt: skip
+    library.sample_rows.restype = None
     return library
+
+
+def sample(logits: Tensor, settings: Tensor, library: ctypes.CDLL) -> Tensor:
+    """logits: [rows, vocabulary] float32 on the CPU; settings: [rows, 5] float64, the temperature, top_p, min_p, top_k
+    (at most the vocabulary) and a uniform number. Returns [rows] int32, one token each."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows, vocabulary = logits.shape
+    chosen = torch.empty(rows, dtype=torch.int32)
+    memory, address = workspace(library.sampling_workspace(rows, vocabulary))
+    library.sample_rows(
+        logits.data_ptr(), logits.stride(0), rows, vocabulary, settings.data_ptr(), address, chosen.data_ptr()
+    )
+    del memory  # only now
+    return chosen
 
 
 class NativeAttention:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import decoder_native, native_library
 from serving.engine.interface import SamplingParams
 from serving.engine.native.sampler import NUM_CANDIDATES, Draw, Sampler
 from serving.engine.native.sequence import SequenceState
@@ -92,12 +93,47 @@ def test_sorting_whole_rows_and_counting_them_into_bins_draw_the_same(top_p: flo
     """A GPU sorts what a CPU counts."""
     logits = torch.randn(64, 3000, generator=torch.Generator().manual_seed(5))
     sampling = SamplingParams(max_tokens=1, temperature=2.0, top_p=top_p, top_k=top_k, min_p=min_p)
-    draw = Draw(logits, [sequence(sampling, seed=seed) for seed in range(64)])
+    draw = Draw(logits, [sequence(sampling, seed=seed) for seed in range(64)], is_native=False)
     rows = list(range(64))
     assert [*draw.settle(rows).values()] == draw._sorted(rows)  # private: only a GPU takes this way by itself
     settled = draw.is_settled.nonzero()[:, 0].tolist()
     assert [draw.chosen.tolist()[row] for row in settled] == [draw.settle(rows)[row] for row in settled]
     assert len(settled) < 64
+
+
+BUILDS = [each.name for each in native_library.usable() if native_library.path_of(each.name).exists()]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["normal", "peaked", "flat", "equal", "masked"]),
+    st.sampled_from([1e-6, 0.2, 0.95, 2.0]),
+    st.sampled_from([0.0, 0.3, 0.7, 0.999, 1.0]),
+    st.sampled_from([0, 1, 5, 300, 100_000]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.sampled_from([1, 3, 40, 3000]),
+)
+def test_the_compiled_kernel_draws_what_sorting_draws(
+    seed: int, kind: str, temperature: float, top_p: float, top_k: int, min_p: float, vocabulary: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, vocabulary, generator=generator)
+    logits *= {"peaked": 20, "flat": 0.01, "equal": 0}.get(kind, 2)
+    if kind == "masked":
+        logits[:, torch.rand(vocabulary, generator=generator) < 0.5] = -torch.inf
+        logits[:, 0] = 0
+    sampling = SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    rows = [sequence(sampling, seed=seed + row) for row in range(8)]
+    plain = Draw(logits, rows, is_native=False)
+    expected = plain._sorted(list(range(8)))
+    numbers = torch.tensor(plain._settings, dtype=torch.float64)
+    for build in BUILDS:
+        library = decoder_native.functions(build)
+        assert library is not None
+        got = decoder_native.sample(logits, numbers, library).tolist()
+        # where the running mass and the draw are equal up to rounding, the neighbour may be taken
+        assert sum(a != b for a, b in zip(got, expected, strict=True)) <= (1 if kind in ("flat", "normal") else 0)
 
 
 def test_top_p_zero_and_temperature_zero_take_the_most_likely() -> None:

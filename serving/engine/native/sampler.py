@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import decoder_native
 from serving.engine.native.device import is_out_of_memory, numbers_to_device, to_device
 from serving.engine.native.sequence import SequenceState
 from serving.engine.outputs import TokenLogprob
@@ -189,11 +190,16 @@ class Draw:
     """One random token a row by its temperature, top_k, top_p and min_p. It is drawn from the most likely tokens;
     `is_settled` says for which rows those are enough to know the result."""
 
-    def __init__(self, logits: Tensor, sequences: list[SequenceState]) -> None:
-        """logits: [rows, vocabulary] float32."""
+    def __init__(self, logits: Tensor, sequences: list[SequenceState], is_native: bool = True) -> None:
+        """logits: [rows, vocabulary] float32. is_native: whether the compiled kernel may be used, which knows each."""
         vocabulary = logits.shape[-1]
         self._settings = [_settings(sequence, vocabulary) for sequence in sequences]
         settings = to_device(torch.tensor(self._settings, dtype=torch.float64), logits.device)
+        library = decoder_native.functions() if is_native and logits.device.type == "cpu" else None
+        if library is not None:
+            self.chosen = decoder_native.sample(logits, settings, library).long()
+            self.is_settled = torch.ones(len(logits), dtype=torch.bool)
+            return
         # relative to the maximum, so that a tiny temperature cannot overflow
         self._scaled = (logits - logits.amax(dim=-1, keepdim=True)) / settings[:, :1].to(logits.dtype)
         weights = self._scaled.exp()
