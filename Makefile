@@ -79,13 +79,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "apt-get install python3-venv is needed"; rm -rf $(VENV); exit 1; }
 
 $(STATE)/setup: requirements.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing the packages into $(VENV), about 2 GB on disk (minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m kernels.native_library
 	@$(WRITE_COMMAND)
 	@mkdir -p $(STATE) && touch $@
 
 $(STATE)/test-setup: requirements.txt requirements-dev.txt $(wildcard kernels/native/*.[ch]) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "Installing the packages and those of the tests into $(VENV) (minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@$(BIN)/python -m kernels.native_library
 	@$(WRITE_COMMAND)
 	@mkdir -p $(STATE) && touch $@ $(STATE)/setup

@@ -49,7 +49,11 @@ def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
     """The whole description of the API, without BentoML's own routes."""
     return {
         "openapi": VERSION,
-        "info": {"title": "chatglm2", "version": __version__},
+        "info": {
+            "title": "chatglm2",
+            "version": __version__,
+            "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
+        },
         "paths": {path: item for prefix in prefixes for path, item in paths(prefix).items()},
         "components": components(),
     }
