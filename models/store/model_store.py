@@ -88,7 +88,7 @@ def import_model(
         progress(size, size, "into the store")  # the last call that may raise to interrupt the import
         return metadata | {"family": family, "source": source.name, "options": dict(options)}
 
-    return _add(_new_tag(name or source.stem), write)
+    return _add(_new_tag(name or (source.name if source.is_dir() else source.stem)), write)
 
 
 def quantize_model(tag: str, precision: QuantizedPrecision, name: str | None, progress: Progress) -> str:

@@ -64,6 +64,7 @@ def test_what_changes_no_answer_is_accepted(body: dict[str, Any], folder: Path) 
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "guided_choice"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "b"}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "stop_token_ids": [5]}, "stop_token_ids"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "other": 1}]}]},
          "messages[0].content[0].other"),

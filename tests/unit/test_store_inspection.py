@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.store.command_line import main
-from tests.golden_data import GOLDEN
+from tests.golden_data import GOLDEN, REPOSITORY
 
 FINETUNE = GOLDEN / "finetune"
 
@@ -82,3 +85,19 @@ def test_an_import_without_a_family_proposes_one_and_stores_nothing(
     assert main(["import", "chatglm2", "--from", str(FINETUNE / "glm2-lora-qkv")]) == 1
     assert "--adapter" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_dots_keeps_its_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "home"))
+    shutil.copytree(FINETUNE / "glm2-base", tmp_path / "chatglm2.5-6b-tuned")
+    command = [
+        sys.executable,
+        "-m",
+        "models.store",
+        "import",
+        "chatglm2",
+        "--from",
+        str(tmp_path / "chatglm2.5-6b-tuned"),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert "chatglm2.5-6b-tuned:" in done.stdout, done.stderr

@@ -253,6 +253,7 @@ class NativeEngine:
             if each.sequence.queued_at is not None:
                 self.queue_seconds.append(now - each.sequence.queued_at)
                 each.sequence.queued_at = None
+        self.step_size = sum(each.num_rows for each in step.scheduled) / self.limits.max_batch_tokens
         if not self._copy(step):
             return True
         if self._run_isolated(step):
@@ -268,7 +269,6 @@ class NativeEngine:
         A failed step has written nothing but its own rows in the cache, which the next attempt writes again.
         """
         begun, size = time.monotonic(), len(step.scheduled)
-        self.step_size = sum(each.num_rows for each in step.scheduled) / self.limits.max_batch_tokens
         try:
             results = self._runner.run(step)
         except Exception as error:  # noqa: BLE001

@@ -162,6 +162,9 @@ class ChatRequest(ChoicesRequest):
 
 
 def _check_formats(body: ChatRequest) -> None:
+    if body.structured_outputs is not None and (body.guided_json or body.guided_regex or body.guided_choice):
+        message = "'structured_outputs' and the 'guided_' fields are two names of the same: use one."
+        raise invalid(message, "structured_outputs")
     is_given = {
         "response_format": body.response_format is not None and body.response_format.type != "text",
         **{f"guided_{name}": guide is not None for name, guide in body.guides._asdict().items()},
