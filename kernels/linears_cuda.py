@@ -24,10 +24,8 @@ class TritonLinear(nn.Module):
 
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()
-        try:
-            from kernels import linears_triton  # Triton comes with torch's CUDA wheels only
-        except ImportError as error:
-            raise RuntimeError(str(error)) from error
+        from kernels import linears_triton  # Triton comes with torch's CUDA wheels only
+
         self._product = linears_triton.product
         self._weight = linears_triton.pack(linear.weight, linear.bias)
 

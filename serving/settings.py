@@ -69,7 +69,7 @@ class Settings(BaseModel):
     gpu_type: str = ""
     """BentoCloud's name of the GPU to run on, such as `nvidia-l4`; empty leaves the choice to BentoCloud."""
     quick_start: bool = False
-    """On a GPU: skip compilation and CUDA graph capture; ready up to a minute earlier, but slower."""
+    """On a GPU: skip CUDA graph capture; ready seconds earlier, but slower."""
     threads: int = Field(0, ge=0)
     """CPU threads of the engine; 0 uses all cores available to the process."""
     kv_cache_gib: float = Field(0.0, ge=0)

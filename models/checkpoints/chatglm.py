@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import linears
 from kernels.precision import Precision, Progress
+from models.checkpoints import ptuning
 from models.checkpoints.chatglm_tensors import SCALE, check_tensors, read_dequantized
 from models.checkpoints.files import positive_int, read_json, refuse_lfs_pointer, require_space, write_json
 from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards, read_tensors
@@ -24,7 +25,6 @@ from models.tokenizers.chatglm import ChatGLMTokenizer
 TOKENIZER_FILE = "ice_text.model"
 # Keys that only ChatGLM2 and ChatGLM3 have; all three say model_type "chatglm".
 LATER_KEYS = ("padded_vocab_size", "ffn_hidden_size", "multi_query_attention", "rmsnorm")
-PREFIX_ENCODER = "transformer.prefix_encoder."  # of P-Tuning v2; see `ptuning`
 LINEARS = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
 
 
@@ -108,6 +108,7 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     """
     shards, names = find_shards(source), tensor_names(config)
     found = inspect_shards(shards)
+    ptuning.check_declared(source, found)
     state = _empty_network(config).state_dict()
     shapes = {name: tuple(state[new_name].shape) for name, new_name in names.items()}
     # every linear layer of a quantised checkpoint is packed; the embedding is if it has a scale
@@ -116,7 +117,7 @@ def convert(source: Path, target: Path, config: ChatGLMConfig, bits: int, progre
     copies = ("lm_head.weight", f"lm_head.weight{SCALE}") if config.tie_word_embeddings else ()
 
     def is_ignored(name: str) -> bool:
-        return name in copies or name.endswith("rotary_emb.inv_freq") or name.startswith(PREFIX_ENCODER)
+        return name in copies or name.endswith("rotary_emb.inv_freq") or ptuning.is_encoder(name)
 
     check_tensors(found, shapes, packed, bits, is_ignored)
     embeddings = found["transformer.word_embeddings.weight"]

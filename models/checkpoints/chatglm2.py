@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.precision import Progress
+from models.checkpoints import ptuning
 from models.checkpoints.chatglm_tensors import check_tensors, quantization_bits, read_dequantized
 from models.checkpoints.files import positive_int, read_json, require_space, write_json
 from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards
@@ -27,7 +28,6 @@ RopeRule = Literal["linear", "base"]
 ROTARY_BASE = 10_000.0
 ROTARY_PART = 0.5  # of each head's channels
 IGNORED = ("transformer.rotary_pos_emb.inv_freq", "rotary_pos_emb.inv_freq")  # computed from the configuration
-PREFIX_ENCODER = "transformer.prefix_encoder."  # of P-Tuning v2; see `ptuning`
 
 # flag, the original's default, the only value that the GLM network computes, and the meaning of any other value
 FLAGS: tuple[tuple[str, object, object, str], ...] = (
@@ -219,8 +219,7 @@ def convert(source: Path, target: Path, rope: RopeRule | None, progress: Progres
     `rope` says what rope_ratio means; None refuses a ratio other than 1. Everything is checked before anything is
     written. Raises ImportRefused.
     """
-    original = read_json(source / "config.json")
-    config = read_config(original)
+    config = read_config(read_json(source / "config.json"))
     if config.rope_ratio != 1 and rope is None:
         raise ImportRefused(
             f"config.json says rope_ratio={config.rope_ratio:g} but not what it does: add --rope linear "
@@ -228,11 +227,10 @@ def convert(source: Path, target: Path, rope: RopeRule | None, progress: Progres
         )
     shards, mappings = find_shards(source), tensor_mappings(config)
     found = inspect_shards(shards)
-    if original.get("pre_seq_len") and not any(name.startswith(PREFIX_ENCODER) for name in found):
-        raise ImportRefused("config.json has pre_seq_len, the weights no prefix: remove it and add --prefix DIR")
+    ptuning.check_declared(source, found)
     shapes = {name: mapping.shape for name, mapping in mappings.items()}
     packed = {name for name, mapping in mappings.items() if mapping.is_packed}
-    check_tensors(found, shapes, packed, config.bits, lambda name: name in IGNORED or name.startswith(PREFIX_ENCODER))
+    check_tensors(found, shapes, packed, config.bits, lambda name: name in IGNORED or ptuning.is_encoder(name))
     dtype = torch.float16 if config.bits else found["transformer.embedding.word_embeddings.weight"].dtype
     itemsize = {name: 2 if name in packed else found[name].dtype.itemsize for name in shapes}
     require_space(target, sum(math.prod(shape) * itemsize[name] for name, shape in shapes.items()))

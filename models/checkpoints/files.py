@@ -37,12 +37,28 @@ def positive_int(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise ImportRefused for the text file that a clone without Git LFS has instead of a large file."""
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether it is the text file that a clone without Git LFS has instead of a large file."""
     with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ImportRefused for such a file."""
+    if is_lfs_pointer(path):
         raise ImportRefused(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+
+
+def has_role_tokens(source: Path) -> bool | None:
+    """Whether the checkpoint's own tokenizer has ChatGLM3's role tokens; None if the folder does not say."""
+    texts = [
+        (source / name).read_text(encoding="utf-8", errors="replace")
+        for name in ("tokenization_chatglm.py", "tokenizer_config.json")
+        if (source / name).is_file()
+    ]
+    if any("<|user|>" in text for text in texts):
+        return True
+    return False if any("[Round {}]" in text for text in texts) else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

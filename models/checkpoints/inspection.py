@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.checkpoints import lora
-from models.checkpoints.files import LFS_POINTER, read_json
+from models.checkpoints.files import has_role_tokens, is_lfs_pointer, read_json
 from models.checkpoints.gguf import find_gguf
-from models.checkpoints.prepared import WRAPPERS
+from models.checkpoints.prepared import wrapper_of
 from models.checkpoints.ptuning import NAME
 from models.checkpoints.shards import find_shards, inspect_shards
 from models.family import ImportRefused
@@ -36,7 +35,7 @@ def inspect(folder: Path) -> Inspection:
         return Inspection("not a folder", None, "give the folder of a downloaded checkpoint")
     if lora.is_adapter(folder):
         return _adapter(folder)
-    pointers = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _is_pointer(path)]
+    pointers = [path.name for path in sorted(folder.iterdir()) if path.is_file() and is_lfs_pointer(path)]
     if pointers:
         return Inspection(
             f"a clone with Git LFS pointers instead of files ({', '.join(pointers[:3])})",
@@ -49,11 +48,6 @@ def inspect(folder: Path) -> Inspection:
         return Inspection("a folder without config.json", None, f"give the folder of a downloaded checkpoint{where}")
     config = read_json(folder / "config.json")
     return _chatglm(folder, config) if config.get("model_type") == "chatglm" else _other(config)
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _adapter(folder: Path) -> Inspection:
@@ -84,7 +78,7 @@ def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
         return Inspection(f"a ChatGLM quantised by {method}", None, "import the 16-bit checkpoint and quantise it here")
     if "vision_config" in config:
         return Inspection("a GLM-4V checkpoint, which takes images", None, "it cannot be imported")
-    wrapped = next((wrapper for wrapper in WRAPPERS if names and all(n.startswith(wrapper) for n in names)), None)
+    wrapped = wrapper_of(names)
     note = f" ({len(names)} tensors carry the prefix `{wrapped}`, which the import removes)" if wrapped else ""
     bits = config.get("quantization_bit")
     note += f", int{bits}" if bits else ""
@@ -93,10 +87,9 @@ def _chatglm(folder: Path, config: dict[str, Any]) -> Inspection:
         return Inspection(f"ChatGLM-6B, the first version{note}", "chatglm")
     if int(config.get("padded_vocab_size") or 0) > 100_000 or _has_rank_tokenizer(folder):
         return Inspection(f"GLM-4 in its original layout{note}", "glm4")
-    if _mentions(folder, "<|user|>"):
-        return Inspection(f"ChatGLM3-6B{note}", "chatglm3")
-    if _mentions(folder, "[Round {}]"):
-        return Inspection(f"ChatGLM2-6B{note}", "chatglm2")
+    has_roles = has_role_tokens(folder)
+    if has_roles is not None:
+        return Inspection(f"ChatGLM{3 if has_roles else 2}-6B{note}", "chatglm3" if has_roles else "chatglm2")
     return Inspection(f"ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2 without its tokenizer's code{note}", "chatglm2")
 
 
@@ -109,20 +102,12 @@ def _has_rank_tokenizer(folder: Path) -> bool:
     return len(first) == 2 and first[1].isdigit()
 
 
-def _mentions(folder: Path, text: str) -> bool:
-    files = (folder / name for name in ("tokenization_chatglm.py", "tokenizer_config.json"))
-    return any(file.is_file() and text in file.read_text(encoding="utf-8", errors="replace") for file in files)
-
-
 def _tensor_names(folder: Path) -> list[str]:
+    """[] where the weights are not there."""
     try:
         shards = find_shards(folder)
     except ImportRefused:
         return []
-    index = next((folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
-                  if (folder / f"{name}.index.json").is_file()), None)  # fmt: skip
-    if index is not None:
-        return sorted(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
     return sorted(inspect_shards(shards))
 
 

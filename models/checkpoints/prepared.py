@@ -36,7 +36,7 @@ def prepared(
         return source  # the import says what is missing
     shards = find_shards(source)
     found = inspect_shards(shards)
-    wrapper = _wrapper(list(found))
+    wrapper = wrapper_of(list(found))
     if not adapters and tokenizer is None and not wrapper:
         return source
     target.mkdir()
@@ -67,7 +67,7 @@ def prepared(
     return target
 
 
-def _wrapper(names: list[str]) -> str:
+def wrapper_of(names: list[str]) -> str:
     """The prefixes that all names have in common, of those that tools leave."""
     found = ""
     while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), "")):

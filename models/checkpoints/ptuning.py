@@ -7,6 +7,7 @@ computes in float32. Source: modeling_chatglm.py of ChatGLM-6B, ChatGLM2-6B and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from models.checkpoints.shards import find_shards, read_shard
 from models.family import ImportRefused
 from serving.engine.interface import TrainedPrefix
 
-NAME = "prefix_encoder."
+NAME = "prefix_encoder."  # in the names of its tensors
 FILE = "prefix.safetensors"
 TABLE = "embedding.weight"
 PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
@@ -34,6 +35,17 @@ class CacheShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a tensor of a whole checkpoint belongs to its prefix encoder."""
+    return name.startswith(f"transformer.{NAME}")
+
+
+def check_declared(folder: Path, names: Iterable[str]) -> None:
+    """Raise ImportRefused if config.json speaks of a prefix and none of the checkpoint's tensors is one."""
+    if read_json(folder / "config.json").get("pre_seq_len") and not any(map(is_encoder, names)):
+        raise ImportRefused("config.json has pre_seq_len, the weights no prefix: remove it and add --prefix DIR")
 
 
 def find_prefix(folder: Path) -> dict[str, Tensor]:
@@ -87,8 +99,6 @@ def import_prefix(source: Path, chosen: str | None, target: Path, shape: CacheSh
     if not tensors:
         if chosen is not None:
             raise ImportRefused(f"--prefix {folder}: there are no tensors of a prefix encoder in it")
-        if read_json(source / "config.json").get("pre_seq_len"):
-            raise ImportRefused("config.json has pre_seq_len, the weights no prefix: remove it and add --prefix DIR")
         return {}
     prefix = evaluate(tensors, shape, folder)
     if not 0 < prefix.num_tokens <= limit:

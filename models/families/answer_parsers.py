@@ -1,11 +1,41 @@
-"""The text of an answer, in pieces -> the parts that the client gets, for every family but ChatGLM-6B."""
+"""The ids and the text of an answer, in pieces -> the parts that the client gets, for every family but ChatGLM-6B."""
 
 from __future__ import annotations
 
-from serving.generation.interface import AnswerPart, TextDelta
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+from serving.generation.interface import AnswerParser, AnswerPart, TextDelta
 
 PLACEHOLDER = "[[训练时间]]"  # ChatGLM models were trained to write this for the date of their training
 REPLACEMENT = "2023年"
+
+
+class AnswerTokenizer(Protocol):
+    """What reading answers needs of a tokenizer; see `ChatFormat`."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+TokenizerT = TypeVar("TokenizerT", bound=AnswerTokenizer)
+
+
+class TrimmedAnswers(Generic[TokenizerT]):
+    """The methods of a `ChatFormat` that read answers, without outer white space."""
+
+    def __init__(self, tokenizer: TokenizerT) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+    def parser(self, begun: str = "") -> AnswerParser:
+        return TrimmedAnswerParser(bool(begun))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
 
 
 class TrimmedAnswerParser:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Precision, Progress
-from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.answer_parsers import TrimmedAnswerParser, TrimmedAnswers
 from models.families.chatglm2 import PREFIX, check_rounds
 from models.families.chatglm_answer_parser import ChatGLMAnswerParser
 from models.family import Family, LoadedNetwork
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ChatGLMFormat:
+class ChatGLMFormat(TrimmedAnswers[ChatGLMTokenizer]):
     """Conversation -> ids and back. The special tokens follow the text: [gMASK] <sop>, then the answer.
 
     gmask, sop, eop: ids of these tokens, shifted by the image tokens.
@@ -30,7 +30,7 @@ class ChatGLMFormat:
     language: Language = "zh"
 
     def __init__(self, tokenizer: ChatGLMTokenizer, gmask: int, sop: int, eop: int) -> None:
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         self._suffix = [gmask, sop]
         self.stop_token_ids = frozenset({eop})
         self.num_tokens = tokenizer.num_tokens
@@ -46,14 +46,8 @@ class ChatGLMFormat:
         self._tokenizer.bound.check((text,), context_length, "prompt")
         return self._tokenizer.encode(text, "prompt") + self._suffix
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
     def parser(self, begun: str = "") -> AnswerParser:
         return ChatGLMAnswerParser(TrimmedAnswerParser(bool(begun)), begun[-1:])
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id)
 
 
 def prompt_text(conversation: Conversation) -> tuple[str, str]:

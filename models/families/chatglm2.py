@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Progress
-from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.answer_parsers import TrimmedAnswers
 from models.families.decoder import load_with
 from models.family import Family, ImportOption, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
-from serving.generation.interface import AnswerParser, Conversation, Language, Message, PromptError, ToolSyntax
+from serving.generation.interface import Conversation, Language, Message, PromptError, ToolSyntax
 
 if TYPE_CHECKING:
     from models.checkpoints.chatglm2 import RopeRule
@@ -60,26 +60,14 @@ def import_checkpoint(
     return {**metadata, "weights_only": not has_tokenizer}
 
 
-def has_role_tokens(source: Path) -> bool | None:
-    """Whether the checkpoint's own tokenizer has ChatGLM3's role tokens; None if the folder does not say."""
-    texts = [
-        (source / name).read_text(encoding="utf-8", errors="replace")
-        for name in ("tokenization_chatglm.py", "tokenizer_config.json")
-        if (source / name).is_file()
-    ]
-    if any("<|user|>" in text for text in texts):
-        return True
-    return False if any("[Round {}]" in text for text in texts) else None
-
-
-class ChatGLM2Format:
+class ChatGLM2Format(TrimmedAnswers[SentencePieceTokenizer]):
     """Conversation -> ids and back. Special tokens are added as ids, so no text of a user can become one."""
 
     tool_syntax: ToolSyntax | None = None
     language: Language = "zh"
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.stop_token_ids = frozenset({tokenizer.eos})
         self.num_tokens = tokenizer.num_tokens
 
@@ -88,15 +76,6 @@ class ChatGLM2Format:
 
     def encode(self, text: str, context_length: int | None = None) -> list[int]:
         return self._with_prefix(text, "prompt", context_length)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
-    def parser(self, begun: str = "") -> AnswerParser:
-        return TrimmedAnswerParser(bool(begun))
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id)
 
     def _with_prefix(self, text: str, param: str, context_length: int | None) -> list[int]:
         self._tokenizer.bound.check((text,), context_length, param)
@@ -156,6 +135,8 @@ def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) ->
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+    from models.checkpoints.files import has_role_tokens
+
     if has_role_tokens(source):
         raise ImportRefused(
             f"the tokenizer in {source} has ChatGLM3's role tokens (<|user|> …): import it with the family chatglm3"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kernels.precision import Progress
-from models.families.answer_parsers import TrimmedAnswerParser
-from models.families.chatglm2 import PREFIX, ROPE, TOKENIZER_FILE, has_role_tokens, import_checkpoint
+from models.families.answer_parsers import TrimmedAnswers
+from models.families.chatglm2 import PREFIX, ROPE, TOKENIZER_FILE, import_checkpoint
 from models.families.decoder import load_with
 from models.family import Family, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer
 from serving.generation.interface import (
-    AnswerParser,
     Conversation,
     Language,
     Message,
@@ -34,7 +33,7 @@ TOOL_PROMPT = "Answer the following questions as best as you can. You have acces
 CALL = ToolSyntax("{name}\n", " ```python\ntool_call(**", ")\n```", is_at_start=True)
 
 
-class ChatGLM3Format:
+class ChatGLM3Format(TrimmedAnswers[SentencePieceTokenizer]):
     """Conversation -> ids and back. Every segment is encoded on its own, between role tokens that are added as ids.
 
     Source: tokenization_chatglm.py of ChatGLM3, build_chat_input.
@@ -44,7 +43,7 @@ class ChatGLM3Format:
     language: Language = "zh"
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         system = tokenizer.num_pieces + NUM_SPECIALS
         self._system, self._user, self._assistant, self._observation = range(system, system + NUM_ROLES)
         self.stop_token_ids = frozenset({tokenizer.eos, self._user, self._observation})
@@ -66,15 +65,6 @@ class ChatGLM3Format:
     def encode(self, text: str, context_length: int | None = None) -> list[int]:
         self._tokenizer.bound.check((text,), context_length, "prompt")
         return [self._tokenizer.gmask, self._tokenizer.sop, *self._tokenizer.encode(text, "prompt")]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
-    def parser(self, begun: str = "") -> AnswerParser:
-        return TrimmedAnswerParser(bool(begun))
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id)
 
     def _segments(self, message: Message, is_continued: bool) -> list[Segment]:
         if message.role != "assistant":
@@ -125,6 +115,8 @@ def _call_as_code(call: ToolCall) -> str:
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+    from models.checkpoints.files import has_role_tokens
+
     if has_role_tokens(source) is False:
         raise ImportRefused(
             f"the tokenizer in {source} writes ChatGLM2's [Round n] prompt: import it with the family chatglm2"

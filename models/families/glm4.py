@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Progress
-from models.families.answer_parsers import TrimmedAnswerParser
+from models.families.answer_parsers import TrimmedAnswers
 from models.families.decoder import load_with
 from models.family import Family, ImportRefused
-from serving.generation.interface import AnswerParser, Conversation, Language, Message, PromptError, Tool, ToolSyntax
+from serving.generation.interface import Conversation, Language, Message, PromptError, Tool, ToolSyntax
 
 if TYPE_CHECKING:
     from models.tokenizers.tokenizer_json import FastTokenizer, PromptPiece
@@ -29,7 +29,7 @@ TOOL_NOTE = "在调用上述函数时，请使用 Json 格式表示调用的参�
 CALL = ToolSyntax("{name}\n", "", "", is_at_start=True)
 
 
-class GLM4Format:
+class GLM4Format(TrimmedAnswers["FastTokenizer"]):
     """Conversation -> ids and back. Control tokens are never read from a text of a user.
 
     Source: chat_template of glm-4-9b-chat's tokenizer_config.json; messages without content are left out there too.
@@ -40,7 +40,7 @@ class GLM4Format:
 
     def __init__(self, tokenizer: FastTokenizer, num_rows: int) -> None:
         """num_rows: of the network's embedding."""
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.stop_token_ids = frozenset(i for name in STOP if (i := tokenizer.id_of(name)) is not None)
         self.num_tokens = min(tokenizer.num_tokens, num_rows)
 
@@ -61,15 +61,6 @@ class GLM4Format:
 
     def encode(self, text: str, context_length: int | None = None) -> list[int]:
         return self._tokenizer.encode_plain(text, context_length)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
-    def parser(self, begun: str = "") -> AnswerParser:
-        return TrimmedAnswerParser(bool(begun))
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id)
 
 
 def _control(name: str) -> PromptPiece:

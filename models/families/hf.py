@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Progress
-from models.families.answer_parsers import ExactAnswerParser
+from models.families.answer_parsers import ExactAnswerParser, TrimmedAnswers
 from models.families.decoder import load_with
 from models.family import Family, ImportOption, ImportRefused
 from serving.generation.interface import (
@@ -35,7 +35,7 @@ TEMPLATE = ImportOption(
 HERMES = ToolSyntax("<tool_call>", '\n{"name": "{name}", "arguments": ', "}\n</tool_call>")
 
 
-class HFFormat:
+class HFFormat(TrimmedAnswers["FastTokenizer"]):
     """Conversation -> ids and back, by the model's own template and tokenizer. Answers are not edited."""
 
     tool_syntax: ToolSyntax | None
@@ -50,7 +50,7 @@ class HFFormat:
         num_rows: int,
     ) -> None:
         """num_rows: of the network's embedding. Tokens at and behind it do not exist for this model."""
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer)
         self._template = template
         self.tool_syntax = HERMES if has_hermes_calls else None
         self.stop_token_ids = stop_token_ids
@@ -62,14 +62,8 @@ class HFFormat:
     def encode(self, text: str, context_length: int | None = None) -> list[int]:
         return self._tokenizer.encode_plain(text, context_length)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
     def parser(self, begun: str = "") -> AnswerParser:
         return ExactAnswerParser()
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id)
 
     def check_tokens(self) -> None:
         """Raises ImportRefused if a prompt can have a token that the network has no embedding for.

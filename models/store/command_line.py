@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 
 from kernels.precision import Progress
-from models.checkpoints.inspection import inspect
 from models.families import FAMILIES
 from models.family import ImportOption, ImportRefused
 from models.store.model_store import StoredModel, StoreError, import_model, quantize_model, resolve, stored_models
@@ -125,6 +124,8 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _proposed_family(folder: Path) -> str:
     """The family that fits a folder, once the operator agrees. Raises ImportRefused."""
+    from models.checkpoints.inspection import inspect  # imports torch, which `list` does not need
+
     if str(folder) in FAMILIES:
         raise ImportRefused(f"which folder? import {folder} --from DIR")
     found = inspect(folder)
@@ -139,6 +140,8 @@ def _proposed_family(folder: Path) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    from models.checkpoints.inspection import inspect
+
     found = inspect(arguments.folder)
     if found.family is None:
         print(f"{arguments.folder} is {found}")

@@ -75,8 +75,7 @@ def remove_unknown(body: dict[str, Any], error: ValidationError) -> list[str]:
                 holder = holder[step]
         if isinstance(holder, dict) and name in holder:
             del holder[name]
-            nested = path_of(tuple(above))
-            removed.append(_shorten(f"{nested}.{name}" if nested else str(name), 100))
+            removed.append(_unknown_path(each["loc"], 100))
     return removed
 
 
@@ -96,6 +95,13 @@ def path_of(location: tuple[int | str, ...]) -> str:
     return path
 
 
+def _unknown_path(location: tuple[int | str, ...], length: int) -> str:
+    """The path of a field that no type has: its name is the client's own, even if it looks like a tag."""
+    *above, name = location
+    nested = path_of(tuple(above))
+    return _shorten(f"{nested}.{name}" if nested else str(name), length)
+
+
 def _translate(error: ErrorDetails) -> APIError:
     kind, value = error["type"], error["input"]
     context: dict[str, Any] = error.get("ctx", {})
@@ -106,11 +112,9 @@ def _translate(error: ErrorDetails) -> APIError:
     if kind == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if kind == "extra_forbidden":
-        *above, name = error["loc"]
-        # the name is the client's own, even if it looks like a tag
-        nested = path_of(tuple(above))
-        param = _shorten(f"{nested}.{name}" if nested else str(name), 200)
-        message = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
+        param = _unknown_path(error["loc"], 200)
+        is_nested = len(error["loc"]) > 1
+        message = f"Unknown parameter: '{param}'." if is_nested else f"Unrecognized request argument supplied: {param}"
         return invalid(message, param, "unknown_parameter")
     if kind in EXPECTED:
         return _wrong_type(param, EXPECTED[kind], value)

@@ -17,7 +17,7 @@ from kernels import decoder_native
 from kernels.decoder_native import NativeAttention
 from serving.engine.interface import CacheStep, PromptLayout
 from serving.engine.native.kv_memory import KVMemory
-from serving.engine.native.sequence import BLOCK
+from serving.engine.native.sequence import BLOCK, two_way_end
 
 FEW_ROWS = 8  # up to this many rows of a sequence share one small matrix with all their heads
 
@@ -35,8 +35,8 @@ class AttentionSpan:
 
     @property
     def num_two_way(self) -> int:
-        """Tokens from the beginning of the cache on that attend to each other both ways."""
-        return self.layout.num_two_way and self.num_trained + self.layout.num_two_way
+        """See `two_way_end`."""
+        return two_way_end(self.layout, self.num_trained)
 
     @property
     def num_rows(self) -> int:

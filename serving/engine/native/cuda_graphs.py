@@ -118,12 +118,8 @@ class DecodeGraph:
                 blocks = torch.tensor(table[: self._staging.shape[1] - 2], dtype=torch.int32)
                 self._staging[row, 2 : 2 + len(blocks)] = blocks
                 self._written[row] = written
-        if num_rows < self._num_rows:
-            self._staging[num_rows : self._num_rows, :2], self._staging[num_rows : self._num_rows, 2:] = (
-                0,
-                self._scratch,
-            )
-            self._written[num_rows : self._num_rows] = [None] * (self._num_rows - num_rows)
+        for row in range(num_rows, self._num_rows):  # padding from now on
+            self._staging[row, :2], self._staging[row, 2:], self._written[row] = 0, self._scratch, None
         self._num_rows = num_rows
         self._numbers.copy_(self._staging, non_blocking=True)
 

@@ -157,9 +157,9 @@ class NativeEngine:
         for token_ids, _ in texts:
             self._check(token_ids, 1)
         skipped = len(self._trained)
-        counted = [range(skipped + each.start, skipped + each.stop) for _, each in texts]
-        parts = zip(texts, [self._runner.layout(ids) for ids, _ in texts], counted, strict=True)
-        self._add([self._sequence(ids, NOTHING, layout, pooled=rows) for (ids, _), layout, rows in parts], queue)
+        shifted = [(ids, range(skipped + counted.start, skipped + counted.stop)) for ids, counted in texts]
+        layout = self._runner.layout
+        self._add([self._sequence(ids, NOTHING, layout(ids), pooled=counted) for ids, counted in shifted], queue)
 
     def _sequence(
         self, ids: Sequence[int], sampling: SamplingParams, layout: PromptLayout, **more: Any

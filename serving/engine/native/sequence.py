@@ -27,6 +27,11 @@ def placeholders(num_tokens: int) -> list[int]:
     return list(range(-1, -1 - num_tokens, -1))
 
 
+def two_way_end(layout: PromptLayout, num_trained: int) -> int:
+    """Tokens from the beginning of the cache on that attend to each other both ways; 0 for a causal prompt."""
+    return layout.num_two_way and num_trained + layout.num_two_way
+
+
 @dataclass(eq=False)
 class Node:
     """One full block of the prefix tree."""
@@ -70,8 +75,8 @@ class SequenceState:
 
     @property
     def num_two_way(self) -> int:
-        """Tokens from the beginning of the cache on that attend to each other both ways."""
-        return self.layout.num_two_way and self.num_trained + self.layout.num_two_way
+        """See `two_way_end`."""
+        return two_way_end(self.layout, self.num_trained)
 
     @property
     def prefix_root(self) -> Hashable:

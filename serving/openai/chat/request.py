@@ -140,14 +140,12 @@ class ChatRequest(ChoicesRequest):
     def template_arguments(self) -> dict[str, Any]:
         """What the chat template of a model that has such switches gets."""
         found = dict(self.chat_template_kwargs or {})
-        switches = {
-            "enable_thinking": self.enable_thinking,
-            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
-            "reasoning_effort": False if self.reasoning_effort == "none" else None,
-        }
-        for value in switches.values():
-            if value is not None:
-                found.setdefault("enable_thinking", value)
+        if self.enable_thinking is not None:
+            found.setdefault("enable_thinking", self.enable_thinking)
+        if self.thinking is not None:
+            found.setdefault("enable_thinking", self.thinking.type == "enabled")
+        if self.reasoning_effort == "none":
+            found.setdefault("enable_thinking", False)
         return found
 
     @property
