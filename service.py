@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 
@@ -17,15 +14,15 @@ from bentoml.models import BentoModel
 from starlette.middleware.cors import CORSMiddleware
 
 from models.families import FAMILIES
-from models.store.model_store import StoreError, ensure_demo, servable
+from models.store.model_store import DEMO_NAME, StoreError, ensure_demo, servable, stored_models
 from serving.http.access_middleware import AccessMiddleware, RouteNames
 from serving.http.json_body import BodyLimits, BodyMiddleware
 from serving.http.pages import page_routes
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.openai.start_generation import GenerationStarter
-from serving.registry import ModelRegistry
-from serving.settings import BuildArguments, Settings, SettingsError
+from serving.registry import ServedModel
+from serving.settings import BuildArguments, ModelSettings, Settings, SettingsError
 from serving.shared_folder import end_server
 from serving.worker.bentoml_adapter import (
     LOGGER,
@@ -38,32 +35,42 @@ from serving.worker.bentoml_adapter import (
     worker_number,
 )
 from serving.worker.bentoml_generate import GenerateRequest, generate_response
-from serving.worker.graceful_shutdown import ABORT_SECONDS
 from serving.worker.listening import PortTaken, check_port, default_host, listening_addresses, ready_lines
-from serving.worker.runtime import CORS_HEADERS, build_runtime
+from serving.worker.model_loader import ModelLoader, ModelSource, build_registry
+from serving.worker.runtime import CORS_HEADERS, build_runtime, stop_all
 
 PORT = 8000
 logger = logging.getLogger(LOGGER)
 built = bentoml.use_arguments(BuildArguments)
 
-try:
-    settings = Settings.from_environment({**built.environment, **os.environ})
-    stored = servable(ensure_demo() if settings.model == "chatglm2-demo" else settings.model)
-    family = FAMILIES[stored.family]
-    settings.check_stored_model(stored.tag, stored.family, stored.metadata, family.open_format is not None)
-    name, _, version = stored.tag.partition(":")
-    registry = ModelRegistry(
-        name=name,
-        aliases=settings.aliases,
-        accept_any=settings.accept_any_model,
-        created=int(time.time()),
-        fingerprint=f"fp_{version[:12]}",
+
+def find(chosen: ModelSettings) -> ModelSource:
+    """A model of the settings in the store. Raises StoreError, SettingsError."""
+    stored = servable(ensure_demo() if chosen.model == DEMO_NAME else chosen.model)
+    family, own = FAMILIES[stored.family], settings.of(chosen)
+    own.check_stored_model(stored.tag, stored.family, stored.metadata, family.open_format is not None)
+    return ModelSource(
+        stored.tag, stored.path, stored.family, stored.metadata, family.abilities, family.load, family.open_format, own
     )
+
+
+def servable_names() -> list[str]:
+    """For CHATGLM_MODELS=*, the demonstration last."""
+    names = {model.tag.partition(":")[0] for model in stored_models() if not model.metadata.get("weights_only")}
+    return [*sorted(names - {DEMO_NAME}), DEMO_NAME]
+
+
+try:
+    settings = Settings.from_environment(built.complete(os.environ))
+    chosen = settings.served_models(servable_names)
+    sources = {each.served_name: find(each) for each in chosen}
+    registry = build_registry(chosen, sources, accept_any=settings.accept_any_model)
     runtime = build_runtime(settings, registry, logger)
 except (SettingsError, StoreError) as error:
     print(f"chatglm: {error}", file=sys.stderr)
     raise SystemExit(1) from None
 
+default = sources[registry.default.name]
 has_keys = bool(settings.api_keys or settings.api_keys_file)
 host = default_host(has_keys, os.environ)
 limits = ApiLimits(
@@ -71,10 +78,11 @@ limits = ApiLimits(
     ignores_unknown=settings.unknown_fields == "ignore",
     max_n=settings.max_n,
     ping_seconds=settings.ping_seconds,
+    load_seconds=settings.load_seconds,
     stall_seconds=settings.stall_seconds,
     timeout_seconds=settings.request_timeout,
 )
-generations = GenerationStarter(runtime.admission, limits)
+generations = GenerationStarter(registry, runtime.admission, limits)
 at_v1 = create_app(registry, limits, admission=runtime.admission)
 at_root = create_app(
     registry,
@@ -83,6 +91,19 @@ at_root = create_app(
     admission=runtime.admission,
     more_routes=[runtime.metrics_route, *page_routes(settings.chat_page)],
 )
+
+
+def say_ready(served: ServedModel) -> None:
+    """Log where the server answers once a model is there."""
+    if served is registry.default:
+        for line in ready_lines(default.tag, listening_addresses(), has_keys, settings.chat_page):
+            logger.info(line)
+
+
+def give_up(served: ServedModel) -> None:
+    """End a server without its only model, where an orchestrator waits for that."""
+    if settings.exit_on_failed_load and len(registry.models) == 1:
+        end_server()
 
 
 @bentoml.service(
@@ -104,34 +125,13 @@ at_root = create_app(
 class ChatGLM2:
     """ChatGLM2 and its relatives behind OpenAI's chat completion API."""
 
-    model = BentoModel(stored.tag) if built.bundle else stored.tag
+    model = BentoModel(default.tag) if built.bundle else default.tag
+    if built.bundle:  # BentoML takes the attributes of this type into the Bento
+        locals().update({f"model_{i}": BentoModel(each.tag) for i, each in enumerate(sources.values()) if i})
 
     def __init__(self) -> None:
         self._running = AsyncExitStack()
-        # in a thread: meanwhile the server answers /livez, and /readyz with 503
-        threading.Thread(target=self._load, name="loading", daemon=True).start()
-
-    def _load(self) -> None:
-        worker = worker_number()
-        try:
-            if settings.engine == "vllm" and family.open_format is not None:
-                from serving.engine.vllm.start import start_on_vllm
-
-                model = start_on_vllm(family.open_format, stored.path, stored.metadata, settings, logger, worker)
-            else:
-                from serving.worker.start_native import start_model  # imports torch, which the parent does not need
-
-                model = start_model(family.load, stored.path, stored.metadata, settings, logger, worker)
-            gc.collect()
-            gc.freeze()  # a later full collection would hold the event loop while it visits all modules
-            registry.model = model
-            for line in ready_lines(stored.tag, listening_addresses(), has_keys, settings.chat_page):
-                logger.info(line)
-        except Exception as error:
-            logger.exception("%s could not be loaded", stored.tag)
-            registry.error = str(error)
-            if settings.exit_on_failed_load:
-                end_server()
+        self._loader = ModelLoader(registry, sources, settings, worker_number(), logger)
 
     @bentoml.on_deployment
     def in_parent_process() -> None:
@@ -145,7 +145,9 @@ class ChatGLM2:
     @bentoml.on_startup
     async def begin(self) -> None:
         complete_log()
-        await self._running.enter_async_context(runtime.running())
+        await self._running.enter_async_context(runtime.running(self._loader.unload_idle))
+        # in a thread: meanwhile the server answers /livez, and /readyz with 503
+        self._loader.begin(loaded=say_ready, failed=give_up)
 
     async def __is_ready__(self) -> bool:
         return runtime.monitor.is_ready
@@ -172,8 +174,7 @@ class ChatGLM2:
     @bentoml.on_shutdown
     async def end(self) -> None:
         await self._running.aclose()
-        if registry.model is not None:
-            await asyncio.to_thread(registry.model.engine.stop, ABORT_SECONDS)
+        await asyncio.to_thread(stop_all, registry)
 
 
 if settings.cors_origins:

@@ -29,8 +29,9 @@ from serving.http.access_middleware import AccessMiddleware, RouteNames
 from serving.http.json_body import BodyLimits, BodyMiddleware
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 from serving.settings import Settings
+from serving.worker.model_loader import ModelSource
 from serving.worker.runtime import build_runtime
 from serving.worker.start_native import start_model
 
@@ -109,9 +110,11 @@ def application(folder: Path) -> Iterator[ASGIApp]:
     family = FAMILIES["chatglm2"]
     settings = Settings(device="cpu", precision="float32", threads=1, kv_cache_gib=0.05)
     logger = logging.getLogger("benchmarks.request_path")
-    metadata = {"family": "chatglm2", **family.import_checkpoint(CHECKPOINT, folder, {}, no_progress)}
-    model = start_model(family.load, folder, metadata, settings, logger)
-    registry = ModelRegistry("chatglm2-demo", model=model)
+    metadata = family.import_checkpoint(CHECKPOINT, folder, {}, no_progress)
+    abilities, open_format = family.abilities, family.open_format
+    source = ModelSource("chatglm2-demo:1", folder, "chatglm2", metadata, abilities, family.load, open_format, settings)
+    model = start_model(source, settings, logger).running
+    registry = ModelRegistry([ServedModel("chatglm2-demo", running=model)])
     try:
         runtime = build_runtime(settings, registry, logger)
         app = create_app(registry, ApiLimits(), admission=runtime.admission)

@@ -13,11 +13,13 @@ from itertools import cycle
 from typing import Any, cast
 
 import service
-from models.families import FAMILIES
 from serving.engine.interface import SamplingParams, TokenMask
 from serving.engine.output_queue import OutputQueue, SequenceCommand
 from serving.engine.outputs import TokenOutput
 from serving.generation.interface import ChatFormat
+from serving.generation.pipeline import RunningModel
+from serving.registry import ServedModel
+from serving.worker.model_loader import ModelLoader, StartedModel
 from serving.worker.start_native import start_model
 
 
@@ -77,13 +79,14 @@ class Ticks:
         asyncio.get_running_loop().call_later(self._seconds, self._tick)
 
 
-def _load(self: Any) -> None:
-    load, stored = FAMILIES[service.stored.family].load, service.stored
-    model = start_model(load, stored.path, stored.metadata, service.settings, service.logger)
+def _start(self: ModelLoader, served: ServedModel) -> StartedModel:
+    started = start_model(service.default, service.default.settings, service.logger, name=served.name)
+    model = started.running
+    assert isinstance(model, RunningModel)
     ticks = Ticks(model.chat_format, float(os.environ["TICK_SECONDS"]))
     cast("Any", model.engine).generate = ticks.generate
-    service.registry.model = model
+    return started
 
 
-cast("Any", service.ChatGLM2).inner._load = _load
+cast("Any", ModelLoader)._start = _start
 svc = service.ChatGLM2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -37,6 +38,7 @@ def _suggestion(name: str) -> str:
     return f": did you mean {similar[0]}?" if similar else ""
 
 
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]  # separated by commas
 
 
@@ -50,13 +52,25 @@ class Settings(BaseModel):
 
     model: str = "chatglm2-demo"
     """Tag of the model in the Bento model store, `name` or `name:version`."""
+    models: Listed = ()
+    """Several models instead, separated by commas: the first is the default; `*` means every stored one."""
+    models_file: str = ""
+    """YAML file with several models and settings of their own (docs/models.md)."""
+    preload: Listed = ("first",)
+    """Models to load at the start, separated by commas; or `first`, `all`, `none`. The others load when asked for."""
+    memory_gib: float = Field(0.0, ge=0)
+    """Memory of all models together in GiB, caches included; 0 takes 80 % of what is free at the start."""
+    idle_minutes: float = Field(0.0, ge=0)
+    """Unload a model after so many minutes without requests; 0 keeps it until its memory is needed."""
+    load_seconds: float = Field(300.0, gt=0)
+    """Seconds that a request waits while its model is loaded; then 503."""
     aliases: Listed = ("chatglm2-6b", "chatglm")
     """Other names that the model answers to, separated by commas."""
     accept_any_model: bool = False
     """Accept every model name in requests instead of answering 404 for unknown ones."""
     device: str = "auto"
     """`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps`."""
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = "auto"
+    precision: Precision = "auto"
     """Weight format; `auto` uses 16 bits where they fit, and full precision for small models."""
     engine: Literal["native", "vllm"] = "native"
     """`vllm` runs the model in vLLM and needs the packages of `requirements-vllm.txt`."""
@@ -74,6 +88,8 @@ class Settings(BaseModel):
     """CPU threads of the engine; 0 uses all cores available to the process."""
     kv_cache_gib: float = Field(0.0, ge=0)
     """Size of the KV cache in GiB; 0 chooses it by the free memory."""
+    context_length: int = Field(0, ge=0)
+    """Maximum tokens of prompt and answer together; 0 takes what the model was trained for."""
     kv_precision: Literal["auto", "16", "8"] = "auto"
     """Bits of a cached number: `8` holds nearly twice the tokens (a scale for each token and head); `auto` is 16."""
     max_sequences: int = Field(64, ge=1, le=1024)
@@ -146,7 +162,19 @@ class Settings(BaseModel):
                 ) from None
             raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from None
         settings._check_engine()
+        settings._check_models()
         return settings
+
+    def _check_models(self) -> None:
+        """Raises SettingsError for two answers to the question which models are served."""
+        given = [name for name in ("model", "models", "models_file") if getattr(self, name) and self._is_given(name)]
+        if len(given) > 1:
+            raise SettingsError(f"set one of {' and '.join(PREFIX + name.upper() for name in given)}")
+        if self.engine == "vllm" and given and given != ["model"]:
+            raise SettingsError("CHATGLM_ENGINE=vllm serves one model: set CHATGLM_MODEL")
+
+    def _is_given(self, name: str) -> bool:
+        return name in self.model_fields_set
 
     def _check_engine(self) -> None:
         """Raises SettingsError for options that the chosen engine does not support."""
@@ -169,6 +197,39 @@ class Settings(BaseModel):
             wanted = "CHATGLM_ENGINE=vllm" if self.engine == "vllm" else f"CHATGLM_PRECISION={self.precision}"
             raise SettingsError(f"{tag} is stored in {stored_precision}; for {wanted} serve {metadata['source']}")
 
+    def served_models(self, stored_names: Callable[[], Sequence[str]]) -> list[ModelSettings]:
+        """The models to serve, the default first. Raises SettingsError.
+
+        stored_names: of the models in the store, for `*`.
+        """
+        if self.models_file:
+            chosen = _read_models(Path(self.models_file))
+        else:
+            tags = self.models or (self.model,)
+            chosen = [ModelSettings(model=tag) for tag in (stored_names() if tags == ("*",) else tags)]
+        if not chosen:
+            raise SettingsError("CHATGLM_MODELS=*, and the model store has no model: import one")
+        if not chosen[0].aliases:
+            chosen[0] = chosen[0].model_copy(update={"aliases": self.aliases})
+        names = [each.served_name for each in chosen]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(f"two models are named {twice[0]!r}: give them names in CHATGLM_MODELS_FILE")
+        loads = {"first": names[:1], "all": names, "none": []}
+        preloaded = {name for given in self.preload for name in loads.get(given, [given])}
+        if unknown := sorted(preloaded - set(names)):
+            raise SettingsError(f"CHATGLM_PRELOAD names {unknown[0]!r}; served are {', '.join(names)}")
+        if self.models == ("*",) and not self._is_given("preload"):
+            preloaded = set()
+        return [
+            each if each.preload is not None else each.model_copy(update={"preload": each.served_name in preloaded})
+            for each in chosen
+        ]
+
+    def of(self, model: ModelSettings) -> Settings:
+        """With the settings that this model has of its own."""
+        own = {name: value for name, value in model.model_dump().items() if value is not None}
+        return self.model_copy(update={name: own[name] for name in OWN_SETTINGS if name in own})
+
     @property
     def vllm_arguments(self) -> dict[str, object]:
         """CHATGLM_VLLM_OPTIONS as a dictionary. Raises SettingsError."""
@@ -181,6 +242,55 @@ class Settings(BaseModel):
         return cast("dict[str, object]", options)
 
 
+class ModelSettings(BaseModel):
+    """One model of CHATGLM_MODELS_FILE. What it leaves out is as the settings say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1)  # tag in the store
+    name: str = ""  # that requests use; the tag's own by default
+    aliases: tuple[str, ...] = ()
+    preload: bool | None = None
+    precision: Precision | None = None
+    context_length: int | None = Field(default=None, ge=0)
+    kv_cache_gib: float | None = Field(default=None, ge=0)
+    kv_precision: Literal["auto", "16", "8"] | None = None
+    max_sequences: int | None = Field(default=None, ge=1, le=1024)
+    drop_oldest_rounds: bool | None = None
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.model.partition(":")[0]
+
+
+OWN_SETTINGS = ("precision", "context_length", "kv_cache_gib", "kv_precision", "max_sequences", "drop_oldest_rounds")
+
+
+class _ModelsFile(BaseModel):
+    """`models:` and a list."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: list[ModelSettings] = Field(min_length=1)
+
+
+def _read_models(file: Path) -> list[ModelSettings]:
+    """Raises SettingsError that names the line of the file or the field."""
+    import yaml
+
+    try:
+        return list(_ModelsFile.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))).models)
+    except OSError as error:
+        raise SettingsError(f"CHATGLM_MODELS_FILE: {file} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"CHATGLM_MODELS_FILE: {file} is not valid YAML ({reason[:200]})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise SettingsError(f"CHATGLM_MODELS_FILE: {where}: {first['msg']}") from None
+
+
 class BuildArguments(BaseModel):
     """What `bentoml build --arg NAME=VALUE` chooses. BentoML stores it in the Bento and restores it at start."""
 
@@ -188,6 +298,8 @@ class BuildArguments(BaseModel):
 
     model: str = ""
     """Model that is served unless CHATGLM_MODEL is set."""
+    models: str = ""
+    """Several models instead, separated by commas; all of them are bundled."""
     bundle: bool = True
     """Whether the model is part of the Bento and so of its image."""
     engine: Literal["native", "vllm"] = "native"
@@ -195,10 +307,12 @@ class BuildArguments(BaseModel):
     torch: str = ""
     """uv's torch backend for the image (cpu, cu126, ...); empty uses the index's."""
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The settings that follow from it; variables of the real environment override them."""
-        return {"CHATGLM_ENGINE": self.engine} | ({"CHATGLM_MODEL": self.model} if self.model else {})
+    def complete(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """The environment with the settings that follow from the build, which it overrides."""
+        chosen = {"CHATGLM_MODEL": self.model, "CHATGLM_MODELS": self.models}
+        if any(environment.get(name) for name in (*chosen, "CHATGLM_MODELS_FILE")):
+            chosen = {}
+        return {"CHATGLM_ENGINE": self.engine, **{name: tag for name, tag in chosen.items() if tag}, **environment}
 
     @field_validator("torch")
     @classmethod

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.families import FAMILIES
 from models.store.bentoml_adapter import using_store
 from models.store.model_store import import_model, servable
 from models.store.progress import no_progress
 from serving.generation.pipeline import RunningModel
 from serving.settings import Settings
 from serving.worker.start_native import start_model
+from tests.sources import source_of
 
 SETTINGS = Settings(device="cpu", precision="float32", threads=1, kv_cache_gib=0.01)
 
@@ -35,5 +35,6 @@ def imported_and_started(
         tag = import_model(family, source, f"tiny-{family}:1", options, no_progress)
         stored = servable(tag)
         assert (stored.family, stored.path.is_relative_to(home)) == (family, True)
-        load = FAMILIES[stored.family].load
-        return start_model(load, stored.path, stored.metadata, settings, logging.getLogger("tests"))
+        model = start_model(source_of(stored, settings), settings, logging.getLogger("tests")).running
+        assert isinstance(model, RunningModel)
+        return model

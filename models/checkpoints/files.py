@@ -29,6 +29,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def read_optional(path: Path) -> dict[str, Any]:
+    """The same; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
 def positive_int(config: Mapping[str, Any], name: str) -> int:
     """A value of `config.json` that must be a positive integer. Raises ImportRefused."""
     value = config.get(name)

@@ -13,7 +13,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from kernels.precision import Progress
-from models.checkpoints.files import link_or_copy, read_json, refuse_lfs_pointer, require_space, write_json
+from models.checkpoints.files import (
+    first_line,
+    link_or_copy,
+    read_json,
+    read_optional,
+    refuse_lfs_pointer,
+    require_space,
+    write_json,
+)
 from models.checkpoints.hf_config import check_config
 from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards, read_tensors
 from models.family import ImportRefused
@@ -47,7 +55,7 @@ def read_config(source: Path) -> PretrainedConfig:
     try:
         parsed = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
-        raise ImportRefused(f"transformers cannot read config.json: {_first_line(error)}") from None
+        raise ImportRefused(f"transformers cannot read config.json: {first_line(error)}") from None
     check_config(config, parsed)
     return cast("PretrainedConfig", parsed)
 
@@ -94,7 +102,7 @@ def check_weights(target: Path) -> None:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
-        raise ImportRefused(f"transformers cannot load this checkpoint: {_first_line(error)}") from None
+        raise ImportRefused(f"transformers cannot load this checkpoint: {first_line(error)}") from None
     modules = {name for name, _ in loaded[0].named_modules()}
     problems: dict[str, set[str]] = {kind: {str(key) for key in loaded[1][f"{kind}_keys"]} for kind in PROBLEMS}
     # weights of further modules, such as a multi-token prediction, change no logits
@@ -118,27 +126,23 @@ def import_tokenizer(source: Path, target: Path) -> None:
     pieces = source / "tokenizer.model"
     if pieces.is_file():
         refuse_lfs_pointer(pieces)
-        has_bos = _read_optional(source / "tokenizer_config.json").get("add_bos_token") is not False
-        convert(pieces, target / TOKENIZER_FILE, _read_optional(source / "added_tokens.json"), has_bos)
+        has_bos = read_optional(source / "tokenizer_config.json").get("add_bos_token") is not False
+        convert(pieces, target / TOKENIZER_FILE, read_optional(source / "added_tokens.json"), has_bos)
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, use_fast=True)
         tokenizer.backend_tokenizer.save(str(target / TOKENIZER_FILE))
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(
-            f"{source} has no {TOKENIZER_FILE}, and transformers cannot convert its tokenizer: {_first_line(error)}"
+            f"{source} has no {TOKENIZER_FILE}, and transformers cannot convert its tokenizer: {first_line(error)}"
         ) from None
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """bos_token, eos_token and so on -> the token's text, by the folder's configuration."""
     named: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        configuration = _read_optional(file)
+        configuration = read_optional(file)
         for key in NAMED_TOKENS:
             value = configuration.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -151,7 +155,7 @@ def token_ids(folder: Path, key: str) -> list[int]:
     """bos_token_id or eos_token_id of generation_config.json and config.json: a number, a list or nothing."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        value = _read_optional(folder / name).get(key)
+        value = read_optional(folder / name).get(key)
         ids += [token_id for token_id in (value if isinstance(value, list) else [value]) if isinstance(token_id, int)]
     return ids
 
@@ -174,7 +178,7 @@ def _own_templates(source: Path) -> Mapping[str, str]:
         named = {file.stem: file.read_text(encoding="utf-8") for file in additional}
         return {**named, "default": (source / TEMPLATE_FILE).read_text(encoding="utf-8")}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        value = _read_optional(source / name).get("chat_template")
+        value = read_optional(source / name).get("chat_template")
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, dict):
@@ -188,7 +192,3 @@ def write_config(source: Path, target: Path) -> None:
     """config.json without auto_map, which would make transformers look for remote code."""
     config = read_json(source / "config.json")
     write_json(target / "config.json", {key: value for key, value in config.items() if key != "auto_map"})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoints import lora
+from models.checkpoints.encoder import is_cross_encoder
 from models.checkpoints.files import has_role_tokens, is_lfs_pointer, read_json
 from models.checkpoints.gguf import find_gguf
 from models.checkpoints.prepared import wrapper_of
 from models.checkpoints.ptuning import NAME
 from models.checkpoints.shards import find_shards, inspect_shards
 from models.family import ImportRefused
+
+ENCODER_CLASSES = ("BertModel", "RobertaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def inspect(folder: Path) -> Inspection:
         where = f"; there are folders with one in it: {', '.join(inner[:4])}" if inner else ""
         return Inspection("a folder without config.json", None, f"give the folder of a downloaded checkpoint{where}")
     config = read_json(folder / "config.json")
-    return _chatglm(folder, config) if config.get("model_type") == "chatglm" else _other(config)
+    return _chatglm(folder, config) if config.get("model_type") == "chatglm" else _other(folder, config)
 
 
 def _adapter(folder: Path) -> Inspection:
@@ -111,8 +114,13 @@ def _tensor_names(folder: Path) -> list[str]:
     return sorted(inspect_shards(shards))
 
 
-def _other(config: dict[str, Any]) -> Inspection:
+def _other(folder: Path, config: dict[str, Any]) -> Inspection:
     kind = config.get("model_type")
+    if is_cross_encoder(config):
+        return Inspection(f"a cross-encoder of the type {kind}", "reranker")
+    is_sentence_model = (folder / "modules.json").is_file()
+    if is_sentence_model or any(str(name).endswith(ENCODER_CLASSES) for name in config.get("architectures") or ()):
+        return Inspection(f"an embedding model of the type {kind}", "embedding")
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict):
         method = str(quantised.get("quant_method", "?"))

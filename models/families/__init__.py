@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from models.families import chatglm, chatglm2, chatglm3, codegeex2, glm4, hf
-from models.family import Family
+from models.families import chatglm, chatglm2, chatglm3, codegeex2, embedding, glm4, hf, reranker
+from models.family import Family, LoadedEncoder, LoadedNetwork
 
-FAMILIES: dict[str, Family] = {
+AnyFamily = Family[LoadedNetwork] | Family[LoadedEncoder]
+
+FAMILIES: dict[str, AnyFamily] = {
     "chatglm": chatglm.FAMILY,
     "chatglm2": chatglm2.FAMILY,
     "chatglm3": chatglm3.FAMILY,
     "codegeex2": codegeex2.FAMILY,
     "glm4": glm4.FAMILY,
     "hf": hf.FAMILY,
+    "embedding": embedding.FAMILY,
+    "reranker": reranker.FAMILY,
 }

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Progress, QuantizedPrecision
-from models.families import FAMILIES
-from models.family import Family, ImportRefused
+from models.families import FAMILIES, AnyFamily
+from models.family import ImportRefused
 from models.store.bentoml_adapter import create_model_in, store_folder
 from models.store.progress import no_progress
 from models.store.staging import move_folder, staging_folder
@@ -179,7 +179,7 @@ def _stored_model(model: Model) -> StoredModel | None:
     return StoredModel(str(model.tag), Path(model.path), family, {**metadata, "imported": created[:16]})
 
 
-def _family(name: str, options: Mapping[str, str]) -> Family:
+def _family(name: str, options: Mapping[str, str]) -> AnyFamily:
     """A family by its name, if it has these options. Raises ImportRefused."""
     if name not in FAMILIES:
         raise ImportRefused(f"there is no family {name!r}; choose one of {', '.join(FAMILIES)}")

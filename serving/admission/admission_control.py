@@ -97,6 +97,7 @@ class Permit:
     _client: str
     _capacity: Capacity
     _reservation: Reservation
+    _on_close: Callable[[], None]
     priority: int = 0  # for the engine: smaller goes first
     _is_open: bool = True
 
@@ -121,6 +122,7 @@ class Permit:
         """num_used_tokens: prompt and answer together; None if it is not known, because the client left."""
         if self._is_open:
             self._is_open = False
+            self._on_close()
             used = self._reservation.num_tokens if num_used_tokens is None else num_used_tokens
             self._admission.release(self._client, self._reservation, used)
 
@@ -140,8 +142,13 @@ class Admission:
     _token_rate: CompletionRate = field(default_factory=CompletionRate)
     _refused: RefusedWork = field(default_factory=RefusedWork)  # answers
 
-    def admit(self, name: str, num_answers: int, capacity: Capacity) -> Permit:
-        """Before a request is tokenized. name: the client's. Raises APIError 429 with the seconds to wait."""
+    def admit(
+        self, name: str, num_answers: int, capacity: Capacity, on_close: Callable[[], None] = lambda: None
+    ) -> Permit:
+        """Before a request is tokenized. name: the client's. on_close: called once when the request is over.
+
+        Raises APIError 429 with the seconds to wait.
+        """
         now = self.clock()
         # reserved before it is checked: two workers that do so at the same instant see each other
         reservation = self.usage_table.reserve(name, num_answers)
@@ -160,7 +167,7 @@ class Admission:
             self._store(reservation, usage, requests, tokens, now)
         self._count(self._clients.get(name) or self._new_client(name), 1, reservation)
         headers = self._queue_headers(usage, capacity, now) | requests.headers() | tokens.headers()
-        return Permit(headers, self, name, capacity, reservation)
+        return Permit(headers, self, name, capacity, reservation, on_close)
 
     def claim(
         self, name: str, reservation: Reservation, num_tokens: int, capacity: Capacity

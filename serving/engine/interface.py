@@ -180,6 +180,26 @@ class EngineLimits:
 
 
 @dataclass(frozen=True)
+class EncoderInput:
+    """One text, or two for a cross-encoder. `type_ids`: which of the two each token is of; empty for one text."""
+
+    token_ids: tuple[int, ...]
+    type_ids: tuple[int, ...] = ()
+
+
+class Encoder(Protocol):
+    """The interface of networks that turn a whole text into one vector, or two texts into scores."""
+
+    num_outputs: int  # numbers of a vector
+    num_tokens: int  # ids below this have a row in the embedding
+    max_positions: int  # tokens of one input
+
+    def encode(self, inputs: Sequence[EncoderInput]) -> list[list[float]]:
+        """[inputs][num_outputs], computed in one padded batch."""
+        ...
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot of the engine's gauges and counters."""
 
@@ -202,12 +222,10 @@ class EngineCapabilities:
     has_embeddings: bool = True
 
 
-class Engine(Protocol):
-    """Generates for many requests at once. `generate` and `embed` in the event loop, the rest from any thread."""
+class MonitoredEngine(Protocol):
+    """What the health monitor asks of every engine. From any thread."""
 
-    capabilities: EngineCapabilities
     limits: EngineLimits
-    shape: NetworkShape
 
     @property
     def num_steps(self) -> int:
@@ -232,6 +250,26 @@ class Engine(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
+    def stats(self) -> EngineStats: ...
+
+    def give_up(self) -> None:
+        """End every request in flight with EngineStopped, for an engine that hangs."""
+        ...
+
+    def stop(self, max_seconds: float | None = None) -> None:
+        """End the engine after its current step. Requests in flight get EngineStopped.
+
+        max_seconds: the longest time to wait for the step.
+        """
+        ...
+
+
+class Engine(MonitoredEngine, Protocol):
+    """Generates for many requests at once. `generate` and `embed` in the event loop, the rest from any thread."""
+
+    capabilities: EngineCapabilities
+    shape: NetworkShape
+
     def generate(
         self,
         prompt_ids: Sequence[int],
@@ -252,17 +290,4 @@ class Engine(Protocol):
     def embed(self, texts: Sequence[tuple[Sequence[int], range]], queue: OutputQueue[PoolingOutput]) -> None:
         """Start the mean of hidden states for each text: (its token ids, the range of those that count). The output
         of the i-th text comes into `queue` as i. Raises as `generate` does."""
-        ...
-
-    def stats(self) -> EngineStats: ...
-
-    def give_up(self) -> None:
-        """End every request in flight with EngineStopped, for an engine that hangs."""
-        ...
-
-    def stop(self, max_seconds: float | None = None) -> None:
-        """End the engine after its current step. Requests in flight get EngineStopped.
-
-        max_seconds: the longest time to wait for the step.
-        """
         ...

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Generic, Literal, Protocol, TypeVar
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from serving.engine.outputs import EngineError, PoolingOutput, TokenOutput
 
 MAX_UNREAD = 512  # outputs; past it the sequences are paused until the reader has taken them
+
+logger = logging.getLogger(__name__)
 
 SequenceCommand = Literal["pause", "resume", "cancel"]
 OutputT = TypeVar("OutputT", TokenOutput, PoolingOutput)
@@ -141,3 +145,25 @@ class OutputQueue(Generic[OutputT]):
             self._timer = self.loop.call_at(self._wait_ends, self._timed_out)
         else:
             self._wake_reader()
+
+
+def deliver(outputs: Mapping[OutputQueue[Any], list[tuple[int, Any]]]) -> None:
+    """Put a step's outputs into their queues, with one wake-up of each event loop. From any thread."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputQueue[Any], list[tuple[int, Any]]]]] = {}
+    for queue, some in outputs.items():
+        by_loop.setdefault(queue.loop, []).append((queue, some))
+    for loop, of_loop in by_loop.items():
+        call_in(loop, _put_all, of_loop)
+
+
+def _put_all(outputs: list[tuple[OutputQueue[Any], list[tuple[int, Any]]]]) -> None:
+    for queue, some in outputs:
+        queue.put(some)
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Have an event loop call this, unless it was closed. From any thread."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        logger.debug("an event loop was closed before its requests ended")

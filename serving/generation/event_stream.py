@@ -45,7 +45,7 @@ class EventStream:
         self._processors: list[OutputProcessor] = []
         self._num_open = sum(prompt.n for prompt in prompts)  # answers that are not over
         self._failure: Exception | None = None  # of a processor
-        self._metrics = RequestMetrics(context, permit, sum(len(prompt.token_ids) for prompt in prompts))
+        self._metrics = RequestMetrics(context, permit, model.name, sum(len(prompt.token_ids) for prompt in prompts))
         self._loop = self._queue.loop
         self._timer = None
         if deadline.at < math.inf:
@@ -112,9 +112,8 @@ class EventStream:
 class RequestMetrics:
     """Counts one request's events into its context, its permit and the metrics."""
 
-    def __init__(self, context: RequestContext, permit: Permit, num_prompt_tokens: int) -> None:
-        self._context = context
-        self._permit = permit
+    def __init__(self, context: RequestContext, permit: Permit, model: str, num_prompt_tokens: int) -> None:
+        self._context, self._permit, self._model = context, permit, model
         self._is_closed = False
         context.prompt_tokens = num_prompt_tokens
 
@@ -123,7 +122,7 @@ class RequestMetrics:
         if context.first_token_at is None:
             context.first_token_at = time.monotonic()
             self._permit.started()
-            metrics.TIME_TO_FIRST_TOKEN.observe(context.first_token_at - context.begun)
+            metrics.TIME_TO_FIRST_TOKEN.labels(self._model).observe(context.first_token_at - context.begun)
         for _, event in events:
             if isinstance(event, Finished):
                 context.completion_tokens += event.usage.completion_tokens
@@ -140,9 +139,9 @@ class RequestMetrics:
         if not is_complete or context.first_token_at is None:
             return
         now = time.monotonic()
-        metrics.REQUEST_LATENCY.observe(now - context.begun)
+        metrics.REQUEST_LATENCY.labels(self._model).observe(now - context.begun)
         for reason in context.finish_reasons:
-            metrics.REQUEST_SUCCESS.labels(reason).inc()
+            metrics.REQUEST_SUCCESS.labels(self._model, reason).inc()
         num_intervals = context.completion_tokens / max(1, len(context.finish_reasons)) - 1
         if num_intervals > 0:
-            metrics.TIME_PER_OUTPUT_TOKEN.observe((now - context.first_token_at) / num_intervals)
+            metrics.TIME_PER_OUTPUT_TOKEN.labels(self._model).observe((now - context.first_token_at) / num_intervals)

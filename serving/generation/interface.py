@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
+from serving.engine.interface import EncoderInput
 from serving.engine.outputs import TokenLogprob
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -207,4 +208,20 @@ class ChatFormat(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token inside a text; b'' for special tokens. For logprobs and grammars."""
+        ...
+
+
+class EncoderTokenizer(Protocol):
+    """The interface of an encoder's tokenizer. Safe to call from any thread."""
+
+    def encode(self, text: str) -> EncoderInput:
+        """With the special tokens that the model was trained with; a text has none of them."""
+        ...
+
+    def encode_pair(self, first: str, second: str, max_second: int | None = None) -> EncoderInput:
+        """max_second: tokens that are kept of the second text."""
+        ...
+
+    def truncated(self, given: EncoderInput, max_tokens: int) -> EncoderInput:
+        """Without the last tokens of the text, or of the second text; the special tokens stay."""
         ...

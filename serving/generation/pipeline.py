@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,6 +96,21 @@ class ContextOverflow(PromptError):
         )
 
 
+@dataclass
+class ModelUse:
+    """Who uses a loaded model: it is never unloaded while a request runs. For one event loop."""
+
+    num_requests: int = 0
+    last_ended: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        self.num_requests += 1
+
+    def end(self) -> None:
+        self.num_requests -= 1
+        self.last_ended = time.monotonic()
+
+
 @dataclass(frozen=True)
 class RunningModel:
     """A loaded model and the engine that runs it."""
@@ -103,6 +119,8 @@ class RunningModel:
     chat_format: ChatFormat
     context_length: int  # tokens of prompt and answer together
     drops_oldest_rounds: bool = False  # of a conversation that does not fit, instead of refusing it
+    name: str = "model"  # for metrics
+    use: ModelUse = field(default_factory=ModelUse)
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:

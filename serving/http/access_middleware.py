@@ -109,7 +109,9 @@ class AccessMiddleware:
         if authorization is None and self._is_public(scope["path"]):
             return None
         try:
-            context.key_name = context.client = self._policy.keys.name_of(authorization)
+            key = self._policy.keys.find(authorization)
+            context.key_name = context.client = key.name
+            context.is_administrator = key.is_administrator
         except APIError as refusal:
             return refusal
         return None

@@ -8,15 +8,25 @@ import logging
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from serving.http.errors import INVALID_REQUEST, APIError
 
 HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 NAME = re.compile(r"[\w.@-]{1,64}")
+ADMINISTRATOR = "admin"
 RELOAD_SECONDS = 1.0  # between two checks whether the file has changed
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class APIKey:
+    """What is known of an accepted key but the key itself."""
+
+    name: str
+    is_administrator: bool = False
 
 
 class KeyFileError(Exception):
@@ -26,7 +36,8 @@ class KeyFileError(Exception):
 class APIKeys:
     """The accepted keys: only their SHA-256 digests are kept, each with a name for logs and limits.
 
-    A file has one key a line, plain or `sha256:<64 hex digits>`, with an optional name after it; `#` begins a comment.
+    A file has one key a line, plain or `sha256:<64 hex digits>`, with an optional name after it, and after that the
+    role `admin` for keys that may load and unload models; `#` begins a comment.
     It is read again when it changes. A file that is deleted or has no key revokes its keys: only those from settings
     are accepted then. While it is invalid in another way, the previous keys stay in use.
     """
@@ -37,7 +48,7 @@ class APIKeys:
         self._file = file
         self._digest: bytes | None = None  # of the file's content when it was read last
         self._checked_at = -RELOAD_SECONDS
-        self._names = dict(self._listed)
+        self._keys = dict(self._listed)
         if file is not None:
             if not file.exists():
                 raise KeyFileError("the key file cannot be read (FileNotFoundError)")
@@ -47,10 +58,10 @@ class APIKeys:
 
     @property
     def num_keys(self) -> int:
-        return len(self._names)
+        return len(self._keys)
 
-    def name_of(self, authorization: str | None) -> str:
-        """The name of the key in an Authorization header. Raises APIError 401."""
+    def find(self, authorization: str | None) -> APIKey:
+        """The key in an Authorization header. Raises APIError 401."""
         if not authorization:
             raise _refused(
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using "
@@ -63,7 +74,7 @@ class APIKeys:
         self._reload()
         given = hashlib.sha256(key.encode("latin-1", "replace")).digest()
         # compared with all of them, so that the time taken does not tell which one matched
-        found = [name for digest, name in self._names.items() if hmac.compare_digest(digest, given)]
+        found = [accepted for digest, accepted in self._keys.items() if hmac.compare_digest(digest, given)]
         if not found:
             raise _refused("Incorrect API key provided.")
         return found[0]
@@ -93,27 +104,30 @@ class APIKeys:
             lines = content.decode().splitlines()
         except UnicodeDecodeError:
             raise KeyFileError("the key file is not UTF-8") from None
-        self._names = {**self._listed, **_parse(lines)}
+        self._keys = {**self._listed, **_parse(lines)}
         logger.info("%d API keys are in use", self.num_keys)
-        if not self._names:
+        if not self._keys:
             logger.error("the key file contains no key: all requests are refused until it has one")
 
 
-def _parse(lines: Iterable[str]) -> dict[bytes, str]:
-    """{SHA-256 digest: name}. Raises KeyFileError."""
-    names: dict[bytes, str] = {}
+def _parse(lines: Iterable[str]) -> dict[bytes, APIKey]:
+    """{SHA-256 digest: key}. Raises KeyFileError."""
+    keys: dict[bytes, APIKey] = {}
     for number, line in enumerate(lines, 1):
         parts = line.split("#", 1)[0].split()
         if not parts:
             continue
-        if len(parts) > 2 or (len(parts) == 2 and not NAME.fullmatch(parts[1])):
+        if len(parts) > 3 or (len(parts) > 1 and not NAME.fullmatch(parts[1])):
             raise KeyFileError(f"key {number}: expected a key and at most one name of letters, digits and . _ - @")
+        if len(parts) == 3 and parts[2] != ADMINISTRATOR:
+            raise KeyFileError(f"key {number}: behind the name there can only be the role {ADMINISTRATOR}")
         hashed = HASHED.fullmatch(parts[0])
         if parts[0].startswith("sha256:") and not hashed:
             raise KeyFileError(f"key {number}: sha256: must be followed by 64 hexadecimal digits")
         digest = bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(parts[0].encode()).digest()
-        names[digest] = parts[1] if len(parts) == 2 else f"key-{digest.hex()[:8]}"
-    return names
+        name = parts[1] if len(parts) > 1 else f"key-{digest.hex()[:8]}"
+        keys[digest] = APIKey(name, is_administrator=len(parts) == 3)
+    return keys
 
 
 def _refused(message: str) -> APIError:

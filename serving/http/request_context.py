@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Scope, Send
@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()  # (client, field) pairs that are in the log
 
 
+class LoadingModel(Protocol):
+    """A model on its way into memory."""
+
+    @property
+    def progress(self) -> float:
+        """0 to 1."""
+        ...
+
+
 @dataclass
 class RequestContext:
     """Each stage fills in what it learns. Counts, names and times only: no text of a client, no API key."""
@@ -32,6 +41,7 @@ class RequestContext:
     begun: float  # time.monotonic()
     client: str  # what rate limits count by: the name of the API key, else the peer's address
     key_name: str | None = None
+    is_administrator: bool = False  # by the API key's role
     status: int = 0  # 0: no response has started
     error_code: str | None = None
     is_stream: bool = False
@@ -42,6 +52,7 @@ class RequestContext:
     first_token_at: float | None = None
     finish_reasons: list[str] = field(default_factory=list[str])
     traceparent: str | None = None
+    loading: LoadingModel | None = None  # what a request for a stream waits for
     headers: dict[str, str] = field(default_factory=dict[str, str])  # for the response
     has_processing_time: bool = False  # the response gets `openai-processing-ms`
     is_labelled: bool = False  # a middleware has wrapped `send` already

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
@@ -280,21 +280,9 @@ class Api:
             note_ignored(request_context(request.scope), ignored)
         return body, job
 
-    def running_model(self, name: str) -> RunningModel:
-        """Raises APIError 404 for a name that is not served, 503 while the model is not loaded."""
-        if not self.registry.serves(name):
-            raise errors.model_not_found(name)
-        return running_model(self.registry)
-
-    def envelope(self, prefix: str, model: str) -> Envelope:
-        return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, self.registry.fingerprint)
-
-
-def running_model(registry: ModelRegistry) -> RunningModel:
-    """Raises APIError 503 while the model is not loaded, and for good once loading has failed."""
-    if registry.model is not None:
-        return registry.model
-    raise errors.model_loading() if registry.error is None else errors.model_load_failed()
+    def envelope(self, prefix: str, name: str) -> Envelope:
+        served = self.registry.find(name) or self.registry.default
+        return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), name, served.fingerprint)
 
 
 def _parse(
@@ -327,7 +315,7 @@ class Operation:
     method: Literal["get", "post"]
     path: str
     name: str
-    handler: Callable[[Api, Request], Awaitable[Response]]
+    handler: Callable[[Api, Request], Coroutine[Any, Any, Response]]
     answer: type[Any]
     request: type[RequestBody] | None = None
     event: Any = None  # of a stream; a type
@@ -374,7 +362,7 @@ async def count_tokens(
     api: Api, request: Request, model_name: str, conversation: Conversation, conversation_param: str
 ) -> Response:
     """The answer to a request to count a conversation's tokens. Raises APIError 400, 404, 429 or 503."""
-    model = api.running_model(model_name)
+    model = await api.generations.chat_model(request, model_name)
     try:
         with api.generations.admit(request, model, 0):
             token_ids = await asyncio.to_thread(model.render, conversation)

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from serving.engine.outputs import EngineStopped, NotFinite, OutOfMemory, RequestTooLarge, UnknownToken
 from serving.generation.interface import PromptError
 from serving.generation.pipeline import ContextOverflow
 from serving.http.errors import RETRY_SECONDS, SERVER_ERROR, APIError, invalid, shutting_down
 
+ABILITIES = {
+    "chat": "generating text", "embeddings": "embeddings", "rerank": "scoring pairs of texts (it is no reranker)"
+}  # fmt: skip
 RETRY_LATER = {"retry-after": str(RETRY_SECONDS)}
 DO_NOT_RETRY = {"x-should-retry": "false"}  # it would fail again
 
 
-def model_not_found(name: str) -> APIError:
+def model_not_found(name: str, known: Sequence[str]) -> APIError:
     """404: no model of this name is served."""
     shown = name if len(name) <= 100 else name[:100] + "..."
-    message = f"The model `{shown}` does not exist or you do not have access to it."
+    message = f"The model `{shown}` does not exist or you do not have access to it. Served here: {', '.join(known)}."
     return APIError(404, message, param="model", code="model_not_found")
 
 
-def model_loading() -> APIError:
+def wrong_ability(name: str, ability: str, abilities: Collection[str]) -> APIError:
+    """400: the model is of another kind."""
+    message = f"The model `{name}` does not support {ABILITIES[ability]}; it is for {', '.join(sorted(abilities))}."
+    return APIError(400, message, param="model", code="unsupported_model")
+
+
+def model_loading(name: str) -> APIError:
     """503: the model is not in memory yet."""
-    message = "The model is still loading. Please retry shortly."
+    message = f"The model `{name}` is still loading. Please retry shortly."
     return APIError(503, message, SERVER_ERROR, None, "model_loading", RETRY_LATER)
 
 
-def model_load_failed() -> APIError:
+def model_load_failed(name: str) -> APIError:
     """503: loading has ended with an error, which is in the log only."""
-    message = "The model could not be loaded. See the server's log."
+    message = f"The model `{name}` could not be loaded. See the server's log."
     return APIError(503, message, SERVER_ERROR, None, "model_load_failed", DO_NOT_RETRY)
+
+
+def no_memory_now(name: str, needed: int, free: int) -> APIError:
+    """503: models that answer requests have the memory that this one needs."""
+    message = (
+        f"The model `{name}` needs {needed / 2**30:.2f} GiB of memory; {free / 2**30:.2f} GiB can be had while the "
+        "other models answer requests. Please retry later."
+    )
+    return APIError(503, message, SERVER_ERROR, "model", "model_memory", RETRY_LATER)
+
+
+def no_memory_ever(name: str, needed: int, total: int) -> APIError:
+    """400: the model is larger than all the memory there is for models."""
+    message = (
+        f"The model `{name}` needs {needed / 2**30:.2f} GiB of memory, and this server has {total / 2**30:.2f} GiB for "
+        "models: it can never be loaded here."
+    )
+    return APIError(400, message, param="model", code="model_too_large")
 
 
 def deadline_passed(status: int, seconds: float) -> APIError:

@@ -18,4 +18,5 @@ class ApiLimits:
     ping_seconds: float = 15.0  # silence after which a stream sends a comment
     progress_seconds: float = 2.0  # the same before the first token; the comment says how far the prompt is
     stall_seconds: float = 60.0  # a client that reads nothing for this long counts as disconnected
+    load_seconds: float = 300.0  # that a request waits for its model to be loaded
     timeout_seconds: float = math.inf  # from a request's arrival to the end of its answer

@@ -17,14 +17,15 @@ from serving.admission.admission_control import Admission
 from serving.http.error_middleware import ErrorMiddleware
 from serving.http.errors import error_response, method_not_allowed, unknown_url
 from serving.http.request_context import request_context
-from serving.openai import embeddings, models, tokenize
+from serving.openai import embeddings, models, rerank, tokenize
 from serving.openai.chat import handler as chat
-from serving.openai.common import Api
+from serving.openai.common import Api, Operation
 from serving.openai.completions import handler as completions
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 from serving.openai.responses import handler as responses
 from serving.openai.start_generation import GenerationStarter
+from serving.openai.streaming import answer
 from serving.registry import ModelRegistry
 
 OPERATIONS = (
@@ -32,6 +33,7 @@ OPERATIONS = (
     *completions.OPERATIONS,
     *responses.OPERATIONS,
     *embeddings.OPERATIONS,
+    *rerank.OPERATIONS,
     *models.OPERATIONS,
     *tokenize.OPERATIONS,
 )
@@ -50,11 +52,11 @@ def create_app(
     admission: to be shared by all applications in front of one engine.
     """
     limits = limits or ApiLimits()
-    api = Api(registry, limits, GenerationStarter(admission or Admission(), limits))
+    api = Api(registry, limits, GenerationStarter(registry, admission or Admission(), limits))
     routes = [
         Route(
             operation.path.replace("{model}", "{model:path}"),
-            partial(operation.handler, api),
+            partial(_answer, operation, api),
             methods=[operation.method.upper()],
         )
         for operation in OPERATIONS
@@ -70,6 +72,11 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.registry = registry
     return app
+
+
+async def _answer(operation: Operation, api: Api, request: Request) -> Response:
+    work = operation.handler(api, request)
+    return await (work if operation.event is None or api.registry.all_loaded else answer(work, request, api.limits))
 
 
 class _Unrouted:

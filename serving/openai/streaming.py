@@ -16,7 +16,8 @@ from serving.generation.event_stream import EventStream
 from serving.generation.interface import ChatEvent, IndexedEvent
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError, ClientLeft, traceback_for_log
-from serving.http.request_context import RequestContext, request_context
+from serving.http.errors import envelope as error_json
+from serving.http.request_context import LoadingModel, RequestContext, request_context
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
 
@@ -75,6 +76,10 @@ class EventStreamResponse(Response):
         finally:
             self._stream.close()
 
+    def close(self) -> None:
+        """Give up the answer, for a response that is not sent."""
+        self._stream.close()
+
     async def _send(self, send: Send, context: RequestContext) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         events, has_begun = self._first, False
@@ -103,6 +108,68 @@ class EventStreamResponse(Response):
     def _progress(self) -> str:
         progress = self._stream.prompt_progress()
         return "ping" if progress is None else f"prefill {progress[0]:,}/{progress[1]:,}"
+
+
+async def answer(work: Coroutine[Any, Any, Response], request: Request, limits: ApiLimits) -> Response:
+    """The response that a handler makes. If it waits for a model and its client for a stream, the stream begins with
+    comments that say how far the model is."""
+    working = asyncio.create_task(work)
+    try:
+        await asyncio.wait({working}, timeout=limits.progress_seconds)
+        loading = request_context(request.scope).loading
+        if working.done() or loading is None:
+            return await working
+        return LoadingStream(working, loading, limits)
+    except asyncio.CancelledError:
+        working.cancel()
+        raise
+
+
+class LoadingStream(Response):
+    """Comments while a model loads, then the stream of the answer or an event with the error."""
+
+    def __init__(self, working: asyncio.Task[Response], model: LoadingModel, limits: ApiLimits) -> None:
+        super().__init__(headers=sse.HEADERS)
+        del self.headers["content-length"]
+        self._working, self._model, self._limits = working, model, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = request_context(scope)
+        context.is_stream = True
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def send_body(message: Message) -> None:
+            if message["type"] != "http.response.start":
+                await send(message)
+
+        is_taken = False
+        try:
+            while not self._working.done():
+                text = sse.comment(f"loading {self._model.progress:.0%}")
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await asyncio.wait({self._working}, timeout=self._limits.progress_seconds)
+            response = self._working.result()
+            is_taken = True
+        except (ClientLeft, OSError):
+            context.is_aborted = True
+        except Exception as error:  # noqa: BLE001
+            failure = from_exception(error)
+            context.error_code = failure.code
+            logger.error("request %s failed in its stream with %s", context.request_id, failure)
+            text = sse.event(error_json(failure))
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
+        else:
+            await response(scope, receive, send_body)
+        finally:
+            if not is_taken:
+                self._working.cancel()
+                self._working.add_done_callback(_close_unsent)
+
+
+def _close_unsent(working: asyncio.Task[Response]) -> None:
+    response = None if working.cancelled() or working.exception() else working.result()
+    if isinstance(response, EventStreamResponse):
+        response.close()
 
 
 class WriteTimeout:

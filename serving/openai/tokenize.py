@@ -59,7 +59,7 @@ class DetokenizedText(TypedDict):
 async def tokenize(api: Api, request: Request) -> Response:
     """Text or messages to token ids."""
     body = await api.parse(request, TokenizeRequest)
-    model = api.running_model(body.model)
+    model = await api.generations.chat_model(request, body.model)
 
     def build() -> Tokens:
         token_ids = _token_ids(model, body)
@@ -87,7 +87,7 @@ def _token_ids(model: RunningModel, body: TokenizeRequest) -> list[int]:
 async def detokenize(api: Api, request: Request) -> Response:
     """Token ids to text."""
     body = await api.parse(request, DetokenizeRequest)
-    model = api.running_model(body.model)
+    model = await api.generations.chat_model(request, body.model)
 
     def build() -> DetokenizedText:
         for index, token_id in enumerate(body.tokens):

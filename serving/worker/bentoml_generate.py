@@ -15,7 +15,7 @@ from serving.generation.interface import Conversation, Message, TextDelta
 from serving.generation.pipeline import ChatJob
 from serving.http.errors import envelope, invalid, traceback_for_log
 from serving.http.request_context import request_context
-from serving.openai.common import build_prompt, running_model
+from serving.openai.common import build_prompt
 from serving.openai.errors import from_exception
 from serving.openai.start_generation import GenerationStarter
 from serving.registry import ModelRegistry
@@ -64,7 +64,7 @@ async def generate_text(
     generations: GenerationStarter, request: Request, registry: ModelRegistry, body: GenerateRequest
 ) -> AsyncGenerator[str, None]:
     """The text of the answer, piece by piece. Raises APIError."""
-    model = running_model(registry)
+    model = await generations.chat_model(request, registry.default.name)
     if not (0 <= body.temperature <= 2 and 0 <= body.top_p <= 1 and body.max_tokens >= 1):
         raise invalid("temperature must be 0 to 2, top_p 0 to 1, max_tokens at least 1", None)
     system = (Message("system", body.system),) if body.system else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class WorkerRuntime:
         return Route(METRICS_PATH, self.monitor.metrics_response, methods=["GET"])
 
     @asynccontextmanager
-    async def running(self) -> AsyncGenerator[None, None]:
+    async def running(self, each_second: Callable[[], None]) -> AsyncGenerator[None, None]:
         """Signals are handled and the health monitor runs for as long as the block lasts."""
         _raise_open_file_limit()
         server = UvicornServer()
@@ -60,6 +61,7 @@ class WorkerRuntime:
             server.close_idle_connections()
             self.admission.usage_table.refresh()
             metrics.forget_dead_workers()
+            each_second()
 
         monitoring = asyncio.create_task(self.monitor.run(every_second))
         try:
@@ -88,8 +90,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
     )
 
     def abort() -> None:
-        if registry.model is not None:
-            registry.model.engine.stop(ABORT_SECONDS)
+        stop_all(registry)
 
     state = ServerState()
     max_in_flight = settings.max_sequences + settings.max_queued_requests + NUM_OTHER_REQUESTS
@@ -101,7 +102,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         from serving.worker.tracing import TracingError, start_tracing  # imported only if used
 
         try:
-            tracing = start_tracing(settings.otlp_endpoint, "chatglm2", registry.name)
+            tracing = start_tracing(settings.otlp_endpoint, "chatglm2", registry.default.name)
         except TracingError as error:
             raise SettingsError(f"CHATGLM_OTLP_ENDPOINT: {error}") from None
         observers.append(tracing)
@@ -113,6 +114,16 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         GracefulShutdown(state, settings.grace_seconds, abort),
         flush_traces,
     )
+
+
+def stop_all(registry: ModelRegistry) -> None:
+    """End every engine, at the same time: their requests in flight get an error."""
+    running = [model.running for model in registry.models if model.running is not None]
+    threads = [threading.Thread(target=each.engine.stop, args=(ABORT_SECONDS,)) for each in running]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _read_keys(settings: Settings) -> APIKeys | None:

@@ -18,7 +18,7 @@ from serving.openai.common import REFUSED
 from serving.openai.completions.request import CompletionRequest
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 from tests.contract.tiny import NAME, USER, assert_openai_error, post, send, serving
 
 CHAT: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 2}
@@ -213,25 +213,29 @@ def test_unknown_paths_methods_and_models_are_told_as_openai_tells_them(app: Sta
     assert_openai_error(wrong, 405)
     assert wrong.headers["allow"] == "POST"
     error = assert_openai_error(post(app, "/chat/completions", {**CHAT, "model": "gpt-5"}), 404)
-    assert error["message"] == "The model `gpt-5` does not exist or you do not have access to it."
+    assert error["message"] == (
+        "The model `gpt-5` does not exist or you do not have access to it. "
+        "Served here: chatglm2-6b, chatglm, gpt-3.5-turbo."
+    )
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert_openai_error(send(app, "GET", "/models/gpt-5"), 404)
 
 
 def test_a_model_that_loads_or_failed_is_a_503() -> None:
-    served = ModelRegistry(NAME)
-    response = post(create_app(served), "/chat/completions", CHAT)
+    served = ServedModel(NAME)
+    app = create_app(ModelRegistry([served]))
+    response = post(app, "/chat/completions", CHAT)
     assert assert_openai_error(response, 503)["code"] == "model_loading"
     assert response.headers["retry-after"]
     served.error = "no such file: /secret/place"
-    response = post(create_app(served), "/chat/completions", CHAT)
+    response = post(app, "/chat/completions", CHAT)
     assert assert_openai_error(response, 503)["code"] == "model_load_failed"
     assert "secret" not in response.text
     assert response.headers["x-should-retry"] == "false"
 
 
 def test_the_size_and_depth_of_a_body_are_settings() -> None:
-    app = create_app(ModelRegistry(NAME), ApiLimits(BodyLimits(max_bytes=200, max_depth=3)))
+    app = create_app(ModelRegistry([ServedModel(NAME)]), ApiLimits(BodyLimits(max_bytes=200, max_depth=3)))
     assert_openai_error(post(app, "/chat/completions", {**CHAT, "user": "x" * 200}), 413)
     assert_openai_error(post(app, "/chat/completions", {"user": [[[[]]]]}), 400)
 

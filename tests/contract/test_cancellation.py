@@ -16,7 +16,7 @@ from starlette.types import Message
 from serving.http.request_context import request_context
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
 from tests.contract.tiny import NAME
 from tests.contract.worker import Worker, at_rest, body, running_worker
@@ -113,7 +113,8 @@ def test_a_request_cancelled_at_any_await_gives_everything_back(worker: Worker, 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
 def test_generate_cancelled_at_any_await_gives_everything_back(worker: Worker, is_repeated: bool) -> None:
-    generations, registry = GenerationStarter(worker.admission, ApiLimits()), ModelRegistry(NAME, model=worker.model)
+    registry = ModelRegistry([ServedModel(NAME, running=worker.model)])
+    generations = GenerationStarter(registry, worker.admission, ApiLimits())
 
     async def generate() -> None:
         scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "query_string": b""}

@@ -9,8 +9,8 @@ from openai.types import Completion, Model
 from starlette.applications import Starlette
 
 from serving.openai.router import create_app
-from serving.registry import ModelRegistry
-from tests.contract.tiny import NAME, assert_openai_error, chunks, post, sdk, send
+from serving.registry import ModelRegistry, ServedModel
+from tests.contract.tiny import CONTEXT, NAME, assert_openai_error, chunks, post, sdk, send
 
 ASK: dict[str, Any] = {"model": NAME, "prompt": "Hello", "max_tokens": 6, "seed": 5}
 
@@ -104,11 +104,18 @@ def test_models_are_listed_under_all_their_names(app: Starlette) -> None:
         "object": "model",
         "created": 1_700_000_000,
         "owned_by": "library",
+        "root": NAME,
+        "state": "loaded",
+        "abilities": ["chat", "embeddings"],
+        "family": "",
+        "precision": "",
+        "max_model_len": CONTEXT,
+        "memory_bytes": 0,
     }
 
 
 def test_any_model_name_is_accepted_where_that_is_set() -> None:
-    app = create_app(ModelRegistry(NAME, accept_any=True))
+    app = create_app(ModelRegistry([ServedModel(NAME)], accept_any=True))
     assert send(app, "GET", "/models/org/what-ever").json()["id"] == "org/what-ever"
 
 
@@ -136,7 +143,7 @@ def test_bad_ids_and_half_requests_are_refused(app: Starlette) -> None:
 
 
 def test_without_the_catch_all_only_known_paths_are_ours() -> None:
-    app = create_app(ModelRegistry(NAME), catch_all=False)
+    app = create_app(ModelRegistry([ServedModel(NAME)]), catch_all=False)
     assert {getattr(route, "path", "") for route in app.routes} >= {"/chat/completions", "/models"}
     assert not any("{path" in getattr(route, "path", "") for route in app.routes)
     assert_openai_error(send(app, "GET", "/chat/completions"), 405)

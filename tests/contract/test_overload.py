@@ -22,7 +22,7 @@ from serving.engine.output_queue import MAX_UNREAD
 from serving.http.errors import APIError
 from serving.openai.limits import ApiLimits
 from serving.openai.start_generation import GenerationStarter
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 from serving.worker.bentoml_generate import GenerateRequest, generate_text
 from tests.contract.tiny import NAME, assert_openai_error
 from tests.contract.worker import CHAT, SlowReader, at_rest, body, client, running_worker
@@ -156,9 +156,9 @@ def test_limits_of_a_key_are_its_own(folder: Path) -> None:
 def test_the_native_route_has_the_same_admission(folder: Path) -> None:
     async def run() -> None:
         with running_worker(folder, admission_limits=AdmissionLimits(requests_per_minute=1)) as worker:
-            generations = GenerationStarter(worker.admission, ApiLimits())
+            registry = ModelRegistry([ServedModel(NAME, running=worker.model)])
+            generations = GenerationStarter(registry, worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
-            registry = ModelRegistry(NAME, model=worker.model)
             question = GenerateRequest("你好", "", 0.0, 1.0, 8)
             texts = [text async for text in generate_text(generations, request, registry, question)]
             assert "".join(texts)
@@ -176,9 +176,9 @@ def test_the_native_route_releases_its_permit_however_early_its_client_leaves(fo
 
     async def run() -> None:
         with running_worker(folder, lambda: never.wait(0.2)) as worker:
-            generations = GenerationStarter(worker.admission, ApiLimits())
+            registry = ModelRegistry([ServedModel(NAME, running=worker.model)])
+            generations = GenerationStarter(registry, worker.admission, ApiLimits())
             request = Request({"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": None})
-            registry = ModelRegistry(NAME, model=worker.model)
             for seconds in (0.0, 0.001, 0.02):
                 with anyio.move_on_after(seconds):
                     texts = generate_text(generations, request, registry, GenerateRequest("你好", "", 0.0, 1.0, 64))

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.types import Message
 
 from serving.engine.native.engine import NativeEngine
+from serving.generation.pipeline import RunningModel
 from serving.openai.limits import ApiLimits
 from serving.registry import ModelRegistry
 from tests.contract.tiny import NAME, USER, assert_openai_error, chunks, post, sdk, send, serving
@@ -26,10 +27,16 @@ MESSAGES: Any = USER
 LONG: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 200, "ignore_eos": True, "seed": 1}
 
 
+def model_of(app: Starlette) -> RunningModel:
+    registry: ModelRegistry = app.state.registry
+    assert isinstance(registry.default.running, RunningModel)
+    return registry.default.running
+
+
 def engine_of(app: Starlette) -> NativeEngine:
-    served: ModelRegistry = app.state.registry
-    assert served.model
-    return served.model.engine
+    running = model_of(app).engine
+    assert isinstance(running, NativeEngine)
+    return running
 
 
 class FailsAt:
@@ -176,9 +183,7 @@ def test_a_stopped_engine_is_a_503_to_be_tried_again(folder: Path) -> None:
 
 def test_an_answer_that_can_never_fit_the_cache_is_a_400(folder: Path) -> None:
     with serving(folder) as app:
-        served: ModelRegistry = app.state.registry
-        assert served.model
-        object.__setattr__(served.model, "context_length", 100_000)  # more than the cache of this engine holds
+        object.__setattr__(model_of(app), "context_length", 100_000)  # more than the cache of this engine holds
         error = assert_openai_error(post(app, "/chat/completions", {**LONG, "max_tokens": 50_000}), 400)
         assert error["code"] == "context_length_exceeded"
 

@@ -29,7 +29,7 @@ from serving.generation.interface import ChatFormat
 from serving.generation.pipeline import RunningModel
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 
 T = TypeVar("T")
 CONTEXT = 256
@@ -159,11 +159,11 @@ def serving(
 @contextmanager
 def in_front_of(model: RunningModel, limits: ApiLimits | None = None) -> Iterator[Starlette]:
     """The application with this started model behind it; ends the model's engine with the block."""
-    served = ModelRegistry(
-        NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test", model=model
+    served = ServedModel(
+        NAME, ("chatglm", "gpt-3.5-turbo"), created=1_700_000_000, fingerprint="fp_test", running=model
     )
     try:
-        yield create_app(served, limits)
+        yield create_app(ModelRegistry([served]), limits)
     finally:
         model.engine.stop()
 

@@ -22,7 +22,7 @@ from serving.http.json_body import BodyMiddleware
 from serving.http.request_context import RequestContext
 from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
-from serving.registry import ModelRegistry
+from serving.registry import ModelRegistry, ServedModel
 from serving.worker.health import HealthMonitor
 from tests.contract.tiny import CONTEXT, NAME, HookedNetwork, chat_format, random_network
 
@@ -60,7 +60,7 @@ def running_worker(
     engine = NativeEngine(network if before is None else hooked(network, before), engine_limits or EngineLimits())
     engine.start()
     model = RunningModel(engine, format_, CONTEXT)
-    registry = ModelRegistry(NAME, model=model)
+    registry = ModelRegistry([ServedModel(NAME, running=model)])
     admission = Admission(admission_limits or AdmissionLimits())
     state = ServerState()
     app = create_app(registry, limits, admission=admission)

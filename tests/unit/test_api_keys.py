@@ -18,7 +18,7 @@ SECRET = "sk-secret-0123456789"
 
 def refused(keys: APIKeys, authorization: str | None) -> APIError:
     with pytest.raises(APIError) as caught:
-        keys.name_of(authorization)
+        keys.find(authorization)
     assert caught.value.status == 401
     assert caught.value.code == "invalid_api_key"
     assert caught.value.headers["www-authenticate"].startswith("Bearer")
@@ -29,8 +29,8 @@ def test_plain_and_hashed_keys_open_and_have_names() -> None:
     hashed = hashlib.sha256(b"sk-other").hexdigest()
     keys = APIKeys([f"{SECRET} alice", f"sha256:{hashed}"])
     assert keys.num_keys == 2
-    assert keys.name_of(f"Bearer {SECRET}") == "alice"
-    assert keys.name_of("bearer  sk-other") == f"key-{hashed[:8]}"
+    assert keys.find(f"Bearer {SECRET}").name == "alice"
+    assert keys.find("bearer  sk-other").name == f"key-{hashed[:8]}"
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n{SECRET} alice # the first\n")
     keys = APIKeys(file=file)
-    assert keys.name_of(f"Bearer {SECRET}") == "alice"
+    assert keys.find(f"Bearer {SECRET}").name == "alice"
     file.write_text("sk-new bob\n")
     os.utime(file, ns=(1, 1))
-    assert keys.name_of("Bearer sk-new") == "bob"
+    assert keys.find("Bearer sk-new").name == "bob"
     refused(keys, f"Bearer {SECRET}")
 
 
@@ -68,7 +68,7 @@ def test_a_change_of_equal_time_and_size_is_seen(tmp_path: Path, monkeypatch: py
     keys = APIKeys(file=file)
     file.write_text("sk-2 alice\n")
     os.utime(file, ns=(1, 1))
-    assert keys.name_of("Bearer sk-2") == "alice"
+    assert keys.find("Bearer sk-2").name == "alice"
     refused(keys, "Bearer sk-1")
 
 
@@ -81,18 +81,18 @@ def test_an_emptied_or_deleted_file_revokes_its_keys_and_no_others(
     for listed in ([], ["sk-0 root"]):
         file.write_text("sk-1 alice\n")
         keys = APIKeys(listed, file)
-        assert keys.name_of("Bearer sk-1") == "alice"
+        assert keys.find("Bearer sk-1").name == "alice"
         if content is None:
             file.unlink()
         else:
             file.write_text(content)
         refused(keys, "Bearer sk-1")
         if listed:
-            assert keys.name_of("Bearer sk-0") == "root"
+            assert keys.find("Bearer sk-0").name == "root"
         else:
             assert "all requests are refused" in caplog.text
         file.write_text("sk-2 bob\n")
-        assert keys.name_of("Bearer sk-2") == "bob"
+        assert keys.find("Bearer sk-2").name == "bob"
 
 
 @pytest.mark.parametrize("content", ["a b c\n", "sha256:12\n", "sk-x two/names\n", b"\xff\xfe"])
@@ -106,7 +106,7 @@ def test_a_file_that_became_wrong_changes_nothing_and_the_log_does_not_quote_it(
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.utime(file, ns=(1, 1))
     with caplog.at_level(logging.ERROR):
-        keys.name_of(f"Bearer {SECRET}")
+        keys.find(f"Bearer {SECRET}")
     assert "the previous API keys stay in use" in caplog.text
     assert "sk-x" not in caplog.text
 

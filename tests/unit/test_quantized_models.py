@@ -14,7 +14,7 @@ from kernels.layouts import GROUP
 from kernels.precision import QuantizedPrecision
 from kernels.quantization import QuantizedLinear
 from models.checkpoints.quantized import quantize_folder, stored_precision
-from models.families import FAMILIES
+from models.families import hf
 from models.family import ImportRefused
 from models.store.model_store import StoreError, import_model, quantize_model, servable
 from models.store.progress import no_progress
@@ -24,9 +24,10 @@ from tests.hf_folders import SIZES, write_folder
 from tests.original_glm import SMALL, random_weights, write_checkpoint
 from tests.own_store import own_store
 from tests.reference_attention import ReferenceAttention, forward
+from tests.sources import source_of
 
 CPU = torch.device("cpu")
-FAMILY = FAMILIES["hf"]
+FAMILY = hf.FAMILY
 
 
 def logits(folder: Path, metadata: dict[str, object], precision: QuantizedPrecision) -> torch.Tensor:
@@ -88,15 +89,10 @@ def test_the_store_keeps_a_quantised_copy_and_serves_it_as_it_is(tmp_path: Path)
             quantize_model(tag, "int4", None, no_progress)
         with pytest.raises(StoreError, match="already"):
             quantize_model("tiny:1", "int8", tag, no_progress)
-        load = FAMILIES[stored.family].load
         settings = Settings(device="cpu", threads=1, kv_cache_gib=0.01)
-        model = start_model(load, stored.path, stored.metadata, settings, logging.getLogger("tests"))
-        model.engine.stop(10)
+        source = source_of(stored, settings)
+        started = start_model(source, settings, logging.getLogger("tests"))
+        started.running.engine.stop(10)
+        assert started.precision == "int8"
         with pytest.raises(ImportRefused, match="stored in int8"):
-            start_model(
-                load,
-                stored.path,
-                stored.metadata,
-                settings.model_copy(update={"precision": "bfloat16"}),
-                logging.getLogger("tests"),
-            )
+            start_model(source, settings.model_copy(update={"precision": "bfloat16"}), logging.getLogger("tests"))

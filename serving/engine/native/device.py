@@ -97,6 +97,16 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, MAX_KEPT)
 
 
+def release_memory() -> None:
+    """Give memory that unloaded models have freed back to the system and to other processes on the GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on the device, within the container's limit."""
     if device.type == "cuda":

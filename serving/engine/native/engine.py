@@ -5,14 +5,14 @@ event loop: generate() -> commands -> engine thread: schedule, run, sample -> ou
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from serving.engine.interface import (
@@ -31,7 +31,7 @@ from serving.engine.native.model_runner import ModelRunner, StepResults
 from serving.engine.native.sampler import SampledToken
 from serving.engine.native.scheduler import ScheduledSequence, Scheduler, SchedulerOutput, least_prompt_rows
 from serving.engine.native.sequence import BLOCK, Command, Request, SequenceState, placeholders
-from serving.engine.output_queue import OutputQueue
+from serving.engine.output_queue import OutputQueue, call_in, deliver
 from serving.engine.outputs import (
     EngineError,
     EngineStopped,
@@ -48,7 +48,6 @@ from serving.safe_traceback import where_from
 logger = logging.getLogger(__name__)
 
 Output = TokenOutput | PoolingOutput | EngineError
-StepOutputs = dict[OutputQueue[Any], list[tuple[int, Output]]]
 
 NOTHING = SamplingParams(max_tokens=0)
 STUCK_SECONDS = 0.05  # between steps while everything that could run is paused
@@ -66,10 +65,12 @@ class NativeEngine:
         limits: EngineLimits,
         capture: CaptureFunction | None = None,
         prefix: TrainedPrefix | None = None,
+        turns: AbstractContextManager[None] | None = None,
     ) -> None:
-        """capture: see cuda_graphs; None runs each step eagerly."""
+        """capture: see cuda_graphs; None runs each step eagerly. turns: entered for each step."""
         self.limits, self.shape = limits, network.shape
         self._trained = placeholders(prefix.num_tokens if prefix else 0)
+        self._turns = turns or nullcontext()
         self._runner = ModelRunner(
             network, limits.kv_tokens, limits.max_sequences, capture, limits.kv_dtype, len(self._trained)
         )
@@ -78,7 +79,9 @@ class NativeEngine:
         if prefix is not None:
             self._runner.write_prefix(prefix, self._scheduler.blocks.pin(prefix.num_tokens))
         self._requests: dict[SequenceState, Request] = {}  # in flight; changed by the engine thread only
-        self._step_outputs: StepOutputs = {}  # of the present step; the engine thread's
+        self._step_outputs: dict[
+            OutputQueue[Any], list[tuple[int, Output]]
+        ] = {}  # of the present step; the engine thread's
         self._commands: deque[tuple[Request, Command]] = deque()  # guarded by _wake
         self.queue_seconds: deque[float] = deque(maxlen=4096)  # see Engine
         self.num_steps, self.step_size, self.is_busy = 0, 0.0, False  # see Engine
@@ -170,7 +173,7 @@ class NativeEngine:
     def give_up(self) -> None:
         """See Engine. From any thread."""
         for queue in {request.queue for request in self._in_flight()}:
-            _call_in(queue.loop, queue.fail, EngineStopped("the engine makes no progress"))
+            call_in(queue.loop, queue.fail, EngineStopped("the engine makes no progress"))
 
     def send(self, commands: list[tuple[Request, Command]]) -> None:
         """Pass commands to the engine thread. From any thread. Raises EngineStopped for "add" if it does not run."""
@@ -254,12 +257,13 @@ class NativeEngine:
                 self.queue_seconds.append(now - each.sequence.queued_at)
                 each.sequence.queued_at = None
         self.step_size = sum(each.num_rows for each in step.scheduled) / self.limits.max_batch_tokens
-        if not self._copy(step):
-            return True
-        if self._run_isolated(step):
-            self._num_failed_steps = 0
-        else:
-            self._check_device(step)
+        with self._turns:
+            if not self._copy(step):
+                return True
+            if self._run_isolated(step):
+                self._num_failed_steps = 0
+            else:
+                self._check_device(step)
         return True
 
     def _run_isolated(self, step: SchedulerOutput, is_whole: bool = True) -> int:
@@ -379,22 +383,5 @@ class NativeEngine:
         self._step_outputs.setdefault(request.queue, []).append((request.index, output))
 
     def _deliver(self) -> None:
-        """Put a step's outputs into their queues, with one wake-up of each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, StepOutputs] = {}
-        for queue, outputs in self._step_outputs.items():
-            by_loop.setdefault(queue.loop, {})[queue] = outputs
-        self._step_outputs.clear()
-        for loop, step_outputs in by_loop.items():
-            _call_in(loop, _put_all, step_outputs)
-
-
-def _put_all(step_outputs: StepOutputs) -> None:
-    for queue, outputs in step_outputs.items():
-        queue.put(outputs)
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:
-        logger.debug("an event loop was closed before its requests ended")
+        outputs, self._step_outputs = self._step_outputs, {}
+        deliver(outputs)

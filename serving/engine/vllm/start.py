@@ -29,6 +29,7 @@ def start_on_vllm(
     settings: Settings,
     logger: logging.Logger,
     worker: int = 0,
+    name: str = "model",
 ) -> RunningModel:
     """Start vLLM's engine over the stored weights. Raises CannotStart.
 
@@ -48,6 +49,7 @@ def start_on_vllm(
     limits = EngineLimits(settings.max_sequences, settings.max_batch_tokens)
     config = cast("dict[str, Any]", json.loads((folder / "config.json").read_text(encoding="utf-8")))
     context_length = int(metadata["context_length"])
+    context_length = min(context_length, settings.context_length or context_length)
     try:
         arguments = engine_arguments(
             str(folder), limits, chat_format.num_tokens, context_length, options, mask_maker(chat_format)
@@ -63,7 +65,7 @@ def start_on_vllm(
         time.monotonic() - started,
     )
     length = min(engine.max_model_len, engine.limits.kv_tokens)
-    model = RunningModel(engine, chat_format, length, settings.drop_oldest_rounds)
+    model = RunningModel(engine, chat_format, length, settings.drop_oldest_rounds, name)
     model.grammars.build_vocabulary()  # before the first request
     return model
 

@@ -23,7 +23,7 @@ from serving.openai.validation import above_maximum
 async def create(api: Api, request: Request) -> Response:
     """Answer a conversation."""
     body, job = await api.parse_job(request, ChatRequest, to_chat_job)
-    model = api.running_model(body.model)
+    model = await api.generations.chat_model(request, body.model, body.stream)
     if body.n > api.limits.max_n:
         raise above_maximum("n", api.limits.max_n, body.n)
     envelope = api.envelope("chatcmpl", body.model)

@@ -16,7 +16,7 @@ from serving.openai.streaming import begin_stream, collect
 async def create(api: Api, request: Request) -> Response:
     """Continue raw prompts."""
     body = await api.parse(request, CompletionRequest)
-    model = api.running_model(body.model)
+    model = await api.generations.chat_model(request, body.model, body.stream)
     jobs = to_completion_jobs(body, api.limits.max_n)
     choices = PromptChoices(body.n, tuple(_echo(job, model) for job in jobs))
     envelope = api.envelope("cmpl", body.model)

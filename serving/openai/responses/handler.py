@@ -15,7 +15,7 @@ from serving.openai.streaming import begin_stream, collect
 async def create(api: Api, request: Request) -> HTTPResponse:
     """Answer a conversation (stateless)."""
     body, job = await api.parse_job(request, ResponsesRequest, to_chat_job)
-    model = api.running_model(body.model)
+    model = await api.generations.chat_model(request, body.model, body.stream)
     chunks = ResponseStream(unfinished_response(body), body.shows_logprobs, model.chat_format.token_bytes)
     with api.generations.admit(request, model, 1) as admitted:
         events = admitted.open([await build_prompt(model, job, "input")])
