@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +23,10 @@ from serving.settings import ModelSettings, Settings
 RETRY_SECONDS = 30.0  # after which a model that could not be loaded is tried again
 
 T = TypeVar("T")
+
+
+class LoopClosed(BaseException):
+    """The server has ended, and with it this thread."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,9 @@ class ModelLoader:
     # ---- the loading thread ----
 
     def _run(self) -> None:
-        while True:
-            self._jobs.get()()
+        with suppress(LoopClosed):
+            while True:
+                self._jobs.get()()
 
     def _make_plan(self) -> None:
         if len(self._sources) == 1:
@@ -221,13 +227,21 @@ class ModelLoader:
             stopped.set_result(None)
 
     def _in_loop(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which the event loop calls. Raises what it raises."""
+        """The result of `work`, which the event loop calls. Raises what it raises, and ends the thread with the loop."""
         assert self._loop is not None
+        result = Future[T]()
 
-        async def run() -> T:
-            return work()
+        def run() -> None:
+            try:
+                result.set_result(work())
+            except Exception as error:  # noqa: BLE001
+                result.set_exception(error)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        try:
+            self._loop.call_soon_threadsafe(run)
+        except RuntimeError:  # it is closed: the server has ended
+            raise LoopClosed from None
+        return result.result()
 
     # ---- the event loop, for the thread ----
 

@@ -25,8 +25,7 @@ from tests.own_store import own_store
 from tests.sources import source_of
 
 LOGGER = logging.getLogger("tests")
-NEEDED = 110.0 / 1024  # GiB that the plan takes for one tiny model that generates, its cache included
-CACHE = 45.0 / 1024
+CACHE = 45 / 1024  # GiB
 
 
 @dataclass(frozen=True)
