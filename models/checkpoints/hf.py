@@ -42,6 +42,8 @@ def read_config(source: Path) -> PretrainedConfig:
     model_type = config.get("model_type")
     if model_type == "chatglm":
         raise ImportRefused("this is a ChatGLM: import it with the family chatglm, chatglm2 or chatglm3")
+    if (source / "modules.json").is_file():
+        raise ImportRefused("this is an embedding model: import it with the family embedding")
     if model_type not in CONFIG_MAPPING:
         why = "it needs code of its own, which is never run" if "auto_map" in config else "it is too new or misspelled"
         raise ImportRefused(f"transformers does not know model_type {model_type!r} ({why})")
