@@ -123,7 +123,7 @@ class NativeAttention:
         q, k, v = (tensor if tensor[0].is_contiguous() else tensor.contiguous() for tensor in (q, k, v))
         if k.stride(0) != v.stride(0):
             k, v = k.contiguous(), v.contiguous()
-        out = torch.empty(query.shape)
+        out = torch.empty(query.shape, dtype=torch.float32)
         layer, step = self.layer(index), ctypes.byref(self.struct)
         library, memory = self._library, ctypes.byref(layer)
         if self._space is None:

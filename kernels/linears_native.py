@@ -82,7 +82,7 @@ class NativeLinear(nn.Module):
         rows = rows.float() if rows.dtype != torch.float32 else rows
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        out = torch.empty(len(rows), self.packed.outputs)
+        out = torch.empty(len(rows), self.packed.outputs, dtype=torch.float32)
         if len(rows):
             _space, start = workspace(self._library.linear_workspace(self._address, len(rows)))
             self._library.linear_forward(

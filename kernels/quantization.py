@@ -23,7 +23,7 @@ Bits = Literal[4, 8]
 def quantize_rows(weight: Tensor, bits: Bits) -> QuantizedWeight:
     """[out, in] -> values with a scale for each row."""
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     largest = 2 ** (bits - 1) - 1
     for first in range(0, len(weight), CHUNK_ROWS):
         rows = weight[first : first + CHUNK_ROWS].to(torch.float32, copy=True)

@@ -227,7 +227,7 @@ class ModelLoader:
             stopped.set_result(None)
 
     def _in_loop(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which the event loop calls. Raises what it raises, and ends the thread with the loop."""
+        """The result of `work`, called by the event loop. Raises what it raises, and LoopClosed."""
         assert self._loop is not None
         result = Future[T]()
 

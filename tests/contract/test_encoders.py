@@ -70,7 +70,7 @@ def close(ours: list[list[float]], expected: list[list[float]]) -> None:
 def test_vectors_are_those_of_transformers_alone(
     folders: dict[str, Path], sources: dict[str, ModelSource], name: str, pooling: str
 ) -> None:
-    texts = TEXTS[:4] + ["a unk b"]  # a special token's name in a text is a word that the model does not know
+    texts = [*TEXTS[:4], "a unk b"]  # a special token's name in a text is a word that the model does not know
     expected = [reference_vector(folders[name], text, pooling) for text in texts]
 
     async def work(several: Several) -> None:

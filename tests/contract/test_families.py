@@ -31,6 +31,8 @@ GREEDY: dict[str, Any] = {
     "extra_body": {"ignore_eos": True},
 }
 
+PLAIN: dict[str, Any] = {"model": NAME, "max_tokens": LENGTH, "seed": 1, "logprobs": 2, "ignore_eos": True}
+
 
 @dataclass(frozen=True)
 class Running:
@@ -123,3 +125,16 @@ def test_positions_past_the_trained_length_are_refused_with_both_numbers(running
         f"This model's maximum context length is {length} tokens. However, you requested {length + 1} tokens "
         f"({len(prompt)} in the messages, {room + 1} in the completion)."
     )
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_an_answer_does_not_depend_on_the_default_type_of_tensors(running: Running, precision: str) -> None:
+    """transformers sets it for the whole process while it loads a model, and others answer requests meanwhile."""
+    before = post(running.app, "/completions", {**PLAIN, "prompt": QUESTION}).json()["choices"]
+    torch.set_default_dtype(getattr(torch, precision))
+    try:
+        assert post(running.app, "/completions", {**PLAIN, "prompt": QUESTION}).json()["choices"] == before
+        embedded = post(running.app, "/embeddings", {"model": NAME, "input": QUESTION})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert embedded.json()["data"] == post(running.app, "/embeddings", {"model": NAME, "input": QUESTION}).json()["data"]
