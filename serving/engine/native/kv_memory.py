@@ -34,8 +34,8 @@ class KVMemory:
         self.values = torch.empty((*size, BLOCK, shape.head_dim), device=device, dtype=dtype)
         self.scales: tuple[Tensor, Tensor] | None = None
         if dtype == torch.int8:
-            float32 = {"dtype": torch.float32, "device": device}
-            self.scales = torch.empty((*size, BLOCK), **float32), torch.empty((*size, BLOCK), **float32)
+            keys, values = torch.empty((2, *size, BLOCK), device=device, dtype=torch.float32)
+            self.scales = keys, values
 
     @staticmethod
     def bytes_per_token(shape: NetworkShape, dtype: torch.dtype) -> int:
