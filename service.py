@@ -36,7 +36,8 @@ from serving.worker.bentoml_adapter import (
 )
 from serving.worker.bentoml_generate import GenerateRequest, generate_response
 from serving.worker.listening import PortTaken, check_port, default_host, listening_addresses, ready_lines
-from serving.worker.model_loader import ModelLoader, ModelSource, build_registry
+from serving.worker.model_loader import ModelLoader
+from serving.worker.model_source import ModelSource, build_registry
 from serving.worker.runtime import CORS_HEADERS, build_runtime, stop_all
 
 PORT = 8000

@@ -31,7 +31,7 @@ from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry, ServedModel
 from serving.settings import Settings
-from serving.worker.model_loader import ModelSource
+from serving.worker.model_source import ModelSource
 from serving.worker.runtime import build_runtime
 from serving.worker.start_native import start_model
 

@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server, serving, totals
 
 MAX_SEQUENCES = 8
 MAX_QUEUED = 4  # so few that twice the capacity gets 429s
@@ -241,8 +241,7 @@ class Soak:
 
     async def metrics(self) -> dict[str, float]:
         async with self._http.get(self._metrics) as reply:
-            lines = (line.rpartition(" ") for line in (await reply.text()).splitlines() if line and line[0] != "#")
-            return {name: float(value) for name, _, value in lines}
+            return totals(await reply.text())
 
     async def check_rest(self, seconds: float = 30.0) -> None:
         """Waits until every resource is free; records a fault if one is not after `seconds`."""

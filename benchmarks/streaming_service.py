@@ -19,7 +19,8 @@ from serving.engine.outputs import TokenOutput
 from serving.generation.interface import ChatFormat
 from serving.generation.pipeline import RunningModel
 from serving.registry import ServedModel
-from serving.worker.model_loader import ModelLoader, StartedModel
+from serving.worker.model_loader import ModelLoader
+from serving.worker.model_source import StartedModel
 from serving.worker.start_native import start_model
 
 

@@ -7,6 +7,7 @@ workers do not count.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +72,17 @@ HTTP_SECONDS = Histogram(
     "bentoml_service_request_duration_seconds", "Seconds per HTTP request.", HTTP_LABELS, buckets=REQUEST_BUCKETS
 )
 HTTP_IN_PROGRESS = SummedGauge("bentoml_service_request_in_progress", "HTTP requests in progress.")
+
+
+def begin(models: Iterable[str]) -> None:
+    """Make every series of these models, so that a rate is right from its first count on. Called once in a worker."""
+    for metric in (
+        TIME_TO_FIRST_TOKEN, TIME_PER_OUTPUT_TOKEN, REQUEST_LATENCY, QUEUE_TIME, PROMPT_TOKENS, GENERATION_TOKENS,
+        PREFIX_QUERIES, PREFIX_HITS, PREEMPTIONS, RUNNING, WAITING, KV_TOKENS_USED, KV_TOKENS_CACHED, KV_TOKENS,
+        KV_USAGE, LOADED,
+    ):  # fmt: skip
+        for model in models:
+            metric.labels(model)
 
 
 def exposition() -> bytes:

@@ -95,7 +95,7 @@ class Settings(BaseModel):
     max_sequences: int = Field(64, ge=1, le=1024)
     """Maximum number of answers generated concurrently; further ones are queued."""
     max_batch_tokens: int = Field(512, ge=16, le=65536)
-    """Maximum number of tokens processed per step, prompt tokens included."""
+    """Maximum number of tokens processed per step, prompt tokens included; 2048 on a GPU unless it is set."""
     drop_oldest_rounds: bool = False
     """Drop the oldest rounds of too long a conversation; `x-chatglm-dropped-rounds` gives their number."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"

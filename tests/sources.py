@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.families import FAMILIES
 from models.store.model_store import StoredModel
 from serving.settings import Settings
-from serving.worker.model_loader import ModelSource
+from serving.worker.model_source import ModelSource
 
 
 def source_of(stored: StoredModel, settings: Settings) -> ModelSource:

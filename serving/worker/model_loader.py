@@ -7,18 +7,17 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from serving.http.errors import APIError
 from serving.openai import errors
-from serving.registry import GENERATES, Ability, ModelRegistry, Running, ServedModel
-from serving.settings import ModelSettings, Settings
+from serving.registry import ModelRegistry, Running, ServedModel
+from serving.settings import Settings
+from serving.worker.model_source import MemoryPlan, ModelSource, StartedModel
 
 RETRY_SECONDS = 30.0  # after which a model that could not be loaded is tried again
 
@@ -27,62 +26,6 @@ T = TypeVar("T")
 
 class LoopClosed(BaseException):
     """The server has ended, and with it this thread."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a served model comes from."""
-
-    tag: str
-    path: Path
-    family: str
-    metadata: Mapping[str, Any]
-    abilities: frozenset[Ability]
-    load: Callable[..., Any]  # see models.family.Family
-    open_format: Callable[[Path], Any] | None
-    settings: Settings  # with those that this model has of its own
-
-
-@dataclass(frozen=True)
-class StartedModel:
-    """A model that runs, and what it takes."""
-
-    running: Running
-    precision: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes for all models together, for the KV cache of each that has no setting of its own, and of each model."""
-
-    total: int
-    kv_cache: int
-    of_model: Mapping[str, int]  # by name
-
-
-def build_registry(
-    chosen: Sequence[ModelSettings], sources: Mapping[str, ModelSource], accept_any: bool
-) -> ModelRegistry:
-    """The models of the settings under their names, none of them loaded."""
-    created = int(time.time())
-    return ModelRegistry(
-        [
-            ServedModel(
-                name=each.served_name,
-                aliases=each.aliases,
-                created=created,
-                fingerprint=f"fp_{source.tag.partition(':')[2][:12]}",
-                family=source.family,
-                abilities=source.abilities if source.settings.engine == "native" else GENERATES - {"embeddings"},
-                is_preloaded=bool(each.preload),
-                precision=source.settings.precision,
-            )
-            for each in chosen
-            for source in [sources[each.served_name]]
-        ],
-        accept_any=accept_any,
-    )
 
 
 class ModelLoader:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import resource
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ class WorkerRuntime:
     admission: Admission
     monitor: HealthMonitor
     shutdown: GracefulShutdown
+    model_names: Sequence[str]
     flush_traces: Callable[[], None] | None
 
     @property
@@ -54,6 +55,7 @@ class WorkerRuntime:
     async def running(self, each_second: Callable[[], None]) -> AsyncGenerator[None, None]:
         """Signals are handled and the health monitor runs for as long as the block lasts."""
         _raise_open_file_limit()
+        metrics.begin(self.model_names)
         server = UvicornServer()
         self.shutdown.install(server)
 
@@ -112,6 +114,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         admission,
         HealthMonitor(registry, admission, state, settings.step_seconds),
         GracefulShutdown(state, settings.grace_seconds, abort),
+        [model.name for model in registry.models],
         flush_traces,
     )
 

@@ -29,7 +29,7 @@ from serving.engine.native.kv_memory import KVMemory
 from serving.generation.encoder import RunningEncoder
 from serving.generation.pipeline import RunningModel
 from serving.settings import Settings
-from serving.worker.model_loader import MemoryPlan, ModelSource, StartedModel
+from serving.worker.model_source import MemoryPlan, ModelSource, StartedModel
 
 PROGRESS_SECONDS = 5.0
 # oneDNN caches a compiled kernel of 0.2 MiB for each number of rows, 1,024 of them by default

@@ -18,7 +18,8 @@ from serving.openai.limits import ApiLimits
 from serving.openai.router import create_app
 from serving.registry import ModelRegistry
 from serving.settings import Settings
-from serving.worker.model_loader import ModelLoader, ModelSource, build_registry
+from serving.worker.model_loader import ModelLoader
+from serving.worker.model_source import ModelSource, build_registry
 from serving.worker.runtime import stop_all
 from tests.families import FAMILIES
 from tests.own_store import own_store

@@ -15,7 +15,7 @@ from models.family import ImportRefused
 from models.store.model_store import import_model, servable
 from models.store.progress import no_progress
 from serving.settings import Settings
-from serving.worker.model_loader import ModelSource
+from serving.worker.model_source import ModelSource
 from tests.contract.several import Several, several_models
 from tests.contract.tiny import assert_openai_error
 from tests.encoders import reference_score, reference_vector, write_encoder

@@ -11,7 +11,7 @@ import pytest
 
 from serving.openai.limits import ApiLimits
 from serving.worker import model_loader
-from serving.worker.model_loader import ModelSource
+from serving.worker.model_source import ModelSource
 from tests.contract.several import Several, several_models, store_models
 from tests.contract.tiny import assert_openai_error
 

@@ -39,6 +39,25 @@ class Server:
     def base_url(self) -> str:
         return f"{self.url}/v1"
 
+    def metrics(self, headers: Mapping[str, str] | None = None) -> dict[str, float]:
+        """See `totals`."""
+        reply = requests.get(f"{self.url}/metrics", headers=headers, timeout=30)
+        assert reply.status_code == 200
+        return totals(reply.text)
+
+
+def totals(exposition: str) -> dict[str, float]:
+    """The text of /metrics -> every value under its name and labels, and the sum over the labels under the name."""
+    values: dict[str, float] = {}
+    for line in exposition.splitlines():
+        if line and line[0] != "#":
+            full_name, _, value = line.rpartition(" ")
+            values[full_name] = values.get(full_name, 0.0) + float(value)
+            if full_name[-1] == "}":
+                name = full_name.partition("{")[0]
+                values[name] = values.get(name, 0.0) + float(value)
+    return values
+
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment with a Bento store of its own and no settings left over."""

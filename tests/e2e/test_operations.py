@@ -54,10 +54,7 @@ def chat(server: Server, **fields: Any) -> requests.Response:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    reply = requests.get(f"{server.url}/metrics", headers=HEADERS, timeout=30)
-    assert reply.status_code == 200
-    lines = (line.rpartition(" ") for line in reply.text.splitlines() if line and line[0] != "#")
-    return {name: float(value) for name, _, value in lines}
+    return server.metrics(HEADERS)
 
 
 def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -22,11 +22,6 @@ from serving.settings import Settings, SettingsError
 from tests.e2e.server import Server, serving, wait_until_ready
 
 
-def gauge(server: Server, name: str) -> float:
-    lines = requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
-
-
 def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
     settings = {"CHATGLM_WORKERS": "2", "CHATGLM_KV_CACHE_GIB": "0.01"}
     with serving(tmp_path, settings) as server:
@@ -46,22 +41,22 @@ def test_two_workers_serve_and_are_counted_together(tmp_path: Path) -> None:
         assert set(re.findall(r":(\d)\] chatglm2: [\d,]+ parameters", log)) == {"1", "2"}
         wanted = {"chatglm_request_success_total": 24, "chatglm_ready": 2}
         for _ in range(100):
-            seen = {name: gauge(server, name) for name in wanted}
+            seen = {name: server.metrics().get(name) for name in wanted}
             if seen == wanted:
                 break
         assert seen == wanted
-        assert gauge(server, "chatglm_kv_cache_tokens") % 2 == 0
+        assert server.metrics()["chatglm_kv_cache_tokens"] % 2 == 0
 
 
 def test_two_servers_of_one_home_keep_their_own_counts(tmp_path: Path) -> None:
     with serving(tmp_path) as first:
         assert ask(first, "any").status_code == 200
-        before = gauge(first, "chatglm_request_success_total")
+        before = first.metrics()["chatglm_request_success_total"]
         with serving(tmp_path) as second:
-            assert gauge(second, "chatglm_request_success_total") == 0
+            assert second.metrics().get("chatglm_request_success_total", 0) == 0
             assert ask(second, "any").status_code == 200
-            assert gauge(first, "chatglm_request_success_total") == before == 1
-            assert gauge(first, "chatglm_ready") == gauge(second, "chatglm_ready") == 1
+            assert first.metrics()["chatglm_request_success_total"] == before == 1
+            assert first.metrics()["chatglm_ready"] == second.metrics()["chatglm_ready"] == 1
 
 
 def ask(server: Server, key: str, **fields: object) -> requests.Response:

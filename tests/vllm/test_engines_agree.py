@@ -219,11 +219,6 @@ def test_what_vllm_cannot_do_is_refused_with_a_400(vllm: Server) -> None:
     assert refusal.value.param == "input"
 
 
-def metric(server: Server, name: str) -> float:
-    lines = requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
-
-
 def test_a_client_that_leaves_ends_its_request(vllm: Server) -> None:
     asked = {
         "model": MODEL,
@@ -237,21 +232,21 @@ def test_a_client_that_leaves_ends_its_request(vllm: Server) -> None:
     for _ in range(5):
         next(lines)
     deadline = time.monotonic() + 60
-    while not metric(vllm, "chatglm_num_requests_running") and time.monotonic() < deadline:
+    while not vllm.metrics()["chatglm_num_requests_running"] and time.monotonic() < deadline:
         next(lines)
-    assert metric(vllm, "chatglm_num_requests_running") == 1
+    assert vllm.metrics()["chatglm_num_requests_running"] == 1
     reply.close()
     # vLLM says what it is doing with every step: the next request's last one finds only itself
     while time.monotonic() < deadline:
         greedy(vllm, "你好", max_tokens=2)
-        if metric(vllm, "chatglm_num_requests_running") == 0:
+        if vllm.metrics()["chatglm_num_requests_running"] == 0:
             return
         time.sleep(0.5)
     raise AssertionError("the abandoned request still runs")
 
 
 def test_its_tokens_are_counted(vllm: Server) -> None:
-    before = metric(vllm, "chatglm_generation_tokens_total")
+    before = vllm.metrics()["chatglm_generation_tokens_total"]
     greedy(vllm, "你好", max_tokens=5)
     time.sleep(1.5)  # the watch looks once a second
-    assert metric(vllm, "chatglm_generation_tokens_total") == before + 5
+    assert vllm.metrics()["chatglm_generation_tokens_total"] == before + 5
