@@ -2,7 +2,8 @@
 
 python -m models.store inspect DIR
 python -m models.store import chatglm2 --from DIR [--name NAME[:VERSION]] [--adapter DIR[=WEIGHT]] [--tokenizer DIR]
-python -m models.store import DIR
+python -m models.store import chatglm2 OWNER/NAME[@REVISION]
+python -m models.store import DIR|OWNER/NAME
 python -m models.store quantize NAME[:VERSION] int8|int4 [--name NAME[:VERSION]]
 python -m models.store list
 """
@@ -17,12 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from kernels.precision import Progress
 from models.families import FAMILIES
 from models.family import ImportOption, ImportRefused
+from models.store import hub
 from models.store.model_store import StoredModel, StoreError, import_model, quantize_model, resolve, stored_models
 from models.store.progress import ProgressPrinter, readable_bytes
+
+if TYPE_CHECKING:
+    from models.checkpoints.inspection import Inspection
 
 
 class Interrupted(Exception):
@@ -83,8 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     families = "; ".join(f"{family.name}: {family.title}" for family in FAMILIES.values())
     importing = commands.add_parser("import", help="convert a checkpoint folder into the store")
     importing.set_defaults(run=_import)
-    importing.add_argument("family", metavar="FAMILY", help=f"{families}; or a folder, whose family is proposed")
-    importing.add_argument("--from", dest="source", metavar="DIR", type=Path, help="the checkpoint folder")
+    importing.add_argument("family", metavar="FAMILY", help=f"{families}; or a SOURCE, whose family is proposed")
+    importing.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="OWNER/NAME on Hugging Face, modelscope:OWNER/NAME, or a folder"
+    )
+    importing.add_argument("--from", dest="folder", metavar="DIR", help="a checkpoint folder or a GGUF file")
     importing.add_argument(
         "--adapter", metavar="DIR[=WEIGHT]", action="append", default=[], help="a LoRA adapter to merge; repeatable"
     )
@@ -97,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     quantizing.add_argument("tag", metavar="NAME[:VERSION]", help="a model in the store")
     quantizing.add_argument("precision", choices=("int8", "int4"))
     quantizing.add_argument("--name", metavar="NAME[:VERSION]", help="default: the model's name and the precision")
-    inspecting = commands.add_parser("inspect", help="say what a folder is and what to do with it")
+    inspecting = commands.add_parser("inspect", help="say what a folder or a repository is and what to do with it")
     inspecting.set_defaults(run=_inspect)
-    inspecting.add_argument("folder", metavar="DIR", type=Path)
+    inspecting.add_argument("source", metavar="DIR|OWNER/NAME")
     commands.add_parser("list", help="show what is in the store").set_defaults(run=_list)
     return parser
 
@@ -111,42 +120,61 @@ def _family_options() -> dict[str, ImportOption]:
 def _import(arguments: argparse.Namespace) -> None:
     chosen = {name: getattr(arguments, name.replace("-", "_")) for name in _family_options()}
     options = {name: str(value) for name, value in chosen.items() if value is not None}
-    family, source = arguments.family, arguments.source
-    if source is None:
-        source = Path(family)
-        family = _proposed_family(source)
+    if arguments.source and arguments.folder:
+        raise ImportRefused(f"give one source: {arguments.source} or --from {arguments.folder}")
+    family, text = arguments.family, arguments.source or arguments.folder
+    if text is None:
+        text, family = family, _proposed_family(family)
+    repository = None if arguments.folder else hub.parse(text)
+    name, origin = arguments.name, None
     with _interruptible_progress() as progress:
-        tag = import_model(family, source, arguments.name, options, progress, arguments.adapter, arguments.tokenizer)
+        if repository is None:
+            source = Path(text)
+        else:
+            source, origin = hub.download(repository, progress), str(repository)
+            name = name or repository.default_name
+        tag = import_model(family, source, name, options, progress, arguments.adapter, arguments.tokenizer, origin)
     model = _print_stored(tag)
     if model.metadata.get("weights_only"):
         print("Warning: the folder has no tokenizer.model, so only the weights were imported; it cannot be served.")
 
 
-def _proposed_family(folder: Path) -> str:
-    """The family that fits a folder, once the operator agrees. Raises ImportRefused."""
-    from models.checkpoints.inspection import inspect  # imports torch, which `list` does not need
-
-    if str(folder) in FAMILIES:
-        raise ImportRefused(f"which folder? import {folder} --from DIR")
-    found = inspect(folder)
+def _proposed_family(text: str) -> str:
+    """The family that fits a folder or a repository, once the operator agrees. Raises ImportRefused."""
+    if text in FAMILIES:
+        raise ImportRefused(f"which model? import {text} OWNER/NAME, or import {text} --from DIR")
+    found = _inspected(text)
     if found.family is None:
-        raise ImportRefused(f"{folder} is {found}")
-    command = f"import {found.family} --from {folder}"
+        raise ImportRefused(f"{text} is {found}")
+    command = _import_command(found.family, text)
     if not sys.stdin.isatty():
-        raise ImportRefused(f"{folder} is {found.what}; to import it as that: {command}")
-    if input(f"{folder} is {found.what}. {command}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ImportRefused(f"{text} is {found.what}; to import it as that: {command}")
+    if input(f"{text} is {found.what}. {command}? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ImportRefused("nothing was imported; name the family: import FAMILY --from DIR")
     return found.family
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    from models.checkpoints.inspection import inspect
+def _inspected(text: str) -> Inspection:
+    """Of a repository the small files are enough."""
+    from models.checkpoints.inspection import inspect  # imports torch, which `list` does not need
 
-    found = inspect(arguments.folder)
+    repository = hub.parse(text)
+    if repository is None or repository.file is not None:
+        return inspect(Path(text))
+    with _interruptible_progress() as progress:
+        return inspect(hub.download(repository, progress, with_weights=False))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    found = _inspected(arguments.source)
     if found.family is None:
-        print(f"{arguments.folder} is {found}")
+        print(f"{arguments.source} is {found}")
     else:
-        print(f"{arguments.folder} is {found.what}\nimport {found.family} --from {arguments.folder}")
+        print(f"{arguments.source} is {found.what}\n{_import_command(found.family, arguments.source)}")
+
+
+def _import_command(family: str, text: str) -> str:
+    return f"import {family} {text}" if hub.parse(text) else f"import {family} --from {text}"
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

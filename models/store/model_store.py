@@ -57,6 +57,7 @@ def import_model(
     progress: Progress,
     adapters: Sequence[str] = (),
     tokenizer: Path | None = None,
+    origin: str | None = None,
 ) -> str:
     """Convert the checkpoint folder `source` into the store; return its tag. Raises ImportRefused, StoreError.
 
@@ -64,6 +65,7 @@ def import_model(
     leaves nothing behind, and the next import removes what a killed one left.
     adapters: folders of LoRA adapters to merge, `DIR` or `DIR=WEIGHT`.
     tokenizer: where the tokenizer's files are taken from if `source` lacks them.
+    origin: where `source` comes from, for the metadata; None takes its name.
     """
     from models.checkpoints import lora
     from models.checkpoints.inspection import inspect
@@ -86,7 +88,7 @@ def import_model(
             metadata["adapters"] = [each.path.resolve().name for each in merging]
         size = sum(path.stat().st_size for path in folder.rglob("*"))
         progress(size, size, "into the store")  # the last call that may raise to interrupt the import
-        return metadata | {"family": family, "source": source.name, "options": dict(options)}
+        return metadata | {"family": family, "source": origin or source.name, "options": dict(options)}
 
     return _add(_new_tag(name or (source.name if source.is_dir() else source.stem)), write)
 

@@ -45,6 +45,7 @@ def to_fields(context: RequestContext, seconds: float) -> dict[str, Any]:
         "path": context.path[:MAX_PATH],
         "status": context.status or None,
         "client": context.key_name or context.client,
+        "model": context.model,
         "stream": context.is_stream or None,
         "prompt_tokens": context.prompt_tokens or None,
         "cached_tokens": context.cached_tokens or None,

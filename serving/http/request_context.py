@@ -42,6 +42,7 @@ class RequestContext:
     client: str  # what rate limits count by: the name of the API key, else the peer's address
     key_name: str | None = None
     is_administrator: bool = False  # by the API key's role
+    model: str | None = None  # the true name of the one that was asked
     status: int = 0  # 0: no response has started
     error_code: str | None = None
     is_stream: bool = False

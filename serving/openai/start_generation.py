@@ -54,6 +54,7 @@ class GenerationStarter:
             raise errors.model_not_found(name, self._registry.names)
         if ability not in served.abilities:
             raise errors.wrong_ability(served.name, ability, served.abilities)
+        request_context(request.scope).model = served.name
         return served.running or await self._load(request, served, is_stream)
 
     async def _load(self, request: Request, served: ServedModel, is_stream: bool) -> Running:

@@ -104,7 +104,7 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         from serving.worker.tracing import TracingError, start_tracing  # imported only if used
 
         try:
-            tracing = start_tracing(settings.otlp_endpoint, "chatglm2", registry.default.name)
+            tracing = start_tracing(settings.otlp_endpoint, "chatglm2")
         except TracingError as error:
             raise SettingsError(f"CHATGLM_OTLP_ENDPOINT: {error}") from None
         observers.append(tracing)

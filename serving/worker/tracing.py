@@ -20,12 +20,11 @@ class TracingError(Exception):
 class Tracing:
     """Makes one span of each finished request, with OpenTelemetry's attribute names (`gen_ai.*`)."""
 
-    def __init__(self, exporter: SpanExporter, service_name: str, model: str) -> None:
+    def __init__(self, exporter: SpanExporter, service_name: str) -> None:
         provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
         provider.add_span_processor(BatchSpanProcessor(exporter))
         self._provider = provider
         self._tracer = provider.get_tracer("chatglm")
-        self._model = model
 
     def __call__(self, context: RequestContext, seconds: float) -> None:
         parent = TraceContextTextMapPropagator().extract({"traceparent": context.traceparent or ""})
@@ -37,13 +36,14 @@ class Tracing:
             {
                 "http.request.method": context.method,
                 "http.response.status_code": context.status,
-                "gen_ai.request.model": self._model,
                 "gen_ai.usage.input_tokens": context.prompt_tokens,
                 "gen_ai.usage.output_tokens": context.completion_tokens,
                 "gen_ai.response.finish_reasons": context.finish_reasons,
                 "chatglm.request_id": context.request_id,
             }
         )
+        if context.model is not None:
+            span.set_attribute("gen_ai.request.model", context.model)
         if context.first_token_at is not None:
             span.add_event("first token", timestamp=begin + int((context.first_token_at - context.begun) * 1e9))
         if context.error_code:
@@ -55,10 +55,10 @@ class Tracing:
         self._provider.shutdown()
 
 
-def start_tracing(endpoint: str, service_name: str, model: str) -> Tracing:
+def start_tracing(endpoint: str, service_name: str) -> Tracing:
     """Spans go to `endpoint` by OTLP over HTTP. Raises TracingError when the exporter is not installed."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
         raise TracingError("traces need the package opentelemetry-exporter-otlp-proto-http") from None
-    return Tracing(OTLPSpanExporter(endpoint), service_name, model)
+    return Tracing(OTLPSpanExporter(endpoint), service_name)

@@ -295,6 +295,7 @@ def test_the_log_line_has_tokens_times_and_the_reason(folder: Path) -> None:
                 "path": CHAT,
                 "status": 200,
                 "client": "alice",
+                "model": "chatglm2-6b",
                 "prompt_tokens": fields["prompt_tokens"],
                 "completion_tokens": 3,
                 "duration_ms": 500.0,
@@ -319,7 +320,7 @@ def test_a_json_log_line_is_json_alone(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_a_request_is_one_span_that_continues_the_clients_trace(folder: Path) -> None:
     exporter = InMemorySpanExporter()
-    tracing = Tracing(exporter, "chatglm2", "chatglm2-6b")
+    tracing = Tracing(exporter, "chatglm2")
     trace_id = "0af7651916cd43dd8448eb211c80319c"
 
     async def run() -> None:
@@ -336,6 +337,7 @@ def test_a_request_is_one_span_that_continues_the_clients_trace(folder: Path) ->
     assert span.context is not None
     assert f"{span.context.trace_id:032x}" == trace_id
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
+    assert span.attributes["gen_ai.request.model"] == "chatglm2-6b"
 
 
 def test_metrics_labels_have_few_route_names_whatever_the_paths_are() -> None:

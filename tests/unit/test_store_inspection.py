@@ -81,7 +81,7 @@ def test_an_import_without_a_family_proposes_one_and_stores_nothing(
     assert main(["import", str(FINETUNE / "glm2-base")]) == 1
     assert "import chatglm2 --from" in capsys.readouterr().err
     assert main(["import", "chatglm2"]) == 1
-    assert "which folder?" in capsys.readouterr().err
+    assert "which model?" in capsys.readouterr().err
     assert main(["import", "chatglm2", "--from", str(FINETUNE / "glm2-lora-qkv")]) == 1
     assert "--adapter" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

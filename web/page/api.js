@@ -16,10 +16,10 @@ export class Failure extends Error {
   }
 }
 
-/** The names that the server answers to. Throws Failure. */
+/** The names of the models that chat. Throws Failure. */
 export async function listModels(key) {
   const reply = await call("models", { headers: headers(key) });
-  return (await reply.json()).data.map((model) => model.id);
+  return (await reply.json()).data.filter((model) => model.abilities.includes("chat")).map((model) => model.id);
 }
 
 /** The chunks of one answer, parsed. Throws Failure, or AbortError when `signal` stops it. */
