@@ -38,6 +38,7 @@ class ServedModel:
     failed_at: float = 0.0  # time.monotonic()
     progress: float = 0.0  # of loading, 0 to 1; written by the loading thread
     loading: Future[None] | None = field(default=None, repr=False)
+    num_waiting: int = 0  # requests that wait for it, or have just got it
 
     def __post_init__(self) -> None:
         self.was_loaded = self.running is not None
@@ -46,6 +47,11 @@ class ServedModel:
     def names(self) -> tuple[str, ...]:
         """Every name that it answers to, the true one first, none twice."""
         return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+    @property
+    def is_idle(self) -> bool:
+        """It is loaded, and no request uses it or is about to."""
+        return self.running is not None and not self.running.use.num_requests and not self.num_waiting
 
     @property
     def state(self) -> State:

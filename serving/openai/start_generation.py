@@ -61,8 +61,12 @@ class GenerationStarter:
         context = request_context(request.scope)
         context.loading = served if is_stream else None
         seconds = min(self._limits.load_seconds, self._limits.timeout_seconds)
-        await unless_disconnected(request.receive, self._registry.load_until(served, seconds))
-        context.loading = None
+        served.num_waiting += 1
+        try:
+            await unless_disconnected(request.receive, self._registry.load_until(served, seconds))
+        finally:
+            served.num_waiting -= 1
+            context.loading = None
         if served.running is not None:
             return served.running
         raise errors.model_loading(served.name) if served.error is None else errors.model_load_failed(served.name)

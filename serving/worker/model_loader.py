@@ -71,7 +71,7 @@ class ModelLoader:
         """See ModelRegistry. Raises APIError 409 while requests use the model."""
         if model.running is None:
             return
-        if num_requests := model.running.use.num_requests:
+        if num_requests := model.running.use.num_requests + model.num_waiting:
             message = f"The model `{model.name}` has {num_requests} requests in flight."
             raise APIError(409, message, param="model", code="model_in_use")
         stopped = Future[None]()
@@ -89,8 +89,7 @@ class ModelLoader:
         if not self._settings.idle_minutes or self._registry.unload is None:
             return
         for model in self._registry.models:
-            running = model.running
-            if running is not None and not running.use.num_requests and running.use.last_ended < limit:
+            if model.is_idle and model.running is not None and model.running.use.last_ended < limit:
                 self._remove(model)
 
     # ---- the loading thread ----
@@ -196,7 +195,7 @@ class ModelLoader:
         if needed > self._plan.total:
             raise errors.no_memory_ever(model.name, needed, self._plan.total)
         free = self._plan.total - sum(each.num_bytes for each in loaded)
-        idle = [each for each in loaded if each.running is not None and not each.running.use.num_requests]
+        idle = [each for each in loaded if each.is_idle]
         idle.sort(key=lambda each: 0.0 if each.running is None else each.running.use.last_ended)
         chosen: list[ServedModel] = []
         while free < needed and idle:

@@ -126,6 +126,19 @@ def test_a_model_in_use_is_never_unloaded(sources: dict[str, ModelSource]) -> No
     asyncio.run(run())
 
 
+def test_a_model_that_has_just_been_loaded_answers_before_it_makes_room_for_another(
+    sources: dict[str, ModelSource],
+) -> None:
+    async def run() -> None:
+        async with several_models(sources, memory=ROOM_FOR_ONE) as several:
+            for _ in range(5):
+                replies = await asyncio.gather(several.chat("two"), several.chat("three"))
+                refused = [reply.json()["error"]["code"] for reply in replies if reply.status_code != 200]
+                assert refused in ([], ["model_memory"])
+
+    asyncio.run(run())
+
+
 def test_a_model_that_can_never_fit_is_the_clients_error(sources: dict[str, ModelSource]) -> None:
     async def run() -> None:
         async with several_models(sources, memory=NO_ROOM) as several:
