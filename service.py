@@ -90,7 +90,7 @@ at_root = create_app(
     limits,
     catch_all=False,
     admission=runtime.admission,
-    more_routes=[runtime.metrics_route, *page_routes(settings.chat_page)],
+    more_routes=[*runtime.routes, *page_routes(settings.chat_page)],
 )
 
 

@@ -18,7 +18,8 @@ from serving.http.error_middleware import CLIENT_LEFT
 from serving.http.errors import APIError, error_response, overloaded, shutting_down, unknown_url
 from serving.http.request_context import RequestContext, header, label_response, request_context
 
-HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+READY_PATHS = ("/health", "/ping")  # as vLLM and SageMaker name them
+HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz", *READY_PATHS})
 METRICS_PATH = "/metrics"
 BENTOML_PATHS = ("/", "/generate", "/docs.json", "/schema.json")
 DOCUMENTS = ("/docs", "/docs.json", "/schema.json", "/openapi.json", "/v1/docs", "/v1/openapi.json", "/static_content/")

@@ -149,6 +149,10 @@ class HealthMonitor:
         for watch in self._watched():
             watch.update_metrics()
 
+    async def ready_response(self, _: Request) -> Response:
+        """GET /health and /ping: the status of /readyz."""
+        return Response(status_code=200 if self.is_ready else 503)
+
     async def metrics_response(self, _: Request) -> Response:
         """GET /metrics."""
         self.update_metrics()

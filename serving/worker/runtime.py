@@ -11,13 +11,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serving import metrics
+from serving import __version__, metrics
 from serving.admission.admission_control import Admission, AdmissionLimits
 from serving.admission.client_usage import UsageTable
 from serving.http.access_log import AccessLog
-from serving.http.access_middleware import METRICS_PATH, AccessPolicy, ServerState
+from serving.http.access_middleware import METRICS_PATH, READY_PATHS, AccessPolicy, ServerState
 from serving.http.api_keys import APIKeys, KeyFileError
 from serving.http.request_context import RequestContext
 from serving.openai.start_generation import DROPPED_ROUNDS_HEADER
@@ -48,8 +50,13 @@ class WorkerRuntime:
     flush_traces: Callable[[], None] | None
 
     @property
-    def metrics_route(self) -> Route:
-        return Route(METRICS_PATH, self.monitor.metrics_response, methods=["GET"])
+    def routes(self) -> list[Route]:
+        """/metrics, and what other servers call /readyz and their version."""
+        return [
+            Route(METRICS_PATH, self.monitor.metrics_response, methods=["GET"]),
+            *(Route(path, self.monitor.ready_response, methods=["GET"]) for path in READY_PATHS),
+            Route("/version", _version_response, methods=["GET"]),
+        ]
 
     @asynccontextmanager
     async def running(self, each_second: Callable[[], None]) -> AsyncGenerator[None, None]:
@@ -117,6 +124,10 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         [model.name for model in registry.models],
         flush_traces,
     )
+
+
+async def _version_response(_: Request) -> Response:
+    return JSONResponse({"version": __version__})
 
 
 def stop_all(registry: ModelRegistry) -> None:

@@ -6,6 +6,7 @@ import pytest
 import requests
 import yaml
 
+from serving import __version__
 from tests.e2e.server import Server
 from tests.golden_data import REPOSITORY
 
@@ -18,3 +19,9 @@ def test_a_ready_server_passes(probe: str, server: Server) -> None:
     asked = pod["containers"][0][probe]
     reply = requests.get(f"{server.url}{asked['httpGet']['path']}", timeout=asked["timeoutSeconds"])
     assert 200 <= reply.status_code < 400  # what Kubernetes counts as success
+
+
+def test_the_names_of_other_servers_are_answered(server: Server) -> None:
+    for path in ("/health", "/ping"):
+        assert requests.get(f"{server.url}{path}", timeout=10).status_code == 200
+    assert requests.get(f"{server.url}/version", timeout=10).json() == {"version": __version__}

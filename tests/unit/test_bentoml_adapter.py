@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from serving.http.access_middleware import BENTOML_PATHS, HEALTH_PATHS
+from serving.http.access_middleware import BENTOML_PATHS, HEALTH_PATHS, READY_PATHS
 from serving.http.pages import FOLDER
 from serving.openai.openapi import VERSION
 from serving.settings import BuildArguments
@@ -131,7 +131,7 @@ def test_the_document_has_bentomls_paths_and_ours() -> None:
 
 def test_paths_that_access_rules_and_the_home_page_name_exist() -> None:
     app = without_middleware(BentoMLService)
-    for path in {*HEALTH_PATHS, *BENTOML_PATHS} - {"/", "/generate"}:
+    for path in {*HEALTH_PATHS, *BENTOML_PATHS} - {"/", "/generate", *READY_PATHS}:
         assert send(app, "GET", path).status_code == 200, changed(
             f"answers {path}", "treat it apart", "serving/http/access_middleware.py"
         )
