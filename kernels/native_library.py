@@ -29,6 +29,7 @@ BUILD = SOURCES / "build"
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
+AVX512_CPU = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class InstructionSet:
 INSTRUCTION_SETS = {
     "x86_64": (  # the fastest first
         InstructionSet(
-            "avx512_bf16",
-            (*AVX512, "-mavx512bf16"),
-            frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}),
+            "amx",
+            (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+            frozenset({*AVX512_CPU, "avx512_bf16", "amx_tile", "amx_bf16"}),
         ),
         InstructionSet(
-            "avx512_vnni", AVX512, frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
+            "avx512_bf16",
+            (*AVX512, "-mavx512bf16"),
+            frozenset({*AVX512_CPU, "avx512_bf16"}),
         ),
+        InstructionSet("avx512_vnni", AVX512, frozenset(AVX512_CPU)),
         InstructionSet("avx2", AVX2, frozenset({"avx2", "fma", "f16c"})),
         InstructionSet("portable", (), frozenset()),
     ),
@@ -116,6 +120,9 @@ def load(instruction_set: str | None = None) -> ctypes.CDLL | None:
                 library = ctypes.CDLL(str(path_of(name)))
             except OSError as error:
                 logger.warning("%s cannot be loaded: %s", path_of(name).name, error)
+                continue
+            if not library.enable_instructions():
+                logger.warning("the system does not allow the instructions of %s", path_of(name).name)
                 continue
             library.set_threading.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
             library.set_threading.restype = None

@@ -7,6 +7,7 @@
 #define TASK_BYTES (96 << 10) /* of weights; a task then lasts some ten microseconds */
 #define TASKS_PER_THREAD 8
 #define STRIDE_PADDING 16 /* floats: rows 4,096 bytes apart would share a set of the cache */
+#define AMX_MIN_ROWS 8 /* fewer are bound by memory */
 #if defined(__AVX512BF16__)
 #define FEW_ROWS 4 /* up to so many, activations stay in float32 */
 #else
@@ -112,8 +113,12 @@ void linear_forward(const struct linear *linear, const float *x, int64_t x_strid
     struct activations a = prepare(linear, x, x_stride, rows, workspace);
     struct product p = {.linear = linear, .a = &a, .out = {y, y_stride}, .tile = tiles[linear->format], .rows = rows};
     p.blocks = padded(linear->outputs, BLOCK_OUTPUTS) / BLOCK_OUTPUTS;
-    p.tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-    p.unit = TILE_BLOCKS((rows + p.tiles - 1) / p.tiles);
+    int most_rows = MAX_TILE_ROWS;
+#if defined(__AMX_BF16__)
+    if (a.bf16 && rows >= AMX_MIN_ROWS) p.tile = tile_amx, most_rows = AMX_ROWS;
+#endif
+    p.tiles = (rows + most_rows - 1) / most_rows;
+    p.unit = most_rows == AMX_ROWS ? 2 : TILE_BLOCKS((rows + p.tiles - 1) / p.tiles);
     int64_t unit_bytes = (int64_t)p.unit * BLOCK_OUTPUTS * a.inputs * bits[linear->format] / 8;
     int units = (p.blocks + p.unit - 1) / p.unit;
     p.units_per_task = 1;

@@ -36,4 +36,7 @@ size_t linear_workspace(const struct linear *linear, int rows);
 void linear_forward(const struct linear *linear, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows,
                     void *workspace);
 
+/* Asks the system for the registers that this build's instructions need; 0 if it refuses. Call it once in a process. */
+int enable_instructions(void);
+
 #endif

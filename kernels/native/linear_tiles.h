@@ -17,6 +17,7 @@
 #define TILE_BLOCKS(rows) ((void)(rows), 1)
 #endif
 #define PREFETCH_BYTES 2048
+#define AMX_ROWS 32 /* of a tile of tile_amx, which computes two blocks */
 
 /* The rows of one product, as a kernel reads them. */
 struct activations {
@@ -42,6 +43,7 @@ typedef void (*tile_function)(const struct linear *linear, int block, int blocks
 void tile_float32(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_bfloat16(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_float16(const struct linear *, int, int, const struct activations *, int, int, struct results);
+void tile_amx(const struct linear *, int, int, const struct activations *, int, int, struct results); /* of a->bf16 */
 void tile_int8(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_int4(const struct linear *, int, int, const struct activations *, int, int, struct results);
 
