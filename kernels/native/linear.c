@@ -8,6 +8,11 @@
 #define TASKS_PER_THREAD 8
 #define STRIDE_PADDING 16 /* floats: rows 4,096 bytes apart would share a set of the cache */
 #define AMX_MIN_ROWS 8 /* fewer are bound by memory */
+#if defined(__AMX_BF16__)
+#define AMX_MIN_QUANTIZED_ROWS 40 /* below, the integer kernels are as fast */
+#else
+#define AMX_MIN_QUANTIZED_ROWS (1 << 30)
+#endif
 #if defined(__AVX512BF16__)
 #define FEW_ROWS 4 /* up to so many, activations stay in float32 */
 #else
@@ -16,10 +21,14 @@
 
 static int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 static int is_quantized(const struct linear *linear) { return linear->format >= FORMAT_INT8; }
+static int takes_bf16(const struct linear *linear, int rows) {
+    if (linear->format == FORMAT_BFLOAT16) return rows > FEW_ROWS;
+    return is_quantized(linear) && rows >= AMX_MIN_QUANTIZED_ROWS;
+}
 
 size_t linear_workspace(const struct linear *linear, int rows) {
     size_t inputs = (size_t)padded(linear->inputs, GROUP), n = (size_t)rows;
-    if (is_quantized(linear)) return aligned(n * (inputs + 64)) + 2 * aligned(n * (inputs / GROUP) * 4);
+    if (is_quantized(linear) && !takes_bf16(linear, rows)) return aligned(n * (inputs + 64)) + 2 * aligned(n * (inputs / GROUP) * 4);
     return aligned(n * (inputs + STRIDE_PADDING) * 4);
 }
 
@@ -57,16 +66,16 @@ static struct activations prepare(const struct linear *linear, const float *x, i
     int inputs = padded(linear->inputs, GROUP), groups = inputs / GROUP;
     struct preparation p = {.x = x, .x_stride = x_stride, .inputs = linear->inputs, .padded_inputs = inputs, .groups = groups};
     struct activations a = {.groups = groups, .inputs = inputs};
-    if (is_quantized(linear)) {
+    if (takes_bf16(linear, rows)) {
+        p.stride = inputs + 2 * STRIDE_PADDING;
+        a.bf16 = p.bf16 = (uint16_t *)workspace;
+    } else if (is_quantized(linear)) {
         p.stride = inputs + 64;
         p.quantized = (int8_t *)workspace;
         p.scales = (float *)(workspace + aligned((size_t)rows * (size_t)p.stride));
         p.offsets = (int32_t *)((uint8_t *)p.scales + aligned((size_t)rows * (size_t)groups * 4));
         p.weight_offset = linear->format >= FORMAT_INT4 ? 8 : 128;
         a.quantized = p.quantized, a.scales = p.scales, a.offsets = p.offsets;
-    } else if (linear->format == FORMAT_BFLOAT16 && rows > FEW_ROWS) {
-        p.stride = inputs + 2 * STRIDE_PADDING;
-        a.bf16 = p.bf16 = (uint16_t *)workspace;
     } else if (rows == 1 && inputs == linear->inputs) {
         a.values = x;
         return a;
@@ -115,10 +124,11 @@ void linear_forward(const struct linear *linear, const float *x, int64_t x_strid
     p.blocks = padded(linear->outputs, BLOCK_OUTPUTS) / BLOCK_OUTPUTS;
     int most_rows = MAX_TILE_ROWS;
 #if defined(__AMX_BF16__)
-    if (a.bf16 && rows >= AMX_MIN_ROWS) p.tile = tile_amx, most_rows = AMX_ROWS;
+    if (a.bf16 && is_quantized(linear)) p.tile = tile_amx_quantized, most_rows = AMX_QUANTIZED_ROWS;
+    else if (a.bf16 && rows >= AMX_MIN_ROWS) p.tile = tile_amx, most_rows = AMX_ROWS;
 #endif
     p.tiles = (rows + most_rows - 1) / most_rows;
-    p.unit = most_rows == AMX_ROWS ? 2 : TILE_BLOCKS((rows + p.tiles - 1) / p.tiles);
+    p.unit = most_rows > MAX_TILE_ROWS ? 2 : TILE_BLOCKS((rows + p.tiles - 1) / p.tiles);
     int64_t unit_bytes = (int64_t)p.unit * BLOCK_OUTPUTS * a.inputs * bits[linear->format] / 8;
     int units = (p.blocks + p.unit - 1) / p.unit;
     p.units_per_task = 1;

@@ -17,7 +17,8 @@
 #define TILE_BLOCKS(rows) ((void)(rows), 1)
 #endif
 #define PREFETCH_BYTES 2048
-#define AMX_ROWS 32 /* of a tile of tile_amx, which computes two blocks */
+#define AMX_ROWS 32 /* of tile_amx, which computes two blocks */
+#define AMX_QUANTIZED_ROWS 512
 
 /* The rows of one product, as a kernel reads them. */
 struct activations {
@@ -44,6 +45,7 @@ void tile_float32(const struct linear *, int, int, const struct activations *, i
 void tile_bfloat16(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_float16(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_amx(const struct linear *, int, int, const struct activations *, int, int, struct results); /* of a->bf16 */
+void tile_amx_quantized(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_int8(const struct linear *, int, int, const struct activations *, int, int, struct results);
 void tile_int4(const struct linear *, int, int, const struct activations *, int, int, struct results);
 

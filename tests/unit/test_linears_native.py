@@ -13,7 +13,7 @@ from kernels.quantization import quantize_groups, quantize_rows
 
 SETS = [each.name for each in native_library.usable()]
 SHAPES = [(16, 32), (48, 96), (17, 40), (1000, 100), (5, 1000), (130, 64)]
-ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 24, 25, 64]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 24, 25, 33, 64, 71, 530]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,14 +94,16 @@ def test_integer_products_are_exact(instruction_set: str, format: Format) -> Non
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("format", list(Format))
-def test_extremes_stay_in_their_row(instruction_set: str, format: Format) -> None:
+@pytest.mark.parametrize("copies", [1, 2, 8])
+def test_extremes_stay_in_their_row(instruction_set: str, format: Format, copies: int) -> None:
+    """copies: of the rows, for the kernels of few and of many."""
     layer, weight, _ = packed(format, 40, 64, bias=False)
     linear = NativeLinear(layer, instruction_set)
     x = torch.randn(6, 64)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0
     x[4] = 1e-42  # a denormal number
     x[5] *= 1e30
-    out = linear(x)
+    out = linear(x.repeat(copies, 1))[-6:]
     assert not out[1].isfinite().any()
     assert not out[2].isfinite().all()
     assert torch.equal(out[3], torch.zeros(40))
