@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -81,24 +82,28 @@ def path_of(instruction_set: str) -> Path:
     return BUILD / f"{instruction_set}-{_digest()}.so"
 
 
-def compile_all(names: set[str] | None = None) -> None:
-    """Compile what is not there yet, for every instruction set or those named. Raises CompilerFailed."""
-    wanted = [s for s in instruction_sets() if (names is None or s.name in names) and not path_of(s.name).exists()]
-    if not wanted:
+def compile_all(sets: Sequence[InstructionSet]) -> list[str]:
+    """Compile what is not there yet. Returns a line for each instruction set that cannot be compiled."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [error for error in pool.map(_error_of, sets) if error]
+
+
+def _error_of(instruction_set: InstructionSet) -> str | None:
+    try:
+        _compile(instruction_set)
+    except CompilerFailed as error:
+        return str(error)
+    return None
+
+
+def _compile(instruction_set: InstructionSet) -> None:
+    target = path_of(instruction_set.name)
+    if target.exists():
         return
     compiler = os.environ.get("CC") or next((found for n in ("cc", "gcc", "clang") if (found := shutil.which(n))), None)
     if compiler is None:
         raise CompilerFailed("no C compiler was found (Debian: apt-get install gcc libc6-dev)")
     BUILD.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda each: _compile(compiler, each), wanted))
-    for old in BUILD.glob("*.so"):
-        if _digest() not in old.name:
-            old.unlink(missing_ok=True)
-
-
-def _compile(compiler: str, instruction_set: InstructionSet) -> None:
-    target = path_of(instruction_set.name)
     part = target.with_suffix(f".{os.getpid()}.part")
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
     command = [compiler, *FLAGS, *instruction_set.flags, "-o", str(part), *sources, "-lm"]
@@ -108,6 +113,9 @@ def _compile(compiler: str, instruction_set: InstructionSet) -> None:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
         raise CompilerFailed(f"{compiler} failed for {instruction_set.name}: {first}")
     part.replace(target)
+    for old in BUILD.glob("*.so"):
+        if _digest() not in old.name:
+            old.unlink(missing_ok=True)
 
 
 @cache
@@ -171,13 +179,21 @@ def _cpu_flags() -> frozenset[str]:
 def main(arguments: list[str]) -> int:
     """Compile for this CPU, with --all for every one of its architecture; one line says what was done or what is
     missing and what that costs."""
-    try:
-        compile_all(None if "--all" in arguments else {each.name for each in usable()[:1]})
-    except CompilerFailed as error:
-        print(f"native kernels: not compiled, {error}. Models run on torch's operators, at about half the speed.")
-        return 0
-    best = next((each.name for each in usable()), "none")
-    print(f"native kernels: compiled, this CPU uses {best}")
+    errors: list[str] = []
+    if "--all" in arguments:
+        errors = compile_all(instruction_sets())
+    else:
+        for each in usable():  # an old compiler does not know the newest instructions
+            failed = compile_all([each])
+            errors += failed
+            if not failed:
+                break
+    best = next((each.name for each in usable() if path_of(each.name).exists()), None)
+    if best is None:
+        reason = errors[-1] if errors else "this system is not supported"
+        print(f"native kernels: not compiled, {reason}. Models run on torch's operators, at about half the speed.")
+    else:
+        print("; ".join([f"native kernels: compiled, this CPU uses {best}", *errors]))
     return 0
 
 

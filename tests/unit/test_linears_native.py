@@ -18,10 +18,8 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 24, 25, 33, 64, 71, 530]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    try:
-        native_library.compile_all(set(SETS))
-    except native_library.CompilerFailed as error:
-        pytest.skip(str(error))
+    if errors := native_library.compile_all(native_library.usable()):
+        pytest.skip(errors[0])
 
 
 def weights(format: Format, outputs: int, inputs: int, seed: int = 0) -> Tensor | QuantizedWeight:
