@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--beside-tokens", type=int, default=1000, help="length of the additional prompts")
     parser.add_argument("--beside-rate", type=float, default=0.0, help="additional prompts per second; none by default")
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--greedy", action="store_true", help="instead of the documented temperature 0.95 and top_p 0.7")
+    parser.add_argument("--greedy", action="store_true", help="not the documented temperature and top_p")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     servers = {"a": arguments.a} | ({"b": arguments.b} if arguments.b else {})

@@ -25,6 +25,7 @@ DOCUMENTED_URL = "http://localhost:8000"
 
 TERMINAL_CHAT = ".venv/bin/python -m examples.chat 你好"
 IMPORT = ".venv/bin/python -m models.store import chatglm2 --from /path/to/chatglm2-6b --name chatglm2-6b"
+FETCH = ".venv/bin/python -m models.store import"
 LIST = ".venv/bin/python -m models.store list"
 SERVE_IMPORTED = "CHATGLM_MODEL=chatglm2-6b make serve"
 QUANTIZE = ".venv/bin/python -m models.store quantize chatglm2-6b int8"
@@ -34,6 +35,12 @@ RUN_HERE = {TERMINAL_CHAT, IMPORT, LIST, SERVE_IMPORTED, QUANTIZE, SERVE_QUANTIZ
 RUN_ELSEWHERE = {
     "make serve": "tests/e2e/server.py::serving",
     "make serve MODEL=smollm2": "tests/e2e/test_small_model.py::make",
+    "make serve MODELS=chatglm2-demo,minilm": "tests/e2e/test_several_models.py::CHATGLM_MODELS",
+    "CHATGLM_MODELS=chatglm2-6b,qwen,minilm make serve": "tests/e2e/test_several_models.py::CHATGLM_MODELS",
+    f"{FETCH} chatglm2 THUDM/chatglm2-6b": "tests/unit/test_hub.py::THUDM/chatglm2-demo",
+    f"{FETCH} chatglm2 modelscope:ZhipuAI/chatglm2-6b": "tests/unit/test_hub.py::modelscope:THUDM/chatglm2-demo",
+    f"{FETCH} embedding BAAI/bge-large-zh-v1.5": "tests/e2e/test_several_models.py::import_model",
+    f"{FETCH} reranker BAAI/bge-reranker-base": "tests/e2e/test_several_models.py::import_model",
     "make test": ".ci/run::make test",
     "make setup": "Makefile::test-setup",
     ".venv/bin/bentoml build": "tests/e2e/test_service.py::test_the_bento_is_built_and_serves",
@@ -77,7 +84,7 @@ def test_every_make_target_that_is_named_exists(readme: Path) -> None:
 
 
 def test_curl_gets_the_sample_answer(server: Server) -> None:
-    (command,) = re.findall(r"curl .*?'$", BASH, flags=re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"curl \S*/chat/completions .*?'$", BASH, flags=re.DOTALL | re.MULTILINE)
     printed = run(["bash", "-c", command.replace(DOCUMENTED_URL, server.url)])
     assert SAMPLE_ANSWER in printed
 
