@@ -49,9 +49,11 @@ class ServedModel:
         return tuple(dict.fromkeys((self.name, *self.aliases)))
 
     @property
-    def is_idle(self) -> bool:
-        """It is loaded, and no request uses it or is about to."""
-        return self.running is not None and not self.running.use.num_requests and not self.num_waiting
+    def idle_since(self) -> float | None:
+        """time.monotonic() of its last request's end; None if it is not loaded, or a request uses it or is about to."""
+        if self.running is None or self.running.use.num_requests or self.num_waiting:
+            return None
+        return self.running.use.last_ended
 
     @property
     def state(self) -> State:

@@ -28,7 +28,8 @@ static int takes_bf16(const struct linear *linear, int rows) {
 
 size_t linear_workspace(const struct linear *linear, int rows) {
     size_t inputs = (size_t)padded(linear->inputs, GROUP), n = (size_t)rows;
-    if (is_quantized(linear) && !takes_bf16(linear, rows)) return aligned(n * (inputs + 64)) + 2 * aligned(n * (inputs / GROUP) * 4);
+    if (is_quantized(linear) && !takes_bf16(linear, rows))
+        return aligned(n * (inputs + 64)) + 2 * aligned(n * (inputs / GROUP) * 4);
     return aligned(n * (inputs + STRIDE_PADDING) * 4);
 }
 

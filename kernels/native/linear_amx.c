@@ -1,4 +1,5 @@
-/* Products in AMX's tiles, which hold 16 rows of 64 bytes: 32 rows with 32 outputs in one pass over the inputs.
+/* Rows in bfloat16 and blocks of weights -> products, in AMX's tiles of 16 rows of 64 bytes: 32 rows with 32 outputs in
+ * one pass over the inputs.
  *
  * FORMAT_BFLOAT16's blocks are the second operand of TDPBF16PS as they are: 16 pairs of inputs, 16 outputs, 1 KiB.
  * Weights of 8 and 4 bits are brought into that layout once for all rows, some inputs at a time. Scales of whole rows

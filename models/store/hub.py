@@ -187,10 +187,9 @@ class _HuggingFace:
             raise ImportRefused(f"{name} has no revision {self._repository.revision}") from None
         except errors.RepositoryNotFoundError:
             raise ImportRefused(f"{endpoint} has no {name}, or it is private: then set HF_TOKEN") from None
-        except (ImportRefused, KeyboardInterrupt):
-            raise
         except OSError as error:  # the client's own errors of connections and of HTTP are OSErrors, too
-            _raise_disk_error(error)
+            if error.filename is not None:  # a file of this machine
+                raise
             raise ImportRefused(self._unreachable(what, error)) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "huggingface_hub"):
@@ -204,12 +203,6 @@ class _HuggingFace:
             f"{what} of {self._repository.name} did not come from {constants.ENDPOINT} ({first_line(error)[:160]}); "
             f"run the command again to go on, set HF_ENDPOINT to a mirror, or {ELSEWHERE}"
         )
-
-
-def _raise_disk_error(error: OSError) -> None:
-    """Raises the error again if it is of a file of this machine."""
-    if error.filename is not None:
-        raise error
 
 
 class _ModelScope:
@@ -258,8 +251,6 @@ class _ModelScope:
     def _refusals(self) -> Iterator[None]:
         try:
             yield
-        except (ImportRefused, KeyboardInterrupt):
-            raise
         except Exception as error:  # noqa: BLE001 - its client documents no exceptions
             raise ImportRefused(
                 f"{self._repository} could not be downloaded ({first_line(error)[:200]}); "

@@ -19,7 +19,7 @@ from serving.http.errors import error_response, method_not_allowed, unknown_url
 from serving.http.request_context import request_context
 from serving.openai import embeddings, models, rerank, tokenize
 from serving.openai.chat import handler as chat
-from serving.openai.common import Api, Operation
+from serving.openai.common import Api
 from serving.openai.completions import handler as completions
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
@@ -56,7 +56,7 @@ def create_app(
     routes = [
         Route(
             operation.path.replace("{model}", "{model:path}"),
-            partial(_answer, operation, api),
+            partial(operation.handler, api) if operation.event is None else partial(answer, operation.handler, api),
             methods=[operation.method.upper()],
         )
         for operation in OPERATIONS
@@ -72,11 +72,6 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.registry = registry
     return app
-
-
-async def _answer(operation: Operation, api: Api, request: Request) -> Response:
-    work = operation.handler(api, request)
-    return await (work if operation.event is None or api.registry.all_loaded else answer(work, request, api.limits))
 
 
 class _Unrouted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from serving.http.errors import envelope as error_json
 from serving.http.request_context import LoadingModel, RequestContext, request_context
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
+from serving.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,10 +111,26 @@ class EventStreamResponse(Response):
         return "ping" if progress is None else f"prefill {progress[0]:,}/{progress[1]:,}"
 
 
-async def answer(work: Coroutine[Any, Any, Response], request: Request, limits: ApiLimits) -> Response:
+class Served(Protocol):
+    """What of `common.Api` this file needs."""
+
+    @property
+    def registry(self) -> ModelRegistry: ...
+
+    @property
+    def limits(self) -> ApiLimits: ...
+
+
+S = TypeVar("S", bound=Served)
+
+
+async def answer(handler: Callable[[S, Request], Coroutine[Any, Any, Response]], api: S, request: Request) -> Response:
     """The response that a handler makes. If it waits for a model and its client for a stream, the stream begins with
     comments that say how far the model is."""
-    working = asyncio.create_task(work)
+    if api.registry.all_loaded:
+        return await handler(api, request)
+    limits = api.limits
+    working = asyncio.create_task(handler(api, request))
     try:
         await asyncio.wait({working}, timeout=limits.progress_seconds)
         loading = request_context(request.scope).loading

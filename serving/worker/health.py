@@ -126,6 +126,7 @@ class HealthMonitor:
 
     async def run(self, also: Callable[[], object]) -> None:
         """Call `tick` and `also` every second, until cancelled."""
+        metrics.begin([model.name for model in self._registry.models])
         while True:
             try:
                 self.tick()

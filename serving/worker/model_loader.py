@@ -89,7 +89,7 @@ class ModelLoader:
         if not self._settings.idle_minutes or self._registry.unload is None:
             return
         for model in self._registry.models:
-            if model.is_idle and model.running is not None and model.running.use.last_ended < limit:
+            if model.idle_since is not None and model.idle_since < limit:
                 self._remove(model)
 
     # ---- the loading thread ----
@@ -114,7 +114,7 @@ class ModelLoader:
 
     def _load(self, model: ServedModel) -> None:
         try:
-            names, unused = self._in_loop(lambda: self._make_room(model))
+            names, unused = self._in_loop(lambda: self._take_unused(model))
             if unused:
                 self._stop(names, unused)
             started = self._start(model)
@@ -187,7 +187,7 @@ class ModelLoader:
 
     # ---- the event loop, for the thread ----
 
-    def _make_room(self, model: ServedModel) -> tuple[list[str], list[Running]]:
+    def _take_unused(self, model: ServedModel) -> tuple[list[str], list[Running]]:
         """Take unused models out of the registry until this one fits: (their names, them). Raises APIError."""
         if self._plan is None:
             return [], []
@@ -195,8 +195,8 @@ class ModelLoader:
         if needed > self._plan.total:
             raise errors.no_memory_ever(model.name, needed, self._plan.total)
         free = self._plan.total - sum(each.num_bytes for each in loaded)
-        idle = [each for each in loaded if each.is_idle]
-        idle.sort(key=lambda each: 0.0 if each.running is None else each.running.use.last_ended)
+        idle = [each for each in loaded if each.idle_since is not None]
+        idle.sort(key=lambda each: each.idle_since or 0.0)
         chosen: list[ServedModel] = []
         while free < needed and idle:
             chosen.append(idle.pop(0))

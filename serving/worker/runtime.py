@@ -6,7 +6,7 @@ import asyncio
 import logging
 import resource
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,6 @@ class WorkerRuntime:
     admission: Admission
     monitor: HealthMonitor
     shutdown: GracefulShutdown
-    model_names: Sequence[str]
     flush_traces: Callable[[], None] | None
 
     @property
@@ -62,7 +61,6 @@ class WorkerRuntime:
     async def running(self, each_second: Callable[[], None]) -> AsyncGenerator[None, None]:
         """Signals are handled and the health monitor runs for as long as the block lasts."""
         _raise_open_file_limit()
-        metrics.begin(self.model_names)
         server = UvicornServer()
         self.shutdown.install(server)
 
@@ -121,7 +119,6 @@ def build_runtime(settings: Settings, registry: ModelRegistry, logger: logging.L
         admission,
         HealthMonitor(registry, admission, state, settings.step_seconds),
         GracefulShutdown(state, settings.grace_seconds, abort),
-        [model.name for model in registry.models],
         flush_traces,
     )
 

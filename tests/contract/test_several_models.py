@@ -16,7 +16,7 @@ from tests.contract.several import Several, several_models, store_models
 from tests.contract.tiny import assert_openai_error
 
 # GiB. A tiny model is planned with 110 MiB, 45 of them its cache, and takes 65 once it is loaded
-ROOM_FOR_TWO, ROOM_FOR_ONE, NO_ROOM = 0.2, 0.15, 0.1
+ENOUGH_FOR_TWO, ENOUGH_FOR_ONE, NOT_ENOUGH = 0.2, 0.15, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_client_that_waits_too_long_for_a_model_is_told(sources: dict[str, Mod
     asyncio.run(run())
 
 
-def test_the_least_recently_used_makes_room(sources: dict[str, ModelSource]) -> None:
+def test_the_least_recently_used_is_unloaded_for_another(sources: dict[str, ModelSource]) -> None:
     async def run() -> None:
-        async with several_models(sources, memory=ROOM_FOR_TWO) as several:
+        async with several_models(sources, memory=ENOUGH_FOR_TWO) as several:
             before = await text_of(several, "two")
             await text_of(several, "one")
             assert several.states() == {"one": "loaded", "two": "loaded", "three": "available"}
@@ -106,7 +106,7 @@ def test_the_least_recently_used_makes_room(sources: dict[str, ModelSource]) -> 
 
 def test_a_model_in_use_is_never_unloaded(sources: dict[str, ModelSource]) -> None:
     async def run() -> None:
-        async with several_models(sources, memory=ROOM_FOR_ONE) as several:
+        async with several_models(sources, memory=ENOUGH_FOR_ONE) as several:
             assert (await several.chat("one")).status_code == 200
             long = asyncio.create_task(several.chat("one", max_tokens=100))
             one = several.registry.default.running
@@ -126,11 +126,11 @@ def test_a_model_in_use_is_never_unloaded(sources: dict[str, ModelSource]) -> No
     asyncio.run(run())
 
 
-def test_a_model_that_has_just_been_loaded_answers_before_it_makes_room_for_another(
+def test_a_model_that_has_just_been_loaded_answers_before_it_is_unloaded_for_another(
     sources: dict[str, ModelSource],
 ) -> None:
     async def run() -> None:
-        async with several_models(sources, memory=ROOM_FOR_ONE) as several:
+        async with several_models(sources, memory=ENOUGH_FOR_ONE) as several:
             for _ in range(5):
                 replies = await asyncio.gather(several.chat("two"), several.chat("three"))
                 refused = [reply.json()["error"]["code"] for reply in replies if reply.status_code != 200]
@@ -141,7 +141,7 @@ def test_a_model_that_has_just_been_loaded_answers_before_it_makes_room_for_anot
 
 def test_a_model_that_can_never_fit_is_the_clients_error(sources: dict[str, ModelSource]) -> None:
     async def run() -> None:
-        async with several_models(sources, memory=NO_ROOM) as several:
+        async with several_models(sources, memory=NOT_ENOUGH) as several:
             error = assert_openai_error(await several.chat("two"), 400)
             assert (error["param"], error["code"]) == ("model", "model_too_large")
 

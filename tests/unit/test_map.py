@@ -16,7 +16,7 @@ from tests.golden_data import REPOSITORY
 PYTHON_FOLDERS = ("serving", "models", "kernels", "tests", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_REQUEST_FILES = 39
+MAX_REQUEST_FILES = 38
 # metaphors that stood for an interface, a registry, overload and "does not use": the field has words for them
 HOUSE_WORDS = re.compile(r"\b(?:plugs?|shel(?:f|ves)|siege|Knows|knows no)\b")
 
