@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kernels.precision import Precision, Progress
 from models.checkpoints.files import first_line, read_json, read_optional
+from models.checkpoints.transformers_lock import TRANSFORMERS_LOCK
 from models.family import ImportRefused
 
 if TYPE_CHECKING:
@@ -126,9 +127,10 @@ def _check(target: Path, metadata: Mapping[str, Any]) -> None:
 
     disable_progress_bar()  # it would be drawn into the command's own progress bar
     try:
-        model, found = _auto_class(metadata).from_pretrained(
-            target, device_map="meta", local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        with TRANSFORMERS_LOCK:
+            model, found = _auto_class(metadata).from_pretrained(
+                target, device_map="meta", local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot load this checkpoint: {first_line(error)}") from None
     missing = sorted(str(key) for key in found["missing_keys"] if not str(key).startswith("pooler."))
@@ -154,8 +156,9 @@ def open_encoder(
     from models.networks.encoder import TransformersEncoder
 
     dtype = getattr(torch, precision)
-    model = _auto_class(metadata).from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    with TRANSFORMERS_LOCK:
+        model = _auto_class(metadata).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     pooling, length = metadata["pooling"], int(metadata["context_length"])
     return TransformersEncoder(model.to(device), pooling, length, int(metadata["pad_id"]))

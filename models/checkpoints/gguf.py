@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.precision import Progress
 from models.checkpoints.files import require_space, write_json
 from models.checkpoints.shards import ShardWriter
+from models.checkpoints.transformers_lock import TRANSFORMERS_LOCK
 from models.family import ImportRefused
 
 LARGEST_HALF = 65504.0
@@ -42,7 +43,7 @@ def unpack(file: Path, target: Path, progress: Progress) -> None:
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         # its progress bar would be drawn into the command's own
-        with redirect_stderr(StringIO()):
+        with TRANSFORMERS_LOCK, redirect_stderr(StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
             model = cast("Any", AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where))
     except ImportError as error:

@@ -24,6 +24,7 @@ from models.checkpoints.files import (
 )
 from models.checkpoints.hf_config import check_config
 from models.checkpoints.shards import ShardWriter, find_shards, inspect_shards, read_tensors
+from models.checkpoints.transformers_lock import TRANSFORMERS_LOCK
 from models.family import ImportRefused
 from models.tokenizers.sentencepiece_to_json import convert
 
@@ -94,15 +95,16 @@ def check_weights(target: Path) -> None:
     """
     disable_progress_bar()  # it would be drawn into the command's own progress bar
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            target,
-            device_map="meta",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with TRANSFORMERS_LOCK:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                target,
+                device_map="meta",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:  # noqa: BLE001 - transformers documents no exception types
         raise ImportRefused(f"transformers cannot load this checkpoint: {first_line(error)}") from None
     modules = {name for name, _ in loaded[0].named_modules()}

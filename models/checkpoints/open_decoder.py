@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from kernels import linears
 from kernels.precision import Precision, Progress
 from models.checkpoints.quantized import is_quantized, load_quantized
+from models.checkpoints.transformers_lock import TRANSFORMERS_LOCK
 from models.networks.flat_decoder import FlatDecoder, can_flatten
 from models.networks.transformers_decoder import TransformersDecoder
 from serving.engine.interface import CausalLM
@@ -41,14 +42,15 @@ def load_transformers(folder: Path, device: torch.device, precision: Precision, 
     disable_progress_bar()  # it would write into the server's log; `progress` reports to the caller
     progress(0, total, "weights")
     stored = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=linears.storage_dtype(precision, device, stored or torch.float32),
-        # a device map sends every tensor to the device as it is read; on a CPU that happens anyway
-        device_map=None if load_device.type == "cpu" else {"": load_device},
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with TRANSFORMERS_LOCK:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=linears.storage_dtype(precision, device, stored or torch.float32),
+            # a device map sends every tensor to the device as it is read; on a CPU that happens anyway
+            device_map=None if load_device.type == "cpu" else {"": load_device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     progress(total, total, "weights")
     return cast("PreTrainedModel", model.requires_grad_(False))

@@ -20,6 +20,7 @@ from kernels.precision import Precision, Progress, QuantizedPrecision
 from kernels.quantization import QuantizedLinear, pack_nibbles, quantize, unpack_nibbles
 from models.checkpoints.files import link_or_copy, read_json, require_space, write_json
 from models.checkpoints.shards import ShardWriter, find_shards, read_tensors
+from models.checkpoints.transformers_lock import TRANSFORMERS_LOCK
 from models.family import ImportRefused
 
 MARKER = "quantized.json"
@@ -49,7 +50,7 @@ def _empty_model(folder: Path) -> PreTrainedModel:
     from accelerate import init_empty_weights  # vLLM's environment imports this file and has no accelerate
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
+    with TRANSFORMERS_LOCK, init_empty_weights(include_buffers=False):
         return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -78,6 +79,9 @@ async def several_models(
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
             yield Several(http, app, registry, loader)
     finally:
+        # a thread that still loads would load beside the next test's models
+        if loading := [asyncio.wrap_future(model.loading) for model in registry.models if model.loading]:
+            await asyncio.wait(loading, timeout=10)
         stop_all(registry)
 
 
