@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernels.precision import Precision, Progress
 from models.families.answer_parsers import TrimmedAnswerParser, TrimmedAnswers
-from models.families.chatglm2 import PREFIX, check_rounds
+from models.families.chatglm2 import PREFIX, to_rounds
 from models.families.chatglm_answer_parser import ChatGLMAnswerParser
 from models.family import Family, LoadedNetwork
 from models.tokenizers.chatglm import ChatGLMTokenizer
@@ -51,13 +51,13 @@ class ChatGLMFormat(TrimmedAnswers[ChatGLMTokenizer]):
 
 
 def prompt_text(conversation: Conversation) -> tuple[str, str]:
-    """(the text before the suffix, the beginning of the answer). Raises PromptError, see `check_rounds`.
+    """(the text before the suffix, the beginning of the answer). Raises PromptError, see `to_rounds`.
 
     A single question is the whole text; with history every turn gets `[Round n]`, counted from 0. A first system
     message is written directly before the last question, as in ChatGLM2's public server; v1's own had none.
     Source: chatglm-6b modeling_chatglm.py, chat.
     """
-    system, messages = check_rounds(conversation)
+    system, messages = to_rounds(conversation)
     turns = [message.content for message in messages]
     start = turns.pop() if conversation.continue_final else ""
     *history, question = turns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from models.families.answer_parsers import TrimmedAnswers
 from models.families.decoder import load_with
 from models.family import Family, ImportOption, ImportRefused
 from models.tokenizers.sentencepiece import NUM_SPECIALS, SentencePieceTokenizer, open_for_import
-from serving.generation.interface import Conversation, Language, Message, PromptError, ToolSyntax
+from serving.generation.interface import Conversation, Language, Message, PromptError, Role, ToolSyntax
 
 if TYPE_CHECKING:
     from models.checkpoints.chatglm2 import RopeRule
@@ -83,13 +83,13 @@ class ChatGLM2Format(TrimmedAnswers[SentencePieceTokenizer]):
 
 
 def round_prompt(conversation: Conversation) -> str:
-    """The conversation as one string, as ChatGLM2 was trained. Raises PromptError, see `check_rounds`.
+    """The conversation as one string, as ChatGLM2 was trained. Raises PromptError, see `to_rounds`.
 
-    `[Round n]`, the question and the answer, counted from 1. A first system message is written directly before the last
+    `[Round n]`, the question and the answer, counted from 1. The system message is written directly before the last
     question, as in the public openai_api.py; where that server silently dropped history, this raises.
     Source: tokenization_chatglm.py, build_prompt.
     """
-    system, turns = check_rounds(conversation)
+    system, turns = to_rounds(conversation)
     last_question = len(turns) - (2 if conversation.continue_final else 1)
     parts: list[str] = []
     for i, message in enumerate(turns):
@@ -101,37 +101,33 @@ def round_prompt(conversation: Conversation) -> str:
     return "".join(parts)
 
 
-def check_rounds(conversation: Conversation) -> tuple[str, tuple[Message, ...]]:
-    """(the system message or '', the questions and answers in turn, up to the message to answer or to continue).
+def to_rounds(conversation: Conversation) -> tuple[str, list[Message]]:
+    """(the system message or '', questions and answers in turn, up to the message to answer or to continue).
 
-    Raises PromptError for other conversations, and for tools.
+    The format has one place for a system message, and questions and answers alternate in it. System messages in front
+    are joined by a blank line, a later one is part of the question, messages of one role by a line break; an answer in
+    front answers an empty question. Raises PromptError for tools, and without a message to answer or to continue.
     """
     if conversation.tools:
         raise PromptError("This model was not trained to call tools.", "tools")
     messages = conversation.messages
-    has_system = bool(messages) and messages[0].role == "system"
-    system, turns = (messages[0].content, messages[1:]) if has_system else ("", messages)
-    _check_turns(turns, len(messages) - len(turns), conversation.continue_final)
-    return system, turns
-
-
-def _check_turns(turns: Sequence[Message], offset: int, continue_final: bool) -> None:
-    """Check that roles alternate. `offset`: index of the first turn in the request."""
-    for i, message in enumerate(turns):
-        where = message.source or f"messages[{offset + i}]"
+    num_system = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    turns: list[Message] = []
+    for i, message in enumerate(messages[num_system:], num_system):
         if message.role == "tool" or message.tool_calls:
+            where = message.source or f"messages[{i}]"
             raise PromptError(f"This model was not trained to call tools, but {where} holds a tool call or its result.")
-        if message.role == "system":
-            raise PromptError(f"This model takes one system message, as the first message; {where} is another.")
-        expected = "user" if i % 2 == 0 else "assistant"
-        if message.role != expected:
-            raise PromptError(
-                "This model's conversations alternate between user and assistant, beginning with user: "
-                f"{where} has the role {message.role} where {expected} is expected."
-            )
-    last = "assistant" if continue_final else "user"
-    if not turns or turns[-1].role != last:
+        role: Role = "assistant" if message.role == "assistant" else "user"
+        if turns and turns[-1].role == role:
+            turns[-1] = Message(role, f"{turns[-1].content}\n{message.content}")
+        else:
+            turns.append(Message(role, message.content))
+    last = "assistant" if conversation.continue_final else "user"
+    if not turns or messages[-1].role == "system" or turns[-1].role != last:
         raise PromptError(f"The last message must have the role {last}.")
+    if turns[0].role == "assistant":
+        turns.insert(0, Message("user", ""))
+    return "\n\n".join(message.content for message in messages[:num_system]), turns
 
 
 def _import_checkpoint(source: Path, target: Path, options: Mapping[str, str], progress: Progress) -> dict[str, Any]:

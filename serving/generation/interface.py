@@ -147,6 +147,7 @@ class Finished:
 
     reason: AnswerEnd
     usage: Usage
+    stop_string: str | None = None  # the one that ended the answer
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class OutputProcessor:
     @property
     def _is_stopped(self) -> bool:
         """Whether a stop string was found, or a call that was made before."""
-        return self._repeats_call or (self._stop is not None and self._stop.hit)
+        return self._repeats_call or (self._stop is not None and self._stop.hit is not None)
 
     def _show(self, parts: list[AnswerPart]) -> list[ChatEvent]:
         events: list[ChatEvent] = []
@@ -138,4 +138,5 @@ class OutputProcessor:
             events += self._delta(*self._shares.flush())
         if reason == "length":
             return [*events, Finished("length", usage)]
-        return [*events, Finished("tool_calls" if self._called_tools else "stop", usage)]
+        stop_string = None if self._stop is None else self._stop.hit
+        return [*events, Finished("tool_calls" if self._called_tools else "stop", usage, stop_string)]

@@ -9,18 +9,18 @@ class StopStrings:
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
-        self.hit = False
+        self.hit: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> str:
         """The text that may be shown; '' after a hit."""
-        if self.hit or not self._stop:
-            return "" if self.hit else text
+        if self.hit is not None or not self._stop:
+            return text if self.hit is None else ""
         self._held += text
         # the first to be complete, not the first to begin: the same text then, however it is cut
-        found = [(start + len(word), start) for word in self._stop if (start := self._held.find(word)) >= 0]
+        found = [(start + len(word), start, word) for word in self._stop if (start := self._held.find(word)) >= 0]
         if found:
-            self.hit = True
-            shown, self._held = self._held[: min(found)[1]], ""
+            _, start, self.hit = min(found)
+            shown, self._held = self._held[:start], ""
             return shown
         keep = max(_overlap(self._held, word) for word in self._stop)
         split = len(self._held) - keep

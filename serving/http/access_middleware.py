@@ -85,7 +85,7 @@ class AccessMiddleware:
                 await self._app(scope, receive, send)
             else:
                 context.error_code = refusal.code
-                await error_response(refusal)(scope, receive, send)
+                await error_response(refusal, scope["path"])(scope, receive, send)
         finally:
             self._policy.state.num_in_flight -= 1
             metrics.HTTP_IN_PROGRESS.dec()
@@ -107,12 +107,14 @@ class AccessMiddleware:
         if self._policy.keys is None:
             return None
         authorization = header(scope, b"authorization")
+        if authorization is None and (key := header(scope, b"x-api-key")):
+            authorization = f"Bearer {key}"  # what Anthropic's clients send
         if authorization is None and self._is_public(scope["path"]):
             return None
         try:
-            key = self._policy.keys.find(authorization)
-            context.key_name = context.client = key.name
-            context.is_administrator = key.is_administrator
+            accepted = self._policy.keys.find(authorization)
+            context.key_name = context.client = accepted.name
+            context.is_administrator = accepted.is_administrator
         except APIError as refusal:
             return refusal
         return None

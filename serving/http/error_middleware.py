@@ -47,4 +47,4 @@ class ErrorMiddleware:
                 )
             if context.status:
                 raise
-            await error_response(failure)(scope, receive, send)
+            await error_response(failure, scope["path"])(scope, receive, send)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from starlette.responses import Response
 from typing_extensions import TypedDict
@@ -51,6 +52,41 @@ class ClientLeft(Exception):
     """The client has disconnected, or reads no more of the answer."""
 
 
+class MessagesError(TypedDict):
+    """What went wrong, as Anthropic's clients read it. The message names the field that is at fault."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorResponse(TypedDict):
+    """The shape of failures of `/messages`."""
+
+    type: Literal["error"]
+    error: MessagesError
+
+
+MESSAGES_PATHS = ("/messages", "/messages/count_tokens")
+MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def messages_envelope(error: APIError) -> str:
+    """As `envelope`, in the shape of Anthropic's Messages API."""
+    kind = MESSAGES_TYPES.get(error.status, INVALID_REQUEST if error.status < 500 else "api_error")
+    where = f"{error.param}: " if error.param and error.param not in error.message else ""
+    body: MessagesErrorResponse = {"type": "error", "error": {"type": kind, "message": where + error.message}}
+    return json.dumps(body)
+
+
 def envelope(error: APIError) -> str:
     """The JSON text of an error, for a response body or for an event of a stream that has already started."""
     body: ErrorResponse = {
@@ -59,9 +95,10 @@ def envelope(error: APIError) -> str:
     return json.dumps(body)
 
 
-def error_response(error: APIError) -> Response:
-    """The same, as an HTTP response."""
-    return Response(envelope(error), error.status, dict(error.headers), "application/json")
+def error_response(error: APIError, path: str) -> Response:
+    """The same, as an HTTP response to a request for this path."""
+    text = messages_envelope(error) if path.endswith(MESSAGES_PATHS) else envelope(error)
+    return Response(text, error.status, dict(error.headers), "application/json")
 
 
 def traceback_for_log(error: Exception, failure: APIError) -> str:

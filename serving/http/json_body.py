@@ -91,7 +91,7 @@ class BodyMiddleware:
             context.is_aborted = True
         except APIError as refusal:
             context.error_code = refusal.code
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal, scope["path"])(scope, receive, send)
         finally:
             self._num_buffered -= size
 

@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from serving.engine.interface import SamplingParams
 from serving.generation.interface import AnswerPart, Conversation, Finished, IndexedEvent, PromptError
 from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
-from serving.http.errors import invalid
+from serving.http.errors import ErrorResponse, invalid
 from serving.http.json_body import INLINE_BYTES, parse_object, read_body
 from serving.http.request_context import note_ignored, request_context
 from serving.http.server_sent_events import to_json, to_json_slices
@@ -319,6 +319,7 @@ class Operation:
     answer: type[Any]
     request: type[RequestBody] | None = None
     event: Any = None  # of a stream; a type
+    failure: type[Any] = ErrorResponse
 
 
 async def build_prompt(
@@ -362,14 +363,21 @@ async def count_tokens(
     api: Api, request: Request, model_name: str, conversation: Conversation, conversation_param: str
 ) -> Response:
     """The answer to a request to count a conversation's tokens. Raises APIError 400, 404, 429 or 503."""
+    num_tokens = await num_input_tokens(api, request, model_name, conversation, conversation_param)
+    counted: InputTokens = {"object": "response.input_tokens", "input_tokens": num_tokens}
+    return json_response(counted)
+
+
+async def num_input_tokens(
+    api: Api, request: Request, model_name: str, conversation: Conversation, conversation_param: str
+) -> int:
+    """The number itself. Raises the same."""
     model = await api.generations.chat_model(request, model_name)
     try:
         with api.generations.admit(request, model, 0):
-            token_ids = await asyncio.to_thread(model.render, conversation)
+            return len(await asyncio.to_thread(model.render, conversation))
     except PromptError as error:
         raise invalid(error.message, _param(error, conversation_param)) from None
-    counted: InputTokens = {"object": "response.input_tokens", "input_tokens": len(token_ids)}
-    return json_response(counted)
 
 
 def json_response(value: Mapping[str, Any]) -> Response:

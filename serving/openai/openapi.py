@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter
 
 from serving import __version__
-from serving.http.errors import ErrorResponse
 from serving.openai.common import Operation, RequestBody, StreamOptions
 from serving.openai.router import OPERATIONS
 
 PREFIX = "/v1"
 VERSION = "3.1.0"  # the schemas are JSON Schema of 2020, which 3.0 is not
 REF = "#/components/schemas/{model}"
+FAILURES = tuple(dict.fromkeys(operation.failure for operation in OPERATIONS))
 DESCRIPTION = "ChatGLM2 and its relatives behind OpenAI's API. Every path under `/v1` also works without that prefix."
 
 
@@ -28,21 +28,24 @@ def paths(prefix: str) -> dict[str, dict[str, Any]]:
 
 
 def components() -> dict[str, dict[str, Any]]:
-    """Every schema that the paths refer to, and the one shape of failures."""
+    """Every schema that the paths refer to, and the shapes of failures."""
     bodies: list[type[RequestBody]] = [StreamOptions, *(o.request for o in OPERATIONS if o.request)]
     answers = [kind for operation in OPERATIONS for kind in (operation.answer, operation.event) if kind]
-    all_types: Any = GenericAlias(tuple, (*bodies, *answers, ErrorResponse))
+    all_types: Any = GenericAlias(tuple, (*bodies, *answers, *FAILURES))
     exact = ConfigDict(extra="forbid")  # objects in answers have no other keys than the described
     schemas: dict[str, Any] = TypeAdapter[Any](all_types, config=exact).json_schema(ref_template=REF)["$defs"]
     for kind in bodies:
         _allow_null(schemas[kind.__name__], kind.refused)
-    failure = {
-        "description": "A failure, in OpenAI's shape",
-        "headers": {"x-request-id": {"schema": {"type": "string"}}},
-        "content": {"application/json": {"schema": _reference(ErrorResponse)}},
+    failures = {
+        kind.__name__: {
+            "description": "A failure",
+            "headers": {"x-request-id": {"schema": {"type": "string"}}},
+            "content": {"application/json": {"schema": _reference(kind)}},
+        }
+        for kind in FAILURES
     }
     key = {"type": "http", "scheme": "bearer", "description": "Any key, unless the server was given keys"}
-    return {"schemas": schemas, "responses": {"Failure": failure}, "securitySchemes": {"key": key}}
+    return {"schemas": schemas, "responses": failures, "securitySchemes": {"key": key}}
 
 
 def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
 
 def _operation(operation: Operation, prefix: str) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
+    failure = {"$ref": f"#/components/responses/{operation.failure.__name__}"}
     described: dict[str, Any] = {
         "operationId": operation.name if prefix else f"{operation.name}Alias",
         "summary": str(operation.handler.__doc__).rstrip("."),
@@ -68,8 +72,8 @@ def _operation(operation: Operation, prefix: str) -> dict[str, Any]:
         "security": [{}, {"key": []}],
         "responses": {
             "200": {"description": "The answer", "content": content},
-            "4XX": {"$ref": "#/components/responses/Failure"},
-            "5XX": {"$ref": "#/components/responses/Failure"},
+            "4XX": failure,
+            "5XX": failure,
         },
     }
     if operation.event is not None:

@@ -23,6 +23,7 @@ from serving.openai.common import Api
 from serving.openai.completions import handler as completions
 from serving.openai.errors import from_exception
 from serving.openai.limits import ApiLimits
+from serving.openai.messages import handler as messages
 from serving.openai.responses import handler as responses
 from serving.openai.start_generation import GenerationStarter
 from serving.openai.streaming import answer
@@ -32,6 +33,7 @@ OPERATIONS = (
     *chat.OPERATIONS,
     *completions.OPERATIONS,
     *responses.OPERATIONS,
+    *messages.OPERATIONS,
     *embeddings.OPERATIONS,
     *rerank.OPERATIONS,
     *models.OPERATIONS,
@@ -97,4 +99,4 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     else:
         failure = unknown_url(request.method, request.url.path)
     request_context(request.scope).error_code = failure.code
-    return error_response(failure)
+    return error_response(failure, request.url.path)

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serving.generation.event_stream import EventStream
 from serving.generation.interface import ChatEvent, IndexedEvent
 from serving.http import server_sent_events as sse
-from serving.http.errors import APIError, ClientLeft, traceback_for_log
+from serving.http.errors import MESSAGES_PATHS, APIError, ClientLeft, messages_envelope, traceback_for_log
 from serving.http.errors import envelope as error_json
 from serving.http.request_context import LoadingModel, RequestContext, request_context
 from serving.openai.errors import from_exception
@@ -173,7 +173,8 @@ class LoadingStream(Response):
             failure = from_exception(error)
             context.error_code = failure.code
             logger.error("request %s failed in its stream with %s", context.request_id, failure)
-            text = sse.event(error_json(failure))
+            is_messages = scope["path"].endswith(MESSAGES_PATHS)
+            text = sse.event(messages_envelope(failure), "error") if is_messages else sse.event(error_json(failure))
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
         else:
             await response(scope, receive, send_body)

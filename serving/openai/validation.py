@@ -41,6 +41,7 @@ BOUNDS = {
 TAGS = frozenset(
     (
         *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
+        *("<tool_use>", "<tool_result>", "<thinking>", "<redacted_thinking>"),
         *("<text>", "<refusal>", "<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
     )
 )

@@ -37,6 +37,14 @@ def test_without_a_key_every_path_but_health_is_a_401(folder: Path) -> None:
                     assert assert_openai_error(reply, 401)["code"] == "invalid_api_key"
                     assert reply.headers["www-authenticate"].startswith("Bearer")
                 assert (await http.get("/livez")).status_code == 404  # it came through to the application
+                reply = await http.post("/v1/messages", json={})
+                assert reply.status_code == 401
+                assert reply.json()["error"]["type"] == "authentication_error"
+            async with client(worker) as http:
+                http.headers.pop("authorization")
+                headers = {"x-api-key": "sk-alice"}  # as Anthropic's clients send it
+                assert (await http.get("/v1/models", headers=headers)).status_code == 200
+                assert (await http.get("/v1/models", headers={"x-api-key": "sk-nobody"})).status_code == 401
 
     asyncio.run(run())
 

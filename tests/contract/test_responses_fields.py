@@ -82,14 +82,23 @@ HI, HO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"input": [HI, HI], "instructions": "Be."},
+        {"input": [HO, HI]},
+        {"input": [{"role": "system", "content": "a"}, HI], "instructions": "b"},
+        {"input": [HI, CALL_ITEM, OUTPUT_ITEM, HO, HO, HI]},
+    ],
+)
+def test_items_may_follow_each_other_in_any_order(app: Starlette, change: dict[str, Any]) -> None:
+    reply = post(app, "/responses", {**ASK, "max_output_tokens": 2, **change})
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"input": [HI, HI]}, "input", "input[1] has the role user"),
-        ({"input": [HI, HI], "instructions": "Be."}, "input", "input[1] has the role user"),
-        ({"input": [HO, HI]}, "input", "input[0] has the role assistant"),
-        ({"input": [{"role": "system", "content": "a"}, HI], "instructions": "b"}, "input", "input[0] is another"),
         ({"input": [HI, HO]}, "input", "The last message must have the role user"),
-        ({"input": [HI, CALL_ITEM, OUTPUT_ITEM, HO, HO, HI]}, "input", "input[4] has the role assistant"),
         ({"input": [HI, OUTPUT_ITEM]}, "input[1]", "No tool call found for function call output with call_id c1."),
         ({"input": [HI, CALL_ITEM]}, "input[1]", "No tool output found for function call c1."),
         ({"input": [HI, CALL_ITEM, HI]}, "input[1]", "No tool output found for function call c1."),

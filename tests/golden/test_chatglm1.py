@@ -289,9 +289,15 @@ def test_conversations_that_the_format_does_not_support_are_refused() -> None:
     with pytest.raises(PromptError) as caught:
         chatglm.prompt_text(Conversation((Message("user", "a"),), tools=(tool,)))
     assert caught.value.param == "tools"
-    for messages in ((), (Message("user", "a"), Message("user", "b")), (Message("assistant", "a"),)):
+    for messages in ((), (Message("system", "a"),), (Message("assistant", "a"),)):
         with pytest.raises(PromptError):
             chatglm.prompt_text(Conversation(messages))
+
+
+def test_messages_of_one_role_are_one_turn_and_an_answer_in_front_answers_an_empty_question() -> None:
+    turns = Message("assistant", "a"), Message("user", "b"), Message("user", "c")
+    text, _ = chatglm.prompt_text(Conversation(turns))
+    assert text == "[Round 0]\n问：\n答：a\n[Round 1]\n问：b\nc\n答："
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------

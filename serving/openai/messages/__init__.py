@@ -1,0 +1,1 @@
+"""POST /messages: Anthropic's shape of a chat, over the same pipeline."""
