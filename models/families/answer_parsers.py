@@ -25,6 +25,8 @@ TokenizerT = TypeVar("TokenizerT", bound=AnswerTokenizer)
 class TrimmedAnswers(Generic[TokenizerT]):
     """The methods of a `ChatFormat` that read answers, without outer white space."""
 
+    has_reasoning: bool = False
+
     def __init__(self, tokenizer: TokenizerT) -> None:
         self._tokenizer = tokenizer
 

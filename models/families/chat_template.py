@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from models.tokenizers.tokenizer_json import PromptPiece
 from serving.generation.interface import Conversation, Message, PromptError, Tool, ToolCall
+from serving.generation.reasoning import CLOSING, OPENING, split_reasoning
 
 # Annotated as str, it returns the rendered conversations and the positions of their answers.
 _render: Callable[..., Any] = render_jinja_template
@@ -115,6 +116,11 @@ class ChatTemplate:
         """Whether the template renders tools."""
         return "tools" in self._tool_source
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the template knows the marks around a model's thoughts."""
+        return OPENING in self._source or CLOSING in self._source
+
     def render(self, conversation: Conversation) -> list[PromptPiece]:
         """The prompt. Raises PromptError for conversations that the template refuses."""
         if conversation.tools and not self.has_tools:
@@ -205,7 +211,12 @@ def _openai_fields(message: Message, has_texts_as_objects: bool) -> dict[str, An
 
     Text that is not a JSON object stays text, or becomes an object with that text.
     """
-    fields: dict[str, Any] = {"content": message.content}
+    reasoning, content = message.reasoning, message.content
+    if message.role == "assistant" and not reasoning:
+        reasoning, content = split_reasoning(content)  # in client text the template would not find the marks
+    fields: dict[str, Any] = {"content": content}
+    if reasoning:
+        fields["reasoning_content"] = reasoning
     if message.name is not None:
         fields["name"] = message.name
     if message.tool_call_id is not None:

@@ -53,6 +53,7 @@ class HFFormat(TrimmedAnswers["FastTokenizer"]):
         super().__init__(tokenizer)
         self._template = template
         self.tool_syntax = HERMES if has_hermes_calls else None
+        self.has_reasoning = template.has_reasoning
         self.stop_token_ids = stop_token_ids
         self.num_tokens = min(tokenizer.num_tokens, num_rows)
 

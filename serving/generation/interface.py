@@ -44,6 +44,7 @@ class Message:
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    reasoning: str = ""  # of an earlier answer, for templates that have a place for it
     source: str = field(default="", compare=False)  # the request's field that it came from, for error messages
 
 
@@ -123,6 +124,14 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class ToolCallDelta:
     """More of one tool call. `id` and `name` come once, with the first delta of each index."""
 
@@ -139,6 +148,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class RepeatedCall:
 
 
 AnswerPart = TextDelta | ToolCallDelta | RepeatedCall
-ChatEvent = TextDelta | ToolCallDelta | Finished
+ChatEvent = TextDelta | ReasoningDelta | ToolCallDelta | Finished
 IndexedEvent = tuple[int, ChatEvent]  # (which answer of the request, its event)
 
 
@@ -184,6 +194,7 @@ class ChatFormat(Protocol):
     num_tokens: int  # ids below this have a text (or are known specials)
     tool_syntax: ToolSyntax | None  # the one that the model was trained for; without one, `render` refuses tools
     language: Language  # that instructions to the model are written in
+    has_reasoning: bool  # whether its models may think between <think> marks before they answer
 
     def render(self, conversation: Conversation, context_length: int | None = None) -> list[int]:
         """The complete prompt, special tokens included. Raises PromptError for what the format cannot express.

@@ -13,12 +13,14 @@ from serving.generation.interface import (
     AnswerPart,
     ChatEvent,
     Finished,
+    ReasoningDelta,
     RepeatedCall,
     TextDelta,
     TextToken,
     ToolCallDelta,
     Usage,
 )
+from serving.generation.reasoning import ReasoningSplitter
 from serving.generation.stop_strings import StopStrings
 from serving.generation.token_shares import TokenShares
 
@@ -30,6 +32,7 @@ class AnswerSpec:
     parser: Callable[[], AnswerParser]
     decode: Callable[[Sequence[int]], str]
     mask: Callable[[], TokenMask] | None = None  # None: every token is allowed
+    reasoning: Callable[[], ReasoningSplitter] | None = None  # for models that may think before they answer
 
 
 class PlainTextParser:
@@ -55,6 +58,7 @@ class OutputProcessor:
         stop_token_ids: frozenset[int],
         before: Sequence[int] = (),
         has_logprobs: bool = False,
+        reasoning: ReasoningSplitter | None = None,
     ) -> None:
         """stop_token_ids: they end the answer and have no text. before: the ids whose text the answer continues."""
         self._detokenizer = Detokenizer(decode, token_bytes, before)
@@ -67,7 +71,10 @@ class OutputProcessor:
         self._num_cached_tokens = 0
         self._called_tools = False
         self._repeats_call = False
+        self._token_bytes = token_bytes
         self._shares = TokenShares(token_bytes) if has_logprobs else None
+        self._reasoning = reasoning
+        self._num_reasoning = 0  # tokens
         self.is_over = False
 
     def push(self, output: TokenOutput) -> list[ChatEvent]:
@@ -79,9 +86,9 @@ class OutputProcessor:
         if not ended_by_token:
             if output.logprob and self._shares is not None:
                 self._shares.push_token(output.logprob)
-            events += self._show(self._parser.push(self._detokenizer.push(output.token_id)))
+            events += self._read(self._detokenizer.push(output.token_id))
         if output.finish_reason and not self._is_stopped:
-            events += self._show(self._parser.push(self._detokenizer.flush()))
+            events += self._read(self._detokenizer.flush(), is_last=True)
             events += self._show(self._parser.flush())
         if output.finish_reason and not self._is_stopped:
             events += self._held_text()
@@ -93,6 +100,25 @@ class OutputProcessor:
     def _is_stopped(self) -> bool:
         """Whether a stop string was found, or a call that was made before."""
         return self._repeats_call or (self._stop is not None and self._stop.hit is not None)
+
+    def _read(self, text: str, is_last: bool = False) -> list[ChatEvent]:
+        """The events of more text; of the last as much as it is."""
+        if self._reasoning is None:
+            return self._show(self._parser.push(text))
+        was_inside = self._reasoning.is_inside
+        pieces = [self._reasoning.push(text), *([self._reasoning.flush()] if is_last else [])]
+        if not is_last and (was_inside or self._reasoning.is_inside) and not any(answer for _, answer in pieces):
+            self._num_reasoning += 1
+        if self._reasoning.is_inside and self._shares is not None:
+            self._shares = TokenShares(self._token_bytes)  # log-probabilities are those of the answer
+        events: list[ChatEvent] = []
+        for thought, answer in pieces:
+            if thought:
+                events.append(ReasoningDelta(thought, self._num_tokens - self._num_reported))
+                self._num_reported = self._num_tokens
+            if answer:
+                events += self._show(self._parser.push(answer))
+        return events
 
     def _show(self, parts: list[AnswerPart]) -> list[ChatEvent]:
         events: list[ChatEvent] = []
@@ -132,7 +158,7 @@ class OutputProcessor:
 
     def _finish(self, reason: str) -> list[ChatEvent]:
         self.is_over = True
-        usage = Usage(self._num_prompt_tokens, self._num_tokens, self._num_cached_tokens)
+        usage = Usage(self._num_prompt_tokens, self._num_tokens, self._num_cached_tokens, self._num_reasoning)
         events: list[ChatEvent] = []
         if self._shares is not None:
             events += self._delta(*self._shares.flush())

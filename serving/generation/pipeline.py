@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from serving.engine.interface import Engine, SamplingParams
 from serving.engine.output_queue import OutputQueue
@@ -13,10 +14,13 @@ from serving.generation import history
 from serving.generation.detokenizer import WINDOW
 from serving.generation.interface import ChatFormat, Conversation, PromptError, PromptTooLong
 from serving.generation.output_processor import AnswerSpec, OutputProcessor, PlainTextParser
+from serving.generation.reasoning import OPENING, ReasoningSplitter
 from serving.generation.structured.answer_spec import build_answer_spec
 from serving.generation.structured.grammar import USE_IF_WANTED, AnswerConstraint, ToolUse
 from serving.generation.structured.token_masks import Grammars
 from serving.generation.tools import prompt as tool_prompt
+
+MARK_TOKENS = 16  # at a prompt's end, among which the opening mark of the reasoning may be
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class ChatJob:
     def begun(self) -> str:
         """The beginning of the answers that the client gave; '' if it gave none."""
         return self.conversation.messages[-1].content if self.conversation.continue_final else ""
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether an answer can begin with something else than what was asked for."""
+        return not self.begun and self.constraint is None and not self.tool_use.is_required
 
     @property
     def needs_grammar(self) -> bool:
@@ -156,7 +165,11 @@ class RunningModel:
         sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=own | job.sampling.stop_token_ids)
         n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
         before = self._before(job, token_ids)
-        return Prompt(tuple(token_ids), sampling, job.stop, n, self._answer_spec(job), before, num_dropped)
+        spec = self._answer_spec(job)
+        if isinstance(job, ChatJob) and job.may_reason and self.chat_format.has_reasoning:
+            end = self.chat_format.decode(token_ids[-MARK_TOKENS:]).rstrip()
+            spec = replace(spec, reasoning=partial(ReasoningSplitter, end.endswith(OPENING)))
+        return Prompt(tuple(token_ids), sampling, job.stop, n, spec, before, num_dropped)
 
     def encode(self, raw: str | Sequence[int], param: str, context_length: int | None = None) -> list[int]:
         """The ids of a raw prompt, which may be ids already; see `ChatFormat.encode`. Errors name `param`."""
@@ -240,6 +253,7 @@ class RunningModel:
                 ends,
                 prompt.before,
                 has_logprobs=prompt.sampling.num_top_logprobs is not None,
+                reasoning=answer.reasoning() if answer.reasoning else None,
             )
             for _ in range(prompt.n)
         ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.generation.interface import ChatEvent, Finished, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from serving.openai.common import Count
 
 
@@ -19,9 +19,9 @@ class PromptTokensDetails(TypedDict):
 
 
 class CompletionTokensDetails(TypedDict):
-    """All 0: this server has no such tokens."""
+    """`reasoning_tokens`: of a model that thinks before it answers; the others are 0, as there are no such tokens."""
 
-    reasoning_tokens: Literal[0]
+    reasoning_tokens: Count
     audio_tokens: Literal[0]
     accepted_prediction_tokens: Literal[0]
     rejected_prediction_tokens: Literal[0]
@@ -44,7 +44,7 @@ def to_completion_usage(usage: Usage) -> CompletionUsage:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": usage.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -54,14 +54,15 @@ def to_completion_usage(usage: Usage) -> CompletionUsage:
 
 def total_usage(prompts: Iterable[Iterable[Usage]]) -> Usage:
     """The counts of one request: those of each prompt's finished choices together, where the prompt counts once."""
-    num_prompt = num_completion = num_cached = 0
+    num_prompt = num_completion = num_cached = num_reasoning = 0
     for choices in map(list, prompts):
         if choices:
             num_prompt += choices[0].prompt_tokens
             num_completion += sum(usage.completion_tokens for usage in choices)
+            num_reasoning += sum(usage.reasoning_tokens for usage in choices)
             # later choices find the prompt that the first one computed; what was there before is the least of them
             num_cached += min(usage.cached_tokens for usage in choices)
-    return Usage(num_prompt, num_completion, num_cached)
+    return Usage(num_prompt, num_completion, num_cached, num_reasoning)
 
 
 class RunningUsage:
@@ -75,7 +76,7 @@ class RunningUsage:
     def push(self, index: int, event: ChatEvent, prompt: int = 0) -> None:
         """Count an event of choice `index`, which answers this prompt."""
         match event:
-            case TextDelta(num_tokens=num_tokens):
+            case TextDelta(num_tokens=num_tokens) | ReasoningDelta(num_tokens=num_tokens):
                 self._num_tokens[index] = self._num_tokens.get(index, 0) + num_tokens
             case Finished(_, usage):
                 self._num_tokens[index] = usage.completion_tokens

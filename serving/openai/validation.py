@@ -42,7 +42,16 @@ TAGS = frozenset(
     (
         *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
         *("<tool_use>", "<tool_result>", "<thinking>", "<redacted_thinking>"),
-        *("<text>", "<refusal>", "<message>", "<function_call>", "<function_call_output>", "<object>", "<allowed>"),
+        *(
+            "<reasoning>",
+            "<text>",
+            "<refusal>",
+            "<message>",
+            "<function_call>",
+            "<function_call_output>",
+            "<object>",
+            "<allowed>",
+        ),
     )
 )
 REJECTED = "rejected"

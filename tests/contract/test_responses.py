@@ -175,7 +175,7 @@ def test_what_would_need_memory_is_refused_with_a_reason(app: Starlette, field: 
         ({"input": []}, "input", "empty_array"),
         ({"input": 5}, "input", "invalid_type"),
         ({"input": [5]}, "input[0]", "invalid_type"),
-        ({"input": [{"type": "reasoning", "id": "x"}]}, "input[0].type", "unsupported_value"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "unsupported_value"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "invalid_value"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},

@@ -15,10 +15,8 @@ from serving.openai.validation import rejected
 MESSAGE_FIELDS_WITHOUT_EFFECT = {
     "refusal": "an earlier answer's refusal; this model's answers have none",
     "annotations": "an earlier answer's web citations",
-    "reasoning_content": "an earlier answer's reasoning, as some clients send it back",
-    "reasoning": "as `reasoning_content`",
-    "reasoning_details": "as `reasoning_content`",
-    "thinking_blocks": "as `reasoning_content`",
+    "reasoning_details": "an earlier answer's reasoning in the shape of other servers",
+    "thinking_blocks": "as `reasoning_details`",
     "provider_specific_fields": "what a proxy noted of another provider's answer",
     "extra_content": "as `provider_specific_fields`",
     "cache_control": "a hint for another provider's cache; equal prefixes are found without it",
@@ -179,7 +177,9 @@ class ChatMessage(CacheHints):
         if not text and not calls and self.refusal is not None:
             text = self.refusal
         call_id = self.name if self.role == "function" else self.tool_call_id
-        return Message(ROLES[self.role], text, self.name, tuple(calls), call_id, f"messages[{index}]")
+        given = self.reasoning_content or self.reasoning
+        thought = given if isinstance(given, str) and self.role == "assistant" else ""
+        return Message(ROLES[self.role], text, self.name, tuple(calls), call_id, thought, f"messages[{index}]")
 
 
 def unanswered_call(turns: Sequence[tuple[str | None, Sequence[str]]]) -> tuple[int, list[str]] | None:

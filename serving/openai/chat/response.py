@@ -13,6 +13,7 @@ from serving.generation.interface import (
     ChatEvent,
     Finished,
     IndexedEvent,
+    ReasoningDelta,
     TextDelta,
     TextToken,
     ToolCallDelta,
@@ -58,6 +59,8 @@ class AnswerMessage(TypedDict):
     content: str | None
     refusal: None
     annotations: Annotated[list[Any], Field(max_length=0)]
+    reasoning_content: NotRequired[str]  # what the model thought before
+    reasoning: NotRequired[str]  # the same: both names are in use
     tool_calls: NotRequired[Annotated[list[AnswerToolCall], Field(min_length=1)]]
     function_call: NotRequired[CalledFunction]
 
@@ -105,6 +108,8 @@ class Delta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[Annotated[list[ToolCallDeltaEntry], Field(min_length=1)]]
     function_call: NotRequired[FunctionDelta]
 
@@ -159,7 +164,7 @@ def to_completion(
     }
 
 
-def _message(parts: Iterable[AnswerPart], options: ChunkOptions) -> AnswerMessage:
+def _message(parts: Sequence[AnswerPart | ReasoningDelta], options: ChunkOptions) -> AnswerMessage:
     text = "".join(part.text for part in parts if isinstance(part, TextDelta))
     deltas: dict[int, list[ToolCallDelta]] = {}
     for part in parts:
@@ -172,6 +177,8 @@ def _message(parts: Iterable[AnswerPart], options: ChunkOptions) -> AnswerMessag
         calls.append({"id": first.id or "", "type": "function", "function": function})
     content = None if calls and not text else text
     message: AnswerMessage = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if thought := "".join(part.text for part in parts if isinstance(part, ReasoningDelta)):
+        message["reasoning_content"] = message["reasoning"] = thought
     if calls and options.has_legacy_functions:
         message["function_call"] = calls[0]["function"]
     elif calls:
@@ -210,6 +217,8 @@ class ChatCompletionStream:
                 if not text and not shown:
                     return []
                 chunk = self._chunk(index, {"content": text}, _logprobs(shown, self._token_bytes) if shown else None)
+            case ReasoningDelta(text):
+                chunk = self._chunk(index, {"reasoning_content": text, "reasoning": text})
             case ToolCallDelta():
                 chunk = self._chunk(index, _call_delta(event, self._options))
             case Finished():

@@ -14,6 +14,7 @@ from serving.generation.interface import (
     ChatEvent,
     Finished,
     IndexedEvent,
+    ReasoningDelta,
     TextDelta,
     TextToken,
     ToolCallDelta,
@@ -129,7 +130,7 @@ def to_text_completion(
     }
 
 
-def _texts(parts: Iterable[AnswerPart]) -> list[TextDelta]:
+def _texts(parts: Iterable[AnswerPart | ReasoningDelta]) -> list[TextDelta]:
     return [part for part in parts if isinstance(part, TextDelta)]  # raw prompts have no tools, so all of them
 
 

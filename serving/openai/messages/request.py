@@ -1,7 +1,6 @@
 """The body of a request to Anthropic's Messages API, field by field -> the job for the generation pipeline.
 
-Blocks of a message become what chat formats know: text, tool calls and tool results. Earlier reasoning is accepted
-without effect, as in chat.
+Blocks of a message become what chat formats know: text, reasoning, tool calls and tool results.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class ToolResultBlock(CacheHints):
 
 
 class ThinkingBlock(CacheHints):
-    """An earlier answer's reasoning: without effect."""
+    """An earlier answer's reasoning, for models whose prompt has a place for it."""
 
     type: Literal["thinking"]
     thinking: str
@@ -82,7 +81,7 @@ class ThinkingBlock(CacheHints):
 
 
 class RedactedThinkingBlock(CacheHints):
-    """The same, encrypted by another provider."""
+    """The same, encrypted by another provider: without effect."""
 
     type: Literal["redacted_thinking"]
     data: str
@@ -298,6 +297,7 @@ def _turns(message: InputMessage, source: str) -> list[Message]:
     if isinstance(message.content, str):
         return [Message(message.role, message.content, source=source)]
     texts = [block.text for block in message.content if isinstance(block, TextBlock)]
+    thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
     calls = [
         ToolCall(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
         for block in message.content
@@ -311,7 +311,8 @@ def _turns(message: InputMessage, source: str) -> list[Message]:
         if isinstance(block, ToolResultBlock)
     ]
     if texts or calls or not turns:
-        turns.append(Message(message.role, PART_SEPARATOR.join(texts), tool_calls=tuple(calls), source=source))
+        text, thought = PART_SEPARATOR.join(texts), PART_SEPARATOR.join(thoughts)
+        turns.append(Message(message.role, text, tool_calls=tuple(calls), reasoning=thought, source=source))
     return turns
 
 
@@ -319,8 +320,12 @@ def _joined(first: Message, second: Message) -> Message | None:
     """Both as one message, if they are of one role."""
     if first.role != second.role or first.role in ("tool", "system"):
         return None
-    text = PART_SEPARATOR.join(text for text in (first.content, second.content) if text)
-    return Message(first.role, text, tool_calls=(*first.tool_calls, *second.tool_calls), source=second.source)
+    text, thought = (
+        PART_SEPARATOR.join(part for part in parts if part)
+        for parts in ((first.content, second.content), (first.reasoning, second.reasoning))
+    )
+    calls = (*first.tool_calls, *second.tool_calls)
+    return Message(first.role, text, tool_calls=calls, reasoning=thought, source=second.source)
 
 
 def _check_calls(messages: Sequence[Message]) -> None:

@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from typing_extensions import TypeAliasType, TypedDict
 
-from serving.generation.interface import ChatEvent, Finished, IndexedEvent, TextDelta, ToolCall, ToolCallDelta, Usage
+from serving.generation.interface import (
+    ChatEvent,
+    Finished,
+    IndexedEvent,
+    ReasoningDelta,
+    TextDelta,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError, messages_envelope
 from serving.http.server_sent_events import to_json
@@ -36,7 +45,15 @@ class AnswerToolUse(TypedDict):
     input: dict[str, Any]
 
 
-AnswerBlock = AnswerText | AnswerToolUse
+class AnswerThinking(TypedDict):
+    """What the model thought before it answered; nothing signs it."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+AnswerBlock = AnswerText | AnswerToolUse | AnswerThinking
 
 
 class MessagesUsage(TypedDict):
@@ -90,12 +107,19 @@ class BlockInputDelta(TypedDict):
     partial_json: str
 
 
+class BlockThinkingDelta(TypedDict):
+    """More of a thought."""
+
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
 class BlockDeltaEvent(TypedDict):
     """More of a block."""
 
     type: Literal["content_block_delta"]
     index: Count
-    delta: BlockTextDelta | BlockInputDelta
+    delta: BlockTextDelta | BlockInputDelta | BlockThinkingDelta
 
 
 class BlockStopEvent(TypedDict):
@@ -171,7 +195,11 @@ class MessageStream:
         match event:
             case TextDelta(text):
                 if text:
-                    self._push_text(text)
+                    self._begin("text")
+                    self._push({"type": "text_delta", "text": text}, text)
+            case ReasoningDelta(text):
+                self._begin("thinking")
+                self._push({"type": "thinking_delta", "thinking": text}, text)
             case ToolCallDelta():
                 self._push_call(event)
             case Finished():
@@ -189,11 +217,14 @@ class MessageStream:
     def _index(self) -> int:
         return len(self.message["content"])
 
-    def _push_text(self, text: str) -> None:
-        if self._block is None or self._block["type"] != "text":
-            self._close()
+    def _begin(self, kind: Literal["text", "thinking"]) -> None:
+        if self._block is not None and self._block["type"] == kind:
+            return
+        self._close()
+        if kind == "text":
             self._open({"type": "text", "text": "", "citations": None})
-        self._push({"type": "text_delta", "text": text}, text)
+        else:
+            self._open({"type": "thinking", "thinking": "", "signature": ""})
 
     def _push_call(self, delta: ToolCallDelta) -> None:
         if self._block is None or self._block["type"] != "tool_use" or self._call_index != delta.index:
@@ -203,7 +234,7 @@ class MessageStream:
         if delta.arguments:
             self._push({"type": "input_json_delta", "partial_json": delta.arguments}, delta.arguments)
 
-    def _push(self, delta: BlockTextDelta | BlockInputDelta, text: str) -> None:
+    def _push(self, delta: BlockTextDelta | BlockInputDelta | BlockThinkingDelta, text: str) -> None:
         self._pieces.append(text)
         self._emit({"type": "content_block_delta", "index": self._index, "delta": delta})
 
@@ -218,6 +249,8 @@ class MessageStream:
             return
         if block["type"] == "text":
             block["text"] = text
+        elif block["type"] == "thinking":
+            block["thinking"] = text
         else:
             parsed = ToolCall(block["id"], block["name"], text).parsed_arguments
             block["input"] = {"arguments": parsed} if isinstance(parsed, str) else parsed

@@ -11,7 +11,15 @@ from typing import Literal
 
 from typing_extensions import TypeAliasType, TypedDict
 
-from serving.generation.interface import ChatEvent, Finished, IndexedEvent, TextDelta, TextToken, ToolCallDelta
+from serving.generation.interface import (
+    ChatEvent,
+    Finished,
+    IndexedEvent,
+    ReasoningDelta,
+    TextDelta,
+    TextToken,
+    ToolCallDelta,
+)
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.server_sent_events import to_json
@@ -87,6 +95,22 @@ class TextDoneEvent(_InText):
     sequence_number: Count
 
 
+class ReasoningDeltaEvent(_InText):
+    """More of a thought."""
+
+    type: Literal["response.reasoning_text.delta"]
+    delta: str
+    sequence_number: Count
+
+
+class ReasoningDoneEvent(_InText):
+    """All of a thought."""
+
+    type: Literal["response.reasoning_text.done"]
+    text: str
+    sequence_number: Count
+
+
 class ArgumentsDeltaEvent(_InItem):
     """More of a call's arguments."""
 
@@ -111,6 +135,8 @@ ResponseEvent = TypeAliasType(
     | ContentPartEvent
     | TextDeltaEvent
     | TextDoneEvent
+    | ReasoningDeltaEvent
+    | ReasoningDoneEvent
     | ArgumentsDeltaEvent
     | ArgumentsDoneEvent,
 )
@@ -144,6 +170,8 @@ class ResponseStream:
                 shown = tokens if self._shows_logprobs else ()
                 if text or shown:
                     self._push_text(text, shown)
+            case ReasoningDelta(text):
+                self._push_reasoning(text)
             case ToolCallDelta():
                 self._push_call(event)
             case Finished():
@@ -173,6 +201,22 @@ class ResponseStream:
                 **self._text_position,
                 "delta": text,
                 "logprobs": to_entries(tokens, self._token_bytes),
+                "sequence_number": self._number,
+            }
+        )
+
+    def _push_reasoning(self, text: str) -> None:
+        if self._item is None or self._item["type"] != "reasoning":
+            self._close("completed")
+            self._open(
+                {"id": fresh_id("rs"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+            )
+        self._pieces.append(text)
+        self._emit(
+            {
+                "type": "response.reasoning_text.delta",
+                **self._text_position,
+                "delta": text,
                 "sequence_number": self._number,
             }
         )
@@ -245,6 +289,16 @@ class ResponseStream:
             )
             item["content"] = [_part(text, entries)]
             self._emit_part("response.content_part.done", item["content"][0])
+        elif item["type"] == "reasoning":
+            item["content"] = [{"type": "reasoning_text", "text": text}]
+            self._emit(
+                {
+                    "type": "response.reasoning_text.done",
+                    **self._text_position,
+                    "text": text,
+                    "sequence_number": self._number,
+                }
+            )
         else:
             item["arguments"] = text
             self._emit(

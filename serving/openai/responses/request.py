@@ -71,7 +71,7 @@ REFUSED_VALUES: dict[tuple[str, object], str] = {
     ("background", True): "Background responses are not supported: answers are given at once or streamed.",
     ("truncation", "auto"): "A conversation is never shortened without notice: 'truncation' can only be 'disabled'.",
 }
-INPUT_ITEMS = ("message", "function_call", "function_call_output")
+INPUT_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
 # Literal[False] would take 0; true is one of REFUSED_VALUES
@@ -137,6 +137,24 @@ class FunctionOutputItem(StrictModel):
     status: Status | None = None
 
 
+class ReasoningPart(StrictModel):
+    """The text of a thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(StrictModel):
+    """What the model thought before an earlier answer, for models whose prompt has a place for it."""
+
+    type: Literal["reasoning"]
+    content: Annotated[list[ReasoningPart], Field(fail_fast=True)] | None = None
+    id: str | None = None
+    summary: Any = None  # without effect, like the following
+    encrypted_content: str | None = None
+    status: Status | None = None
+
+
 def _item_kind(value: Any) -> str:
     kind = _kind(value)
     return f"<{kind}>" if kind in INPUT_ITEMS else "<message>"
@@ -151,11 +169,12 @@ def _known_item(value: Any) -> Any:
     return value
 
 
-InputItem = MessageItem | FunctionCallItem | FunctionOutputItem
+InputItem = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
 _AnyItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
-    | Annotated[FunctionOutputItem, Tag("<function_call_output>")],
+    | Annotated[FunctionOutputItem, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")],
     Discriminator(_item_kind),
     BeforeValidator(_known_item),
 ]
@@ -326,20 +345,26 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
     messages = [Message("system", body.instructions, source="instructions")] if body.instructions else []
     if isinstance(body.input, str):
         return (*messages, Message("user", body.input, source="input"))
+    thought = ""  # of the answer that follows it
     for index, item in enumerate(body.input):
         source = f"input[{index}]"
         match item:
             case MessageItem(role=role, content=content):
-                messages.append(Message(ROLES[role], _text(content), source=source))
+                answered = thought if role == "assistant" else ""
+                messages.append(Message(ROLES[role], _text(content), reasoning=answered, source=source))
+                thought = ""
             case FunctionCallItem(call_id=call_id, name=name, arguments=arguments):
                 # the calls of one answer, and its text, are one message of a chat
                 if not messages or messages[-1].role != "assistant":
-                    messages.append(Message("assistant", "", source=source))
+                    messages.append(Message("assistant", "", reasoning=thought, source=source))
+                    thought = ""
                 calls = (*messages[-1].tool_calls, ToolCall(call_id, name, arguments))
                 if len(calls) > MAX_CALLS:
                     message = f"Invalid 'input': more than {MAX_CALLS} function calls in a row."
                     raise invalid(message, "input", "array_above_max_length")
                 messages[-1] = replace(messages[-1], tool_calls=calls)
+            case ReasoningItem(content=parts):
+                thought = PART_SEPARATOR.join(part.text for part in parts or [])
             case FunctionOutputItem(call_id=call_id, output=output):
                 messages.append(Message("tool", _text(output), tool_call_id=call_id, source=source))
     broken = unanswered_call([(m.tool_call_id, [call.id for call in m.tool_calls]) for m in messages])

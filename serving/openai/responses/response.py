@@ -34,6 +34,23 @@ class OutputMessage(TypedDict):
     role: Literal["assistant"]
 
 
+class ReasoningText(TypedDict):
+    """The text of a thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(TypedDict):
+    """What the model thought before it answered."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: Status
+    summary: Annotated[list[Any], Field(max_length=0)]
+    content: Annotated[list[ReasoningText], Field(max_length=1)]
+
+
 class OutputCall(TypedDict):
     """A call that the model wants made; `arguments` is JSON text."""
 
@@ -45,7 +62,7 @@ class OutputCall(TypedDict):
     name: str
 
 
-OutputItem = OutputMessage | OutputCall
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputTokensDetails(TypedDict):
@@ -58,7 +75,7 @@ class InputTokensDetails(TypedDict):
 class OutputTokensDetails(TypedDict):
     """0: the model does not reason apart from its answer."""
 
-    reasoning_tokens: Literal[0]
+    reasoning_tokens: Count
 
 
 class ResponseUsage(TypedDict):
@@ -181,6 +198,6 @@ def to_response_usage(usage: Usage) -> ResponseUsage:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
