@@ -93,7 +93,10 @@ class StrictModel(BaseModel):
 
 
 class RequestBody(StrictModel):
-    """A body, where `null` means the same as leaving an optional field out."""
+    """A body, where `null` means the same as leaving an optional field out.
+
+    So does "" for a refused field: some clients always send an empty `suffix`.
+    """
 
     refused: ClassVar[Mapping[str, str]] = REFUSED  # field: why it is not supported
 
@@ -104,9 +107,13 @@ class RequestBody(StrictModel):
             return data
         body = cast("dict[str, Any]", data)
         for name, reason in cls.refused.items():
-            if body.get(name) is not None:
+            if body.get(name) not in (None, ""):
                 raise invalid(reason, name, "unsupported_value")
-        return {name: value for name, value in body.items() if value is not None or not cls._is_optional(name)}
+        return {
+            name: value
+            for name, value in body.items()
+            if not (value is None and cls._is_optional(name)) and not (value == "" and name in cls.refused)
+        }
 
     @classmethod
     def _is_optional(cls, name: str) -> bool:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import GenericAlias
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
 from serving import __version__
+from serving.http.errors import MessagesErrorResponse
 from serving.openai.common import Operation, RequestBody, StreamOptions
 from serving.openai.router import OPERATIONS
 
 PREFIX = "/v1"
 VERSION = "3.1.0"  # the schemas are JSON Schema of 2020, which 3.0 is not
+TAGS = (
+    {"name": "OpenAI", "description": "OpenAI's API, and what other servers added to it."},
+    {"name": "Anthropic", "description": "Anthropic's Messages API."},
+)
 REF = "#/components/schemas/{model}"
 FAILURES = tuple(dict.fromkeys(operation.failure for operation in OPERATIONS))
 DESCRIPTION = "ChatGLM2 and its relatives behind OpenAI's API. Every path under `/v1` also works without that prefix."
 
 
 def paths(prefix: str) -> dict[str, dict[str, Any]]:
-    """Path items by path; without a prefix they are called aliases, which is what they are."""
+    """Path items by path."""
     items: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        items.setdefault(prefix + operation.path, {})[operation.method] = _operation(operation, prefix)
+        items.setdefault(prefix + operation.path, {})[operation.method] = _operation(operation)
     return items
 
 
@@ -48,7 +53,7 @@ def components() -> dict[str, dict[str, Any]]:
     return {"schemas": schemas, "responses": failures, "securitySchemes": {"key": key}}
 
 
-def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
+def document(prefix: str = PREFIX) -> dict[str, Any]:
     """The whole description of the API, without BentoML's own routes."""
     return {
         "openapi": VERSION,
@@ -57,18 +62,19 @@ def document(prefixes: Sequence[str] = (PREFIX,)) -> dict[str, Any]:
             "version": __version__,
             "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
         },
-        "paths": {path: item for prefix in prefixes for path, item in paths(prefix).items()},
+        "tags": list(TAGS),
+        "paths": paths(prefix),
         "components": components(),
     }
 
 
-def _operation(operation: Operation, prefix: str) -> dict[str, Any]:
+def _operation(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
     failure = {"$ref": f"#/components/responses/{operation.failure.__name__}"}
     described: dict[str, Any] = {
-        "operationId": operation.name if prefix else f"{operation.name}Alias",
+        "operationId": operation.name,
         "summary": str(operation.handler.__doc__).rstrip("."),
-        "tags": ["OpenAI" if prefix else "OpenAI, without prefix"],
+        "tags": [TAGS[operation.failure is MessagesErrorResponse]["name"]],
         "security": [{}, {"key": []}],
         "responses": {
             "200": {"description": "The answer", "content": content},
@@ -102,7 +108,8 @@ def _server_sent(event: Any) -> dict[str, Any]:
 
 
 def _allow_null(schema: dict[str, Any], refused: Mapping[str, str]) -> None:
-    """In bodies of requests null is the same as leaving an optional field out; refused fields can only be null."""
+    """In bodies of requests null is the same as leaving an optional field out; refused fields can only be null
+    or empty."""
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         if name in required or {"type": "null"} in field.get("anyOf", ()):
@@ -110,4 +117,4 @@ def _allow_null(schema: dict[str, Any], refused: Mapping[str, str]) -> None:
         labels = {key: field.pop(key) for key in ("default", "title", "description") if key in field}
         schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **labels}
     for name, reason in refused.items():
-        schema["properties"][name] = {"type": "null", "description": reason}
+        schema["properties"][name] = {"enum": [None, ""], "description": reason}

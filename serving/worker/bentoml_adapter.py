@@ -17,11 +17,11 @@ from typing import Any, cast
 import attr
 import bentoml
 import click
-from bentoml._internal.service.openapi.specification import OpenAPISpecification, PathItem
+from bentoml._internal.service.openapi.specification import Contact, OpenAPISpecification, PathItem
 from bentoml.images import Image
 from starlette.types import ASGIApp
 
-from serving.openai.openapi import DESCRIPTION, PREFIX, VERSION, document
+from serving.openai.openapi import DESCRIPTION, VERSION, document
 from serving.safe_traceback import where_from
 from serving.settings import BuildArguments
 
@@ -31,6 +31,8 @@ LOGGER = "bentoml.chatglm"  # BentoML's workers print INFO lines of loggers belo
 OUR_LOGGERS = ("serving", "models", "kernels")
 # of BentoML, uvicorn and asyncio: those that log an exception of a request, whose message may quote the client
 REQUEST_LOGGERS = ("bentoml.serve", "bentoml._internal.server.http_app", "uvicorn.error", "asyncio")
+
+CONTACT = Contact(name="The operator of this server")  # not BentoML's own team
 
 
 def worker_number() -> int:
@@ -83,7 +85,7 @@ class BentoMLService(bentoml.Service[Any]):
     @property
     def openapi_spec(self) -> OpenAPISpecification:
         spec = super().openapi_spec
-        own = document((PREFIX, ""))
+        own = document()
         merged = cast("dict[str, dict[str, Any]]", spec.components)
         for kind, entries in own["components"].items():
             merged.setdefault(kind, {}).update(entries)
@@ -92,7 +94,8 @@ class BentoMLService(bentoml.Service[Any]):
             spec,
             openapi=VERSION,
             # BentoML's own text shows images from other hosts
-            info=attr.evolve(spec.info, description=DESCRIPTION, version=own["info"]["version"]),
+            info=attr.evolve(spec.info, description=DESCRIPTION, version=own["info"]["version"], contact=CONTACT),
+            tags=[*own["tags"], *(spec.tags or ())],
             paths={**items, **spec.paths},
             components=cast("Any", merged),
         )

@@ -50,7 +50,7 @@ CLIENTS = (
     Client("openai-0.28", ("openai==0.28.1", "numpy==2.4.6"), "openai_0_28.py"),
     Client("openai-1", ("openai==1.109.1",), "openai_sdk.py"),
     Client("openai-2", ("openai==2.54.0",), "openai_sdk.py"),
-    Client("openai-3", ("openai==3.54.0",), "openai_sdk.py"),
+    Client("openai-3", ("openai==3.57.0",), "openai_sdk.py"),
     Client("langchain", ("langchain-openai==1.7.3",), "langchain_client.py"),
     Client("litellm", ("litellm==1.94.0",), "litellm_client.py"),
     Client("llm", ("llm==0.36",), "llm_cli.py"),

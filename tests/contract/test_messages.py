@@ -12,10 +12,11 @@ import anthropic
 import httpx2
 import pytest
 from anthropic import AsyncAnthropic
-from anthropic.types import Message
+from anthropic.types import Message, message_create_params
 from starlette.applications import Starlette
 
 from serving.generation.interface import ChatEvent, Finished, TextDelta, ToolCallDelta, Usage
+from serving.openai.messages.request import ACCEPTED_WITHOUT_EFFECT, REFUSED, MessagesRequest
 from serving.openai.messages.response import MessageStream, to_message, unfinished_message
 from tests.contract.test_openapi import check
 from tests.contract.test_streams import FailsAt
@@ -210,6 +211,13 @@ def test_bad_requests_are_named_in_anthropics_shape(app: Starlette, change: dict
     error = error_of(post(app, "/messages", body), 400)
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
+
+
+def test_every_field_of_the_sdk_has_a_place() -> None:
+    headers = {"user_profile_id", "workspace_id"}
+    known = MessagesRequest.model_fields.keys() | REFUSED.keys() | headers
+    assert message_create_params.MessageCreateParamsBase.__annotations__.keys() <= known
+    assert known >= ACCEPTED_WITHOUT_EFFECT.keys()
 
 
 def test_the_sdk_raises_its_own_errors(mounted: Starlette) -> None:

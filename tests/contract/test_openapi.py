@@ -21,7 +21,7 @@ from serving.openai.openapi import OPERATIONS, PREFIX, document
 from serving.openai.router import create_app
 from tests.contract.tiny import NAME, USER, chunks, post, send
 
-DOCUMENT = document((PREFIX, ""))
+DOCUMENT = document()
 CHAT: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "seed": 5}
 TEXT: dict[str, Any] = {"model": NAME, "prompt": "Hello", "max_tokens": 4}
 LENGTHS = ("max_tokens", "max_output_tokens")
@@ -60,8 +60,7 @@ def test_every_route_is_in_the_document_and_nothing_else(app: Starlette) -> None
     }
     assert {(operation.method, operation.path) for operation in OPERATIONS} == routes
     for operation in OPERATIONS:
-        for prefix in (PREFIX, ""):
-            assert operation.method in DOCUMENT["paths"][prefix + operation.path]
+        assert operation.method in DOCUMENT["paths"][PREFIX + operation.path]
 
 
 def test_every_reference_leads_somewhere_and_every_schema_is_one() -> None:
@@ -88,7 +87,11 @@ def test_bentomls_document_has_its_own_routes_and_these() -> None:
 
     told = json.loads(json.dumps(Small.openapi_spec.asdict()))
     assert told["openapi"].startswith("3.1")
-    assert {"/shout", "/readyz", "/v1/chat/completions", "/chat/completions", "/v1/responses"} <= told["paths"].keys()
+    assert {"/shout", "/readyz", "/v1/chat/completions", "/v1/responses"} <= told["paths"].keys()
+    assert "/chat/completions" not in told["paths"]  # nothing twice
+    assert next(iter(told["paths"])) == "/v1/chat/completions"
+    assert [tag["name"] for tag in told["tags"]][:2] == ["OpenAI", "Anthropic"]
+    assert "BentoML" not in json.dumps(told["info"])
     assert told["paths"]["/v1/embeddings"] == DOCUMENT["paths"]["/v1/embeddings"]
     assert {"ChatCompletion", "InvalidArgument"} <= told["components"]["schemas"].keys()
 
@@ -145,7 +148,7 @@ def test_a_schema_can_say_no() -> None:
 
 
 async def _document(request: Request) -> JSONResponse:
-    return JSONResponse(document(("",)))
+    return JSONResponse(document(""))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)

@@ -13,7 +13,7 @@ def test_the_served_document_describes_the_whole_api(server: Server) -> None:
     own = document()
     for path, item in own["paths"].items():
         assert told["paths"][path] == item
-        assert path.removeprefix("/v1") in told["paths"]
+        assert path.removeprefix("/v1") not in told["paths"]
     for name, schema in own["components"]["schemas"].items():
         assert told["components"]["schemas"][name] == schema
     assert "/generate" in told["paths"]

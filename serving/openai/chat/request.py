@@ -47,7 +47,7 @@ ACCEPTED_WITHOUT_EFFECT = {
     "prompt_cache_retention": "the cache keeps what fits",
     "prompt_cache_options": "as `prompt_cache_retention`",
     "verbosity": "the model was not trained for it",
-    "reasoning_effort": "the model does not reason apart from its answer",
+    "reasoning_effort": "but for `none`, which turns thoughts off where the chat template has the switch",
     "web_search_options": "the server does not search the web",
     "moderation": "answers are not moderated; the mode `block` is refused",
     "prediction": "speeds up, never changes an answer; not needed here",

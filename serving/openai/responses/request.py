@@ -51,7 +51,7 @@ ACCEPTED_WITHOUT_EFFECT = {
     "moderation": "answers are not moderated",
     "prompt_cache_options": "the cache keeps what fits",
     "prompt_cache_retention": "the cache keeps what fits",
-    "reasoning": "the model does not reason apart from its answer",
+    "reasoning": "a model that thinks before it answers does so as it was trained",
     "store": "only `false`, which is the default here: nothing is stored",
     "background": "only `false`",
     "stream_options": "only `include_obfuscation`: events are never padded",
