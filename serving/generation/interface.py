@@ -22,6 +22,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+    is_custom: bool = False
 
     @property
     def parsed_arguments(self) -> dict[str, Any] | str:
@@ -56,6 +57,7 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
     strict: bool = False  # its calls must match `parameters`, or the request is refused
+    is_custom: bool = False  # the client sees the text of its one argument
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class ToolCallDelta:
     index: int
     id: str | None
     name: str | None
-    arguments: str
+    arguments: str  # JSON text; of a custom tool its input
+    is_custom: bool = False
 
 
 @dataclass(frozen=True)

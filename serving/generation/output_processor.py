@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.engine.interface import TokenMask
 from serving.engine.outputs import TokenOutput
@@ -23,6 +23,7 @@ from serving.generation.interface import (
 from serving.generation.reasoning import ReasoningSplitter
 from serving.generation.stop_strings import StopStrings
 from serving.generation.token_shares import TokenShares
+from serving.generation.tools.custom import CustomInput
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class AnswerSpec:
     decode: Callable[[Sequence[int]], str]
     mask: Callable[[], TokenMask] | None = None  # None: every token is allowed
     reasoning: Callable[[], ReasoningSplitter] | None = None  # for models that may think before they answer
+    custom_tools: frozenset[str] = frozenset()
 
 
 class PlainTextParser:
@@ -59,6 +61,7 @@ class OutputProcessor:
         before: Sequence[int] = (),
         has_logprobs: bool = False,
         reasoning: ReasoningSplitter | None = None,
+        custom_tools: frozenset[str] = frozenset(),
     ) -> None:
         """stop_token_ids: they end the answer and have no text. before: the ids whose text the answer continues."""
         self._detokenizer = Detokenizer(decode, token_bytes, before)
@@ -75,6 +78,8 @@ class OutputProcessor:
         self._shares = TokenShares(token_bytes) if has_logprobs else None
         self._reasoning = reasoning
         self._num_reasoning = 0  # tokens
+        self._custom_tools = custom_tools
+        self._inputs: dict[int, CustomInput] = {}  # of the calls of custom tools
         self.is_over = False
 
     def push(self, output: TokenOutput) -> list[ChatEvent]:
@@ -133,10 +138,19 @@ class OutputProcessor:
                     if self._shares is not None:
                         events += self._delta(*self._shares.flush(with_all_tokens=False))
                         self._shares = None  # the tokens of calls have no share of the text
-                    events.append(part)
+                    events.append(self._call(part))
                 case RepeatedCall():
                     self._repeats_call = True
         return events
+
+    def _call(self, part: ToolCallDelta) -> ToolCallDelta:
+        """As the client sees it."""
+        if part.name in self._custom_tools:
+            self._inputs[part.index] = CustomInput()
+        found = self._inputs.get(part.index)
+        if found is None:
+            return part
+        return replace(part, arguments=found.push(part.arguments), is_custom=True)
 
     def _held_text(self) -> list[TextDelta]:
         """Text that could have been the beginning of a stop string, and is not."""

@@ -166,6 +166,8 @@ class RunningModel:
         n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
         before = self._before(job, token_ids)
         spec = self._answer_spec(job)
+        if isinstance(job, ChatJob) and (custom := [tool.name for tool in job.conversation.tools if tool.is_custom]):
+            spec = replace(spec, custom_tools=frozenset(custom))
         if isinstance(job, ChatJob) and job.may_reason and self.chat_format.has_reasoning:
             end = self.chat_format.decode(token_ids[-MARK_TOKENS:]).rstrip()
             spec = replace(spec, reasoning=partial(ReasoningSplitter, end.endswith(OPENING)))
@@ -254,6 +256,7 @@ class RunningModel:
                 prompt.before,
                 has_logprobs=prompt.sampling.num_top_logprobs is not None,
                 reasoning=answer.reasoning() if answer.reasoning else None,
+                custom_tools=answer.custom_tools,
             )
             for _ in range(prompt.n)
         ]

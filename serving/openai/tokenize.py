@@ -13,7 +13,7 @@ from serving.generation.interface import Conversation
 from serving.generation.pipeline import RunningModel
 from serving.http.errors import invalid
 from serving.openai.chat.messages import ChatMessage
-from serving.openai.chat.tools import MAX_TOOLS, ToolDefinition, to_tools
+from serving.openai.chat.tools import MAX_TOOLS, ToolDefinition
 from serving.openai.common import Api, Count, ModelName, Operation, RequestBody, TokenId, large_json_response
 
 
@@ -80,7 +80,7 @@ def _token_ids(model: RunningModel, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         return model.encode(body.prompt or "", "prompt")
     messages = tuple(message.to_message(index) for index, message in enumerate(body.messages))
-    tools = to_tools([tool.function for tool in body.tools])
+    tools = tuple(tool.tool for tool in body.tools)
     return model.render(Conversation(messages, tools, body.continue_final_message))
 
 

@@ -40,18 +40,10 @@ BOUNDS = {
 # tags of unions: steps of pydantic's paths, no fields of the client's
 TAGS = frozenset(
     (
-        *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]"),
+        *("<string>", "<array>", "<texts>", "<ids>", "<id lists>", "[key]", "<object>", "<allowed>"),
+        *("<text>", "<refusal>", "<message>", "<function_call>", "<function_call_output>", "<reasoning>"),
+        *("<custom_tool_call>", "<custom_tool_call_output>", "<function>", "<custom>"),
         *("<tool_use>", "<tool_result>", "<thinking>", "<redacted_thinking>"),
-        *(
-            "<reasoning>",
-            "<text>",
-            "<refusal>",
-            "<message>",
-            "<function_call>",
-            "<function_call_output>",
-            "<object>",
-            "<allowed>",
-        ),
     )
 )
 REJECTED = "rejected"

@@ -63,7 +63,7 @@ async def generate_response(
 async def generate_text(
     generations: GenerationStarter, request: Request, registry: ModelRegistry, body: GenerateRequest
 ) -> AsyncGenerator[str, None]:
-    """The text of the answer, piece by piece. Raises APIError."""
+    """The text of the answer, piece by piece, without what the model thinks before. Raises APIError."""
     model = await generations.chat_model(request, registry.default.name)
     if not (0 <= body.temperature <= 2 and 0 <= body.top_p <= 1 and body.max_tokens >= 1):
         raise invalid("temperature must be 0 to 2, top_p 0 to 1, max_tokens at least 1", None)

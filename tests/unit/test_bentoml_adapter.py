@@ -125,7 +125,7 @@ def test_the_document_has_bentomls_paths_and_ours() -> None:
     )
     document = send(without_middleware(BentoMLService), "GET", "/docs.json").json()
     assert document["openapi"] == VERSION
-    assert {"/v1/chat/completions", "/chat/completions", "/generate", "/livez"} <= set(document["paths"])
+    assert {"/v1/chat/completions", "/generate", "/livez"} <= set(document["paths"])
     assert "ChatRequest" in document["components"]["schemas"]
 
 

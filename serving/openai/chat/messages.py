@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from serving.generation.interface import Message, Role, ToolCall
+from serving.generation.tools.custom import to_arguments
 from serving.http.errors import invalid
+from serving.openai.chat.tools import OneOfBoth
 from serving.openai.common import STRING_OR_ARRAY, StrictModel
 from serving.openai.validation import rejected
 
@@ -103,15 +105,28 @@ class FunctionCall(StrictModel):
     arguments: str
 
 
-class MessageToolCall(CacheHints):
+class CustomCall(StrictModel):
+    """A call of a custom tool that the model made earlier."""
+
+    name: str
+    input: str
+
+
+class MessageToolCall(CacheHints, OneOfBoth):
     """One entry of an assistant message's `tool_calls`."""
 
     id: str
-    type: Literal["function"]
-    function: FunctionCall
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
     index: int | None = None  # clients that glue stream deltas together send it back
     provider_specific_fields: Any = None  # without effect, as for messages
     extra_content: Any = None
+
+    def to_call(self) -> ToolCall:
+        if self.custom is not None:
+            return ToolCall(self.id, self.custom.name, to_arguments(self.custom.input), is_custom=True)
+        assert self.function is not None
+        return ToolCall(self.id, self.function.name, self.function.arguments)
 
 
 def _given(field: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +185,7 @@ class ChatMessage(CacheHints):
         """The same for chat formats, with the role reduced to the four that they have. index: in `messages`."""
         content = self.content
         text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content or [])
-        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or []]
+        calls = [call.to_call() for call in self.tool_calls or []]
         if self.function_call is not None:
             # legacy calls have no id: the function's name ties the call to its result
             calls.append(ToolCall(self.function_call.name, self.function_call.name, self.function_call.arguments))

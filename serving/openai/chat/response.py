@@ -44,6 +44,21 @@ class CalledFunction(TypedDict):
     arguments: str
 
 
+class CalledCustomTool(TypedDict):
+    """`input` is text."""
+
+    name: str
+    input: str
+
+
+class AnswerCustomCall(TypedDict):
+    """A call of a custom tool that the model wants made."""
+
+    id: str
+    type: Literal["custom"]
+    custom: CalledCustomTool
+
+
 class AnswerToolCall(TypedDict):
     """A call that the model wants made."""
 
@@ -61,7 +76,7 @@ class AnswerMessage(TypedDict):
     annotations: Annotated[list[Any], Field(max_length=0)]
     reasoning_content: NotRequired[str]  # what the model thought before
     reasoning: NotRequired[str]  # the same: both names are in use
-    tool_calls: NotRequired[Annotated[list[AnswerToolCall], Field(min_length=1)]]
+    tool_calls: NotRequired[Annotated[list[AnswerToolCall | AnswerCustomCall], Field(min_length=1)]]
     function_call: NotRequired[CalledFunction]
 
 
@@ -94,6 +109,22 @@ class FunctionDelta(TypedDict):
     arguments: str
 
 
+class CustomDelta(TypedDict):
+    """The name once, then pieces of the input."""
+
+    name: NotRequired[str]
+    input: str
+
+
+class CustomCallDeltaEntry(TypedDict):
+    """More of one call of a custom tool; id, type and name come once."""
+
+    index: Count
+    id: NotRequired[str]
+    type: NotRequired[Literal["custom"]]
+    custom: CustomDelta
+
+
 class ToolCallDeltaEntry(TypedDict):
     """More of one call; id, type and name come once."""
 
@@ -110,7 +141,7 @@ class Delta(TypedDict):
     content: NotRequired[str | None]
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]
-    tool_calls: NotRequired[Annotated[list[ToolCallDeltaEntry], Field(min_length=1)]]
+    tool_calls: NotRequired[Annotated[list[ToolCallDeltaEntry | CustomCallDeltaEntry], Field(min_length=1)]]
     function_call: NotRequired[FunctionDelta]
 
 
@@ -170,16 +201,19 @@ def _message(parts: Sequence[AnswerPart | ReasoningDelta], options: ChunkOptions
     for part in parts:
         if isinstance(part, ToolCallDelta):
             deltas.setdefault(part.index, []).append(part)
-    calls: list[AnswerToolCall] = []
+    calls: list[AnswerToolCall | AnswerCustomCall] = []
     for _, (first, *rest) in sorted(deltas.items()):
-        arguments = "".join(delta.arguments for delta in (first, *rest))
-        function: CalledFunction = {"name": first.name or "", "arguments": arguments}
+        name, arguments = first.name or "", "".join(delta.arguments for delta in (first, *rest))
+        if first.is_custom:
+            calls.append({"id": first.id or "", "type": "custom", "custom": {"name": name, "input": arguments}})
+            continue
+        function: CalledFunction = {"name": name, "arguments": arguments}
         calls.append({"id": first.id or "", "type": "function", "function": function})
     content = None if calls and not text else text
     message: AnswerMessage = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if thought := "".join(part.text for part in parts if isinstance(part, ReasoningDelta)):
         message["reasoning_content"] = message["reasoning"] = thought
-    if calls and options.has_legacy_functions:
+    if calls and options.has_legacy_functions and calls[0]["type"] == "function":
         message["function_call"] = calls[0]["function"]
     elif calls:
         message["tool_calls"] = calls
@@ -278,6 +312,16 @@ def _reason(event: Finished, options: ChunkOptions) -> FinishReason:
 
 
 def _call_delta(event: ToolCallDelta, options: ChunkOptions) -> Delta:
+    if event.is_custom:
+        custom: CustomCallDeltaEntry = {"index": event.index, "custom": {"input": event.arguments}}
+        if event.id is not None:
+            custom = {
+                "index": event.index,
+                "id": event.id,
+                "type": "custom",
+                "custom": {"name": event.name or "", "input": event.arguments},
+            }
+        return {"tool_calls": [custom]}
     function: FunctionDelta = {"arguments": event.arguments}
     entry: ToolCallDeltaEntry = {"index": event.index, "function": function}
     if event.id is not None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from serving.generation.interface import Tool
 from serving.generation.structured.grammar import ToolUse
+from serving.generation.tools.custom import custom_tool
 from serving.http.errors import invalid
 from serving.openai.common import StrictModel
+from serving.openai.validation import rejected
 
 MAX_TOOLS = 128
+NO_LARK = "Grammars in Lark are not supported, only regular expressions ('syntax': 'regex')."
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Mode = Literal["none", "auto", "required"]
 
@@ -45,15 +48,76 @@ class FunctionDefinition(StrictModel):
     strict: bool | None = None
 
 
-class ToolDefinition(StrictModel):
+class GrammarDefinition(StrictModel):
+    """What an input must look like; `definition` is a regular expression."""
+
+    syntax: Literal["lark", "regex"]
+    definition: str
+
+    @model_validator(mode="after")
+    def _is_a_pattern(self) -> Self:
+        if self.syntax == "lark":
+            raise rejected(NO_LARK, "syntax", "unsupported_value")
+        return self
+
+
+class CustomFormat(StrictModel):
+    """Any text, or text that follows a grammar."""
+
+    type: Literal["text", "grammar"]
+    grammar: GrammarDefinition | None = None
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> Self:
+        if (self.type == "grammar") != (self.grammar is not None):
+            raise rejected("'grammar' goes with the type 'grammar', and only with it.", "grammar")
+        return self
+
+
+class CustomDefinition(StrictModel):
+    """What the model is told about a tool that takes text."""
+
+    name: FunctionName
+    description: str | None = None
+    format: CustomFormat | None = None
+
+    @property
+    def tool(self) -> Tool:
+        grammar = None if self.format is None else self.format.grammar
+        return custom_tool(self.name, self.description or "", None if grammar is None else grammar.definition)
+
+
+class OneOfBoth(StrictModel):
+    """An object with a field of the name that `type` says."""
+
+    type: Literal["function", "custom"]
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> Self:
+        for kind in ("function", "custom"):
+            if kind == self.type and getattr(self, kind) is None:
+                raise rejected(f"Missing required parameter: '{kind}'.", kind, "missing_required_parameter")
+            if kind != self.type and getattr(self, kind) is not None:
+                raise rejected(f"'{kind}' does not go with the type '{self.type}'.", kind)
+        return self
+
+
+class ToolDefinition(OneOfBoth):
     """One entry of `tools`."""
 
-    type: Literal["function"]
-    function: FunctionDefinition
+    function: FunctionDefinition | None = None
+    custom: CustomDefinition | None = None
+
+    @property
+    def tool(self) -> Tool:
+        if self.custom is not None:
+            return self.custom.tool
+        assert self.function is not None
+        return to_tools([self.function])[0]
 
 
 class ChosenFunction(StrictModel):
-    """The name of the function that has to be called."""
+    """The name of the function or tool that has to be called."""
 
     name: FunctionName
 
@@ -62,15 +126,21 @@ class ChosenFunction(StrictModel):
         return ToolSelection("required", self.name)
 
 
-class NamedTool(StrictModel):
+class NamedTool(OneOfBoth):
     """The tool that has to be called."""
 
-    type: Literal["function"]
-    function: ChosenFunction
+    function: ChosenFunction | None = None
+    custom: ChosenFunction | None = None
+
+    @property
+    def name(self) -> str:
+        chosen = self.function or self.custom
+        assert chosen is not None
+        return chosen.name
 
     @property
     def selection(self) -> ToolSelection:
-        return self.function.selection
+        return ToolSelection("required", self.name)
 
 
 class AllowedTools(StrictModel):
@@ -88,7 +158,7 @@ class AllowedToolsChoice(StrictModel):
 
     @property
     def selection(self) -> ToolSelection:
-        names = tuple(tool.function.name for tool in self.allowed_tools.tools)
+        names = tuple(tool.name for tool in self.allowed_tools.tools)
         return ToolSelection(self.allowed_tools.mode, allowed=names)
 
 

@@ -1,4 +1,4 @@
-"""Events of an answer -> the finished response, or the server-sent events that build it; and their published types.
+"""Events of an answer -> the finished response, or the server-sent events that build it.
 
 Streaming and not streaming use the same fold: a response that is not streamed is the last event's.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal
-
-from typing_extensions import TypeAliasType, TypedDict
 
 from serving.generation.interface import (
     ChatEvent,
@@ -23,11 +20,13 @@ from serving.generation.interface import (
 from serving.http import server_sent_events as sse
 from serving.http.errors import APIError
 from serving.http.server_sent_events import to_json
-from serving.openai.common import Count, TokenBytes
+from serving.openai.common import TokenBytes
 from serving.openai.logprobs import TokenLogprobEntry, to_entries
+from serving.openai.responses.event_types import InItem, InText, ItemName, PartName, ResponseEvent, StateName
 from serving.openai.responses.request import Status
 from serving.openai.responses.response import (
     OutputCall,
+    OutputCustomCall,
     OutputItem,
     OutputMessage,
     OutputText,
@@ -36,110 +35,7 @@ from serving.openai.responses.response import (
     to_response_usage,
 )
 
-StateName = Literal[
-    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
-]
-PartName = Literal["response.content_part.added", "response.content_part.done"]
-ItemName = Literal["response.output_item.added", "response.output_item.done"]
-
-
-class ResponseStateEvent(TypedDict):
-    """The response as it is now: at the beginning and at the end."""
-
-    type: StateName
-    response: Response
-    sequence_number: Count
-
-
-class OutputItemEvent(TypedDict):
-    """An item begins or is complete."""
-
-    type: ItemName
-    output_index: Count
-    item: OutputItem
-    sequence_number: Count
-
-
-class _InItem(TypedDict):
-    item_id: str
-    output_index: Count
-
-
-class _InText(_InItem):
-    content_index: Literal[0]
-
-
-class ContentPartEvent(_InText):
-    """The text of a message begins or is complete."""
-
-    type: PartName
-    part: OutputText
-    sequence_number: Count
-
-
-class TextDeltaEvent(_InText):
-    """More text."""
-
-    type: Literal["response.output_text.delta"]
-    delta: str
-    logprobs: list[TokenLogprobEntry]
-    sequence_number: Count
-
-
-class TextDoneEvent(_InText):
-    """All the text."""
-
-    type: Literal["response.output_text.done"]
-    text: str
-    logprobs: list[TokenLogprobEntry]
-    sequence_number: Count
-
-
-class ReasoningDeltaEvent(_InText):
-    """More of a thought."""
-
-    type: Literal["response.reasoning_text.delta"]
-    delta: str
-    sequence_number: Count
-
-
-class ReasoningDoneEvent(_InText):
-    """All of a thought."""
-
-    type: Literal["response.reasoning_text.done"]
-    text: str
-    sequence_number: Count
-
-
-class ArgumentsDeltaEvent(_InItem):
-    """More of a call's arguments."""
-
-    type: Literal["response.function_call_arguments.delta"]
-    delta: str
-    sequence_number: Count
-
-
-class ArgumentsDoneEvent(_InItem):
-    """All of a call's arguments."""
-
-    type: Literal["response.function_call_arguments.done"]
-    name: str
-    arguments: str
-    sequence_number: Count
-
-
-ResponseEvent = TypeAliasType(
-    "ResponseEvent",
-    ResponseStateEvent
-    | OutputItemEvent
-    | ContentPartEvent
-    | TextDeltaEvent
-    | TextDoneEvent
-    | ReasoningDeltaEvent
-    | ReasoningDoneEvent
-    | ArgumentsDeltaEvent
-    | ArgumentsDoneEvent,
-)
+CALLS = ("function_call", "custom_tool_call")
 
 
 class ResponseStream:
@@ -222,20 +118,22 @@ class ResponseStream:
         )
 
     def _push_call(self, delta: ToolCallDelta) -> None:
-        if self._item is None or self._item["type"] != "function_call" or self._call_index != delta.index:
+        if self._item is None or self._item["type"] not in CALLS or self._call_index != delta.index:
             self._close("completed")
-            call: OutputCall = {
-                "id": fresh_id("fc"),
-                "type": "function_call",
-                "status": "in_progress",
-                "arguments": "",
-                "call_id": delta.id or fresh_id("call"),
-                "name": delta.name or "",
-            }
-            self._open(call)
+            self._open(_begun_call(delta))
             self._call_index = delta.index
         if delta.arguments:
             self._pieces.append(delta.arguments)
+            if delta.is_custom:
+                self._emit(
+                    {
+                        "type": "response.custom_tool_call_input.delta",
+                        **self._position,
+                        "delta": delta.arguments,
+                        "sequence_number": self._number,
+                    }
+                )
+                return
             self._emit(
                 {
                     "type": "response.function_call_arguments.delta",
@@ -299,6 +197,16 @@ class ResponseStream:
                     "sequence_number": self._number,
                 }
             )
+        elif item["type"] == "custom_tool_call":
+            item["input"] = text
+            self._emit(
+                {
+                    "type": "response.custom_tool_call_input.done",
+                    **self._position,
+                    "input": text,
+                    "sequence_number": self._number,
+                }
+            )
         else:
             item["arguments"] = text
             self._emit(
@@ -316,11 +224,11 @@ class ResponseStream:
         self._item = None
 
     @property
-    def _position(self) -> _InItem:
+    def _position(self) -> InItem:
         return {"item_id": self._item["id"] if self._item else "", "output_index": len(self.response["output"])}
 
     @property
-    def _text_position(self) -> _InText:
+    def _text_position(self) -> InText:
         return {**self._position, "content_index": 0}
 
     def _emit_state(self, name: StateName) -> None:
@@ -336,6 +244,27 @@ class ResponseStream:
     def _emit(self, event: ResponseEvent) -> None:
         self._number += 1
         self._events.append(sse.event(to_json(event), event["type"]))
+
+
+def _begun_call(delta: ToolCallDelta) -> OutputCall | OutputCustomCall:
+    call_id, name = delta.id or fresh_id("call"), delta.name or ""
+    if delta.is_custom:
+        return {
+            "id": fresh_id("ctc"),
+            "type": "custom_tool_call",
+            "status": "in_progress",
+            "input": "",
+            "call_id": call_id,
+            "name": name,
+        }
+    return {
+        "id": fresh_id("fc"),
+        "type": "function_call",
+        "status": "in_progress",
+        "arguments": "",
+        "call_id": call_id,
+        "name": name,
+    }
 
 
 def _part(text: str, logprobs: list[TokenLogprobEntry]) -> OutputText:

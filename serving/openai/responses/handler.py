@@ -6,7 +6,8 @@ from starlette.requests import Request
 from starlette.responses import Response as HTTPResponse
 
 from serving.openai.common import Api, InputTokens, Operation, build_prompt, count_tokens, large_json_response
-from serving.openai.responses.events import ResponseEvent, ResponseStream, to_response
+from serving.openai.responses.event_types import ResponseEvent
+from serving.openai.responses.events import ResponseStream, to_response
 from serving.openai.responses.request import ResponsesRequest, to_chat_job
 from serving.openai.responses.response import Response, unfinished_response
 from serving.openai.streaming import begin_stream, collect

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, Wit
 from serving.generation.interface import Conversation, Message, ToolCall
 from serving.generation.pipeline import ChatJob
 from serving.generation.structured.grammar import AnswerConstraint, JsonAnswer
+from serving.generation.tools.custom import to_arguments
 from serving.http.errors import invalid
 from serving.openai import common
 from serving.openai.chat.messages import (
@@ -29,18 +30,9 @@ from serving.openai.chat.messages import (
 )
 from serving.openai.chat.request import DEFAULT_MAX_TOKENS
 from serving.openai.chat.structured_outputs import check_formats
-from serving.openai.chat.tools import (
-    MAX_TOOLS,
-    STRING_OR_CHOICE,
-    FunctionDefinition,
-    FunctionName,
-    Mode,
-    ToolSelection,
-    check_tools,
-    to_selection,
-    to_tools,
-)
+from serving.openai.chat.tools import MAX_TOOLS, FunctionName, check_tools, to_selection
 from serving.openai.common import STRING_OR_ARRAY, GenerationRequest, NumTokens, StrictModel
+from serving.openai.responses.tools import AnyTool, ToolChoice
 from serving.openai.validation import rejected
 
 ACCEPTED_WITHOUT_EFFECT = {
@@ -71,7 +63,10 @@ REFUSED_VALUES: dict[tuple[str, object], str] = {
     ("background", True): "Background responses are not supported: answers are given at once or streamed.",
     ("truncation", "auto"): "A conversation is never shortened without notice: 'truncation' can only be 'disabled'.",
 }
-INPUT_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+INPUT_ITEMS = (
+    *("message", "function_call", "function_call_output", "reasoning"),
+    *("custom_tool_call", "custom_tool_call_output"),
+)
 LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
 # Literal[False] would take 0; true is one of REFUSED_VALUES
@@ -137,6 +132,27 @@ class FunctionOutputItem(StrictModel):
     status: Status | None = None
 
 
+class CustomCallItem(StrictModel):
+    """A call of a custom tool that the model made in an earlier answer."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    input: str
+    id: str | None = None
+    status: Status | None = None
+
+
+class CustomOutputItem(StrictModel):
+    """What the client's tool returned."""
+
+    type: Literal["custom_tool_call_output"]
+    call_id: str
+    output: InputContent
+    id: str | None = None
+    status: Status | None = None
+
+
 class ReasoningPart(StrictModel):
     """The text of a thought."""
 
@@ -169,11 +185,12 @@ def _known_item(value: Any) -> Any:
     return value
 
 
-InputItem = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
 _AnyItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionOutputItem, Tag("<function_call_output>")]
+    | Annotated[CustomCallItem, Tag("<custom_tool_call>")]
+    | Annotated[CustomOutputItem, Tag("<custom_tool_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")],
     Discriminator(_item_kind),
     BeforeValidator(_known_item),
@@ -181,51 +198,6 @@ _AnyItem = Annotated[
 Input = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[_AnyItem], Field(min_length=1, fail_fast=True), Tag("<array>")],
     STRING_OR_ARRAY,
-]
-
-
-def _only_functions(value: Any) -> Any:
-    kind = _kind(value)
-    if isinstance(kind, str) and kind != "function":
-        message = f"Tools of type '{kind[:60]}' do not exist here, only 'function'."
-        raise rejected(message, "type", "unsupported_value")
-    return value
-
-
-class FunctionTool(FunctionDefinition):
-    """A function that the model may call, in the flat shape of this endpoint."""
-
-    type: Literal["function"]
-
-
-class FunctionChoice(StrictModel):
-    """The function that has to be called."""
-
-    type: Literal["function"]
-    name: FunctionName
-
-    @property
-    def selection(self) -> ToolSelection:
-        return ToolSelection("required", self.name)
-
-
-class AllowedFunctionsChoice(StrictModel):
-    """Some of the functions, to be used if the model wants to, or in any case."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
-
-    @property
-    def selection(self) -> ToolSelection:
-        return ToolSelection(self.mode, allowed=tuple(tool.name for tool in self.tools))
-
-
-ToolChoice = Annotated[
-    Annotated[Mode, Tag("<string>")]
-    | Annotated[FunctionChoice, Tag("<object>")]
-    | Annotated[AllowedFunctionsChoice, Tag("<allowed>")],
-    STRING_OR_CHOICE,
 ]
 
 
@@ -264,7 +236,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: NumTokens | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     text: TextConfig | None = None
-    tools: list[Annotated[FunctionTool, BeforeValidator(_only_functions)]] = Field([], max_length=MAX_TOOLS)
+    tools: list[AnyTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -314,7 +286,7 @@ def to_chat_job(body: ResponsesRequest) -> ChatJob:
     """Raises APIError 400 for an incomplete format, and for tools' results without their calls or the opposite."""
     selection = to_selection(body.tool_choice)
     return ChatJob(
-        conversation=Conversation(_messages(body), selection.offered(to_tools(body.tools))),
+        conversation=Conversation(_messages(body), selection.offered([tool.tool for tool in body.tools])),
         sampling=body.sampling(
             body.max_output_tokens or DEFAULT_MAX_TOKENS, (body.top_logprobs or 0) if body.shows_logprobs else None
         ),
@@ -353,20 +325,20 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
                 answered = thought if role == "assistant" else ""
                 messages.append(Message(ROLES[role], _text(content), reasoning=answered, source=source))
                 thought = ""
-            case FunctionCallItem(call_id=call_id, name=name, arguments=arguments):
+            case FunctionCallItem() | CustomCallItem():
                 # the calls of one answer, and its text, are one message of a chat
                 if not messages or messages[-1].role != "assistant":
                     messages.append(Message("assistant", "", reasoning=thought, source=source))
                     thought = ""
-                calls = (*messages[-1].tool_calls, ToolCall(call_id, name, arguments))
+                calls = (*messages[-1].tool_calls, _call(item))
                 if len(calls) > MAX_CALLS:
                     message = f"Invalid 'input': more than {MAX_CALLS} function calls in a row."
                     raise invalid(message, "input", "array_above_max_length")
                 messages[-1] = replace(messages[-1], tool_calls=calls)
             case ReasoningItem(content=parts):
                 thought = PART_SEPARATOR.join(part.text for part in parts or [])
-            case FunctionOutputItem(call_id=call_id, output=output):
-                messages.append(Message("tool", _text(output), tool_call_id=call_id, source=source))
+            case FunctionOutputItem() | CustomOutputItem():
+                messages.append(Message("tool", _text(item.output), tool_call_id=item.call_id, source=source))
     broken = unanswered_call([(m.tool_call_id, [call.id for call in m.tool_calls]) for m in messages])
     if broken is not None:
         index, call_ids = broken
@@ -376,6 +348,12 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
             message = f"No tool call found for function call output with call_id {call_id[:64]}."
         raise invalid(message, messages[index].source)
     return tuple(messages)
+
+
+def _call(item: FunctionCallItem | CustomCallItem) -> ToolCall:
+    if isinstance(item, CustomCallItem):
+        return ToolCall(item.call_id, item.name, to_arguments(item.input), is_custom=True)
+    return ToolCall(item.call_id, item.name, item.arguments)
 
 
 def _text(content: str | list[InputText | RefusalPart]) -> str:

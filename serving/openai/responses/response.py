@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 from serving.generation.interface import Usage
 from serving.openai.common import Count
 from serving.openai.logprobs import TokenLogprobEntry
-from serving.openai.responses.request import FunctionTool, ResponsesRequest, Status
+from serving.openai.responses.request import ResponsesRequest, Status
+from serving.openai.responses.tools import CustomTool, FunctionTool
 
 
 class OutputText(TypedDict):
@@ -62,7 +63,18 @@ class OutputCall(TypedDict):
     name: str
 
 
-OutputItem = OutputMessage | OutputReasoning | OutputCall
+class OutputCustomCall(TypedDict):
+    """A call of a custom tool that the model wants made; `input` is text."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    status: Status
+    input: str
+    call_id: str
+    name: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall | OutputCustomCall
 
 
 class InputTokensDetails(TypedDict):
@@ -188,7 +200,9 @@ def unfinished_response(body: ResponsesRequest) -> Response:
     }
 
 
-def _tool(tool: FunctionTool) -> dict[str, Any]:
+def _tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    if isinstance(tool, CustomTool):
+        return tool.model_dump(exclude_none=True)
     rest = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
     return {**rest, "type": tool.type, "name": tool.name}
 
