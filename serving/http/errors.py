@@ -66,7 +66,7 @@ class MessagesErrorResponse(TypedDict):
     error: MessagesError
 
 
-MESSAGES_PATHS = ("/messages", "/messages/count_tokens")
+MESSAGES_PATHS = frozenset(prefix + path for prefix in ("", "/v1") for path in ("/messages", "/messages/count_tokens"))
 MESSAGES_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -97,7 +97,7 @@ def envelope(error: APIError) -> str:
 
 def error_response(error: APIError, path: str) -> Response:
     """The same, as an HTTP response to a request for this path."""
-    text = messages_envelope(error) if path.endswith(MESSAGES_PATHS) else envelope(error)
+    text = messages_envelope(error) if path in MESSAGES_PATHS else envelope(error)
     return Response(text, error.status, dict(error.headers), "application/json")
 
 

@@ -173,7 +173,7 @@ class LoadingStream(Response):
             failure = from_exception(error)
             context.error_code = failure.code
             logger.error("request %s failed in its stream with %s", context.request_id, failure)
-            is_messages = scope["path"].endswith(MESSAGES_PATHS)
+            is_messages = scope["path"] in MESSAGES_PATHS
             text = sse.event(messages_envelope(failure), "error") if is_messages else sse.event(error_json(failure))
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
         else:

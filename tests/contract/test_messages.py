@@ -21,7 +21,7 @@ from serving.openai.messages.response import MessageStream, to_message, unfinish
 from tests.contract.test_openapi import check
 from tests.contract.test_streams import FailsAt
 from tests.contract.test_structured_outputs import CONTEXT, either
-from tests.contract.tiny import NAME, post, serving
+from tests.contract.tiny import NAME, assert_openai_error, post, send, serving
 
 __all__ = ["either"]
 
@@ -218,6 +218,11 @@ def test_every_field_of_the_sdk_has_a_place() -> None:
     known = MessagesRequest.model_fields.keys() | REFUSED.keys() | headers
     assert message_create_params.MessageCreateParamsBase.__annotations__.keys() <= known
     assert known >= ACCEPTED_WITHOUT_EFFECT.keys()
+
+
+def test_a_model_of_the_name_messages_changes_no_shape(app: Starlette) -> None:
+    assert_openai_error(send(app, "GET", "/models/messages"), 404)
+    error_of(send(app, "GET", "/messages"), 405)
 
 
 def test_the_sdk_raises_its_own_errors(mounted: Starlette) -> None:
