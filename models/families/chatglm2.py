@@ -104,7 +104,7 @@ def round_prompt(conversation: Conversation) -> str:
 def to_rounds(conversation: Conversation) -> tuple[str, list[Message]]:
     """(the system message or '', questions and answers in turn, up to the message to answer or to continue).
 
-    The format has one place for a system message, and questions and answers alternate in it. System messages in front
+    The format takes one system message, and questions and answers alternate in it. System messages in front
     are joined by a blank line, a later one is part of the question, messages of one role by a line break; an answer in
     front answers an empty question. Raises PromptError for tools, and without a message to answer or to continue.
     """

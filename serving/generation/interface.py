@@ -22,7 +22,6 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    is_custom: bool = False
 
     @property
     def parsed_arguments(self) -> dict[str, Any] | str:
@@ -45,7 +44,7 @@ class Message:
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
-    reasoning: str = ""  # of an earlier answer, for templates that have a place for it
+    reasoning: str = ""  # of an earlier answer, for templates that use it
     source: str = field(default="", compare=False)  # the request's field that it came from, for error messages
 
 
@@ -169,7 +168,8 @@ class RepeatedCall:
 
 
 AnswerPart = TextDelta | ToolCallDelta | RepeatedCall
-ChatEvent = TextDelta | ReasoningDelta | ToolCallDelta | Finished
+AnswerDelta = TextDelta | ReasoningDelta | ToolCallDelta
+ChatEvent = AnswerDelta | Finished
 IndexedEvent = tuple[int, ChatEvent]  # (which answer of the request, its event)
 
 

@@ -165,12 +165,7 @@ class RunningModel:
         sampling = replace(job.sampling, max_tokens=max_tokens, stop_token_ids=own | job.sampling.stop_token_ids)
         n = max(job.n, job.best_of) if isinstance(job, CompletionJob) else job.n
         before = self._before(job, token_ids)
-        spec = self._answer_spec(job)
-        if isinstance(job, ChatJob) and (custom := [tool.name for tool in job.conversation.tools if tool.is_custom]):
-            spec = replace(spec, custom_tools=frozenset(custom))
-        if isinstance(job, ChatJob) and job.may_reason and self.chat_format.has_reasoning:
-            end = self.chat_format.decode(token_ids[-MARK_TOKENS:]).rstrip()
-            spec = replace(spec, reasoning=partial(ReasoningSplitter, end.endswith(OPENING)))
+        spec = self._answer_spec(job, token_ids)
         return Prompt(tuple(token_ids), sampling, job.stop, n, spec, before, num_dropped)
 
     def encode(self, raw: str | Sequence[int], param: str, context_length: int | None = None) -> list[int]:
@@ -261,9 +256,19 @@ class RunningModel:
             for _ in range(prompt.n)
         ]
 
-    def _answer_spec(self, job: ChatJob | CompletionJob) -> AnswerSpec:
+    def _answer_spec(self, job: ChatJob | CompletionJob, token_ids: Sequence[int]) -> AnswerSpec:
+        """token_ids: the prompt, which may end with the opening mark of the reasoning."""
         if isinstance(job, CompletionJob):
             return AnswerSpec(PlainTextParser, self.chat_format.decode)
+        reasoning = None
+        if job.may_reason and self.chat_format.has_reasoning:
+            end = self.chat_format.decode(token_ids[-MARK_TOKENS:]).rstrip()
+            reasoning = partial(ReasoningSplitter, end.endswith(OPENING))
+        custom_tools = frozenset(tool.name for tool in job.conversation.tools if tool.is_custom)
+        return replace(self._parsed_spec(job), reasoning=reasoning, custom_tools=custom_tools)
+
+    def _parsed_spec(self, job: ChatJob) -> AnswerSpec:
+        """The grammar and the parser of a chat answer."""
         if not job.needs_grammar:
             return AnswerSpec(lambda: self.chat_format.parser(job.begun), self.chat_format.decode)
         if not self.engine.capabilities.has_masks:

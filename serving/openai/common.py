@@ -25,7 +25,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from serving.engine.interface import SamplingParams
-from serving.generation.interface import AnswerPart, Conversation, Finished, IndexedEvent, PromptError, ReasoningDelta
+from serving.generation.interface import AnswerDelta, Conversation, Finished, IndexedEvent, PromptError
 from serving.generation.pipeline import ChatJob, CompletionJob, ContextOverflow, Prompt, RunningModel
 from serving.http.errors import ErrorResponse, invalid
 from serving.http.json_body import INLINE_BYTES, parse_object, read_body
@@ -218,9 +218,9 @@ class ChoicesRequest(GenerationRequest):
         return self
 
 
-def by_choice(events: Iterable[IndexedEvent]) -> list[tuple[int, list[AnswerPart | ReasoningDelta], Finished]]:
+def by_choice(events: Iterable[IndexedEvent]) -> list[tuple[int, list[AnswerDelta], Finished]]:
     """(index, parts of the answer, its end) of every choice of a finished generation."""
-    parts: dict[int, list[AnswerPart | ReasoningDelta]] = {}
+    parts: dict[int, list[AnswerDelta]] = {}
     ends: dict[int, Finished] = {}
     for index, event in events:
         if isinstance(event, Finished):

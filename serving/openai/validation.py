@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -55,6 +55,13 @@ def rejected(message: str, field: str = "", code: str = "invalid_value") -> Pyda
     Validators of whole bodies raise an APIError, which passes through pydantic.
     """
     return PydanticCustomError(REJECTED, "{message}", {"message": message, "field": field, "code": code})
+
+
+def kind_of(value: Any) -> Any:
+    """The `type` of an object of a request, before it is validated or after; None for other values."""
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value).get("type")
+    return getattr(value, "type", None)
 
 
 def to_api_error(error: ValidationError) -> APIError:

@@ -101,7 +101,7 @@ def test_a_thought_that_was_cut_off_leaves_an_empty_answer(stored: Path) -> None
     assert f"{THOUGHT} and on".startswith(choice["message"]["reasoning_content"])
 
 
-def test_responses_and_messages_have_their_own_place_for_it(stored: Path) -> None:
+def test_responses_and_messages_show_it_in_their_own_fields(stored: Path) -> None:
     script = f"<think>{THOUGHT}</think>{ANSWER}"
     with thinking(stored, script) as app:
         response = post(app, "/responses", {"model": NAME, "input": "Hello"}).json()

@@ -124,7 +124,7 @@ class MessageToolCall(CacheHints, OneOfBoth):
 
     def to_call(self) -> ToolCall:
         if self.custom is not None:
-            return ToolCall(self.id, self.custom.name, to_arguments(self.custom.input), is_custom=True)
+            return ToolCall(self.id, self.custom.name, to_arguments(self.custom.input))
         assert self.function is not None
         return ToolCall(self.id, self.function.name, self.function.arguments)
 

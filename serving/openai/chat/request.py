@@ -37,7 +37,6 @@ from serving.openai.chat.tools import (
     check_functions,
     check_tools,
     to_selection,
-    to_tools,
 )
 from serving.openai.common import ChoicesRequest, StrictModel, TokenId
 
@@ -107,7 +106,7 @@ class ChatRequest(ChoicesRequest):
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.tools or self.tool_choice is not None:
-            check_tools([tool.tool.name for tool in self.tools], to_selection(self.tool_choice))
+            check_tools([tool.name for tool in self.tools], to_selection(self.tool_choice))
         if self.functions or self.function_call is not None:
             check_functions(self.functions, self.function_call, bool(self.tools) or self.tool_choice is not None)
         if any(message.role == "tool" or message.tool_calls for message in self.messages):
@@ -197,7 +196,7 @@ def to_chat_job(body: ChatRequest) -> ChatJob:
     tool_use: ToolUse = USE_IF_WANTED
     if body.tools or body.functions:
         selection = to_selection(body.tool_choice or body.function_call)
-        tools = selection.offered([tool.tool for tool in body.tools] or to_tools(body.functions))
+        tools = selection.offered([each.tool for each in body.tools or body.functions])
         tool_use = selection.tool_use(body.parallel_tool_calls and not body.functions)
     constraint = None
     if body.has_formats:

@@ -9,7 +9,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from serving.generation.interface import (
-    AnswerPart,
+    AnswerDelta,
     ChatEvent,
     Finished,
     IndexedEvent,
@@ -195,7 +195,7 @@ def to_completion(
     }
 
 
-def _message(parts: Sequence[AnswerPart | ReasoningDelta], options: ChunkOptions) -> AnswerMessage:
+def _message(parts: Sequence[AnswerDelta], options: ChunkOptions) -> AnswerMessage:
     text = "".join(part.text for part in parts if isinstance(part, TextDelta))
     deltas: dict[int, list[ToolCallDelta]] = {}
     for part in parts:

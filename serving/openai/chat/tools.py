@@ -47,6 +47,11 @@ class FunctionDefinition(StrictModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @property
+    def tool(self) -> Tool:
+        """The definition without its JSON wrapping."""
+        return Tool(self.name, self.description or "", self.parameters or {}, bool(self.strict))
+
 
 class GrammarDefinition(StrictModel):
     """What an input must look like; `definition` is a regular expression."""
@@ -101,6 +106,10 @@ class OneOfBoth(StrictModel):
                 raise rejected(f"'{kind}' does not go with the type '{self.type}'.", kind)
         return self
 
+    @property
+    def name(self) -> str:
+        return str(getattr(self, self.type).name)
+
 
 class ToolDefinition(OneOfBoth):
     """One entry of `tools`."""
@@ -110,10 +119,9 @@ class ToolDefinition(OneOfBoth):
 
     @property
     def tool(self) -> Tool:
-        if self.custom is not None:
-            return self.custom.tool
-        assert self.function is not None
-        return to_tools([self.function])[0]
+        described = self.function or self.custom
+        assert described is not None
+        return described.tool
 
 
 class ChosenFunction(StrictModel):
@@ -131,12 +139,6 @@ class NamedTool(OneOfBoth):
 
     function: ChosenFunction | None = None
     custom: ChosenFunction | None = None
-
-    @property
-    def name(self) -> str:
-        chosen = self.function or self.custom
-        assert chosen is not None
-        return chosen.name
 
     @property
     def selection(self) -> ToolSelection:
@@ -203,11 +205,6 @@ def to_selection(choice: Mode | Choice | None) -> ToolSelection:
     if choice is None:
         return ToolSelection()
     return ToolSelection(choice) if isinstance(choice, str) else choice.selection
-
-
-def to_tools(functions: Sequence[FunctionDefinition]) -> tuple[Tool, ...]:
-    """Definitions without their JSON wrapping."""
-    return tuple(Tool(f.name, f.description or "", f.parameters or {}, bool(f.strict)) for f in functions)
 
 
 def check_tools(

@@ -10,11 +10,10 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from serving.generation.interface import (
-    AnswerPart,
+    AnswerDelta,
     ChatEvent,
     Finished,
     IndexedEvent,
-    ReasoningDelta,
     TextDelta,
     TextToken,
     ToolCallDelta,
@@ -130,7 +129,7 @@ def to_text_completion(
     }
 
 
-def _texts(parts: Iterable[AnswerPart | ReasoningDelta]) -> list[TextDelta]:
+def _texts(parts: Iterable[AnswerDelta]) -> list[TextDelta]:
     return [part for part in parts if isinstance(part, TextDelta)]  # raw prompts have no tools, so all of them
 
 

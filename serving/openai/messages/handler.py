@@ -1,4 +1,4 @@
-"""POST /messages and /messages/count_tokens: Anthropic's Messages API, without state."""
+"""POST /messages: a body in Anthropic's shape -> a whole message or a stream; /count_tokens: -> a number."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from serving.openai.messages.response import (
     to_message,
     unfinished_message,
 )
+from serving.openai.responses.response import fresh_id
 from serving.openai.streaming import begin_stream, collect
 
 
@@ -26,8 +27,7 @@ async def create(api: Api, request: Request) -> Response:
     with api.generations.admit(request, model, 1) as admitted:
         prompt = await build_prompt(model, job)
         events = admitted.open([prompt])
-    envelope = api.envelope("msg", body.model)
-    fold = MessageStream(unfinished_message(envelope.id.replace("-", "_"), body.model, len(prompt.token_ids)))
+    fold = MessageStream(unfinished_message(fresh_id("msg"), body.model, len(prompt.token_ids)))
     if body.stream:
         return await begin_stream(events, fold, request, api.limits)
     collected = await collect(events, request)

@@ -19,7 +19,7 @@ from serving.openai.chat.messages import MAX_CALLS, PART_SEPARATOR, CacheHints, 
 from serving.openai.chat.structured_outputs import check_formats
 from serving.openai.chat.tools import MAX_TOOLS, FunctionName, Mode, ToolSelection, check_tools
 from serving.openai.common import STRING_OR_ARRAY, GenerationRequest, NumTokens, StopText, StrictModel
-from serving.openai.validation import rejected
+from serving.openai.validation import kind_of, rejected
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 FORMAT = "output_config.format"
@@ -73,7 +73,7 @@ class ToolResultBlock(CacheHints):
 
 
 class ThinkingBlock(CacheHints):
-    """An earlier answer's reasoning, for models whose prompt has a place for it."""
+    """An earlier answer's reasoning, for models whose chat template uses it."""
 
     type: Literal["thinking"]
     thinking: str
@@ -89,7 +89,7 @@ class RedactedThinkingBlock(CacheHints):
 
 def _known_block(value: Any) -> Any:
     refuse_media(value)
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = kind_of(value)
     if isinstance(kind, str) and kind not in BLOCKS:
         message = f"Content blocks of type '{kind[:60]}' are not supported, only {', '.join(BLOCKS)}."
         raise rejected(message, "type", "unsupported_value")
@@ -97,7 +97,7 @@ def _known_block(value: Any) -> Any:
 
 
 def _block_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = kind_of(value)
     return f"<{kind}>" if kind in BLOCKS else "<text>"
 
 
@@ -151,7 +151,7 @@ class ToolDefinition(CacheHints):
 
 
 def _only_custom(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = kind_of(value)
     if isinstance(kind, str) and kind != "custom":
         message = f"Tools of type '{kind[:60]}' do not exist here, only 'custom'."
         raise rejected(message, "type", "unsupported_value")

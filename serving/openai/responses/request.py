@@ -33,7 +33,7 @@ from serving.openai.chat.structured_outputs import check_formats
 from serving.openai.chat.tools import MAX_TOOLS, FunctionName, check_tools, to_selection
 from serving.openai.common import STRING_OR_ARRAY, GenerationRequest, NumTokens, StrictModel
 from serving.openai.responses.tools import AnyTool, ToolChoice
-from serving.openai.validation import rejected
+from serving.openai.validation import kind_of, rejected
 
 ACCEPTED_WITHOUT_EFFECT = {
     **common.ACCEPTED_WITHOUT_EFFECT,
@@ -71,10 +71,6 @@ LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
 # Literal[False] would take 0; true is one of REFUSED_VALUES
 OnlyFalse = Annotated[bool, WithJsonSchema({"const": False, "type": "boolean"})]
-
-
-def _kind(value: Any) -> Any:
-    return cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else None
 
 
 class InputText(CacheHints):
@@ -122,10 +118,10 @@ class FunctionCallItem(StrictModel):
     parsed_arguments: Any = None
 
 
-class FunctionOutputItem(StrictModel):
-    """What the client's function returned."""
+class CallOutputItem(StrictModel):
+    """What the client's function or custom tool returned."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: InputContent
     id: str | None = None
@@ -143,16 +139,6 @@ class CustomCallItem(StrictModel):
     status: Status | None = None
 
 
-class CustomOutputItem(StrictModel):
-    """What the client's tool returned."""
-
-    type: Literal["custom_tool_call_output"]
-    call_id: str
-    output: InputContent
-    id: str | None = None
-    status: Status | None = None
-
-
 class ReasoningPart(StrictModel):
     """The text of a thought."""
 
@@ -161,7 +147,7 @@ class ReasoningPart(StrictModel):
 
 
 class ReasoningItem(StrictModel):
-    """What the model thought before an earlier answer, for models whose prompt has a place for it."""
+    """What the model thought before an earlier answer, for models whose chat template uses it."""
 
     type: Literal["reasoning"]
     content: Annotated[list[ReasoningPart], Field(fail_fast=True)] | None = None
@@ -172,12 +158,12 @@ class ReasoningItem(StrictModel):
 
 
 def _item_kind(value: Any) -> str:
-    kind = _kind(value)
+    kind = kind_of(value)
     return f"<{kind}>" if kind in INPUT_ITEMS else "<message>"
 
 
 def _known_item(value: Any) -> Any:
-    kind = _kind(value)
+    kind = kind_of(value)
     if isinstance(kind, str) and kind not in INPUT_ITEMS:
         known = ", ".join(INPUT_ITEMS)
         message = f"Input items of type '{kind[:60]}' are not supported, only {known}."
@@ -188,9 +174,9 @@ def _known_item(value: Any) -> Any:
 _AnyItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
-    | Annotated[FunctionOutputItem, Tag("<function_call_output>")]
+    | Annotated[CallOutputItem, Tag("<function_call_output>")]
     | Annotated[CustomCallItem, Tag("<custom_tool_call>")]
-    | Annotated[CustomOutputItem, Tag("<custom_tool_call_output>")]
+    | Annotated[CallOutputItem, Tag("<custom_tool_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")],
     Discriminator(_item_kind),
     BeforeValidator(_known_item),
@@ -337,7 +323,7 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
                 messages[-1] = replace(messages[-1], tool_calls=calls)
             case ReasoningItem(content=parts):
                 thought = PART_SEPARATOR.join(part.text for part in parts or [])
-            case FunctionOutputItem() | CustomOutputItem():
+            case CallOutputItem():
                 messages.append(Message("tool", _text(item.output), tool_call_id=item.call_id, source=source))
     broken = unanswered_call([(m.tool_call_id, [call.id for call in m.tool_calls]) for m in messages])
     if broken is not None:
@@ -352,7 +338,7 @@ def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
 
 def _call(item: FunctionCallItem | CustomCallItem) -> ToolCall:
     if isinstance(item, CustomCallItem):
-        return ToolCall(item.call_id, item.name, to_arguments(item.input), is_custom=True)
+        return ToolCall(item.call_id, item.name, to_arguments(item.input))
     return ToolCall(item.call_id, item.name, item.arguments)
 
 

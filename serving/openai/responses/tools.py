@@ -16,14 +16,13 @@ from serving.openai.chat.tools import (
     FunctionName,
     Mode,
     ToolSelection,
-    to_tools,
 )
 from serving.openai.common import StrictModel
-from serving.openai.validation import rejected
+from serving.openai.validation import kind_of, rejected
 
 
 def _known_tool(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = kind_of(value)
     if isinstance(kind, str) and kind not in ("function", "custom"):
         message = f"Tools of type '{kind[:60]}' do not exist here, only 'function' and 'custom'."
         raise rejected(message, "type", "unsupported_value")
@@ -31,18 +30,13 @@ def _known_tool(value: Any) -> Any:
 
 
 def _tool_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<custom>" if kind == "custom" else "<function>"
+    return "<custom>" if kind_of(value) == "custom" else "<function>"
 
 
 class FunctionTool(FunctionDefinition):
     """A function that the model may call, in the flat shape of this endpoint."""
 
     type: Literal["function"]
-
-    @property
-    def tool(self) -> Tool:
-        return to_tools([self])[0]
 
 
 class CustomToolFormat(StrictModel):
